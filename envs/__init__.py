@@ -1,0 +1,1 @@
+"""The world: knobs, the frozen model, the rollout engine, clocks, tasks, rewards and environments. No Ray in here."""

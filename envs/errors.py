@@ -1,0 +1,17 @@
+"""The one family of errors a user can cause.
+
+A `UserError` says in one line what is wrong, the value seen, what is allowed and what to do next. It takes a single
+string, so it pickles across Ray processes unchanged, and the command line prints it without a traceback (exit status 2).
+"""
+
+
+class UserError(Exception):
+    """Bad input from outside: configuration, files, checkpoints, knobs, budgets."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+    @property
+    def message(self) -> str:
+        """The one-line explanation."""
+        return str(self.args[0])
