@@ -1,0 +1,1 @@
+"""Clocks: what a request costs on a device, in milliseconds."""
