@@ -1,1 +1,4 @@
-"""The world: knobs, the frozen model, the rollout engine, clocks, tasks, rewards and environments. No Ray in here."""
+"""The world: knobs, the frozen model, the engine, clocks, tasks, rewards and environments.
+
+Nothing in here imports Ray.
+"""

@@ -1,7 +1,8 @@
 """What the controller can choose, and what the model then runs.
 
-`Knobs` are the controller's four choices, `KnobSpace` maps them to and from actions and knows which are legal,
-`ExecutionPlan` is what the model executes. Positions and totals count blocks from 1, block indices from 0.
+`Knobs` are the controller's four choices, `KnobSpace` maps them to and from actions and knows which
+are legal, `ExecutionPlan` is what the model executes. Positions and totals count blocks from 1,
+block indices from 0.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,10 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 def block_options(insertion: int) -> tuple[int, ...]:
-    """Legal totals of executed blocks when stage 2 decides after block `insertion`: p + 11 to p + min(15, 16 - p)."""
+    """Legal totals of executed blocks when stage 2 decides after block p = `insertion`.
+
+    They run from p + 11 to p + min(15, 16 - p).
+    """
     if insertion not in INSERTIONS:
         raise UserError(f"insertion position {insertion!r} is not allowed: choose one of 1 to 5")
     return tuple(range(insertion + 11, insertion + min(15, MODEL_BLOCKS - insertion) + 1))
@@ -39,7 +43,7 @@ class Knobs:
     """The controller's four choices for one request.
 
     Raises:
-        UserError: a value outside its options, or a block total that the insertion position does not allow.
+        UserError: a value outside its options, or a block total its position does not allow.
     """
 
     tier: str
@@ -62,12 +66,14 @@ class Knobs:
 
 @dataclass(frozen=True, order=True)
 class ExecutionPlan:
-    """What the model runs: 0-based kept `blocks` (holding 0..insertion-1); blocks after `insertion` use `top_k` experts.
+    """What the model runs: the 0-based kept `blocks`, those after `insertion` with `top_k` experts.
 
-    The tier matters to the processor alone. Any kept set is allowed beyond the prefix, not only those `Knobs` reach.
+    Blocks 0..insertion-1 are always kept and use 8 experts. Beyond them any kept set is allowed,
+    not only those `Knobs` reach. The tier matters to the processor alone.
 
     Raises:
-        UserError: a block outside the model, repeated or out of order, a missing prefix block, or a bad tier or top-k.
+        UserError: a block outside the model, repeated or out of order, a missing prefix block, or
+            a tier, position or top-k that is not an option.
     """
 
     tier: str = "high"
@@ -80,45 +86,64 @@ class ExecutionPlan:
         if self.tier not in TIERS:
             raise UserError(f"tier {self.tier!r} is not allowed: choose one of {', '.join(TIERS)}")
         if self.insertion not in INSERTIONS:
-            raise UserError(f"insertion position {self.insertion!r} is not allowed: choose one of 1 to 5")
+            raise UserError(
+                f"insertion position {self.insertion!r} is not allowed: choose one of 1 to 5"
+            )
         if self.top_k not in TOP_KS:
             raise UserError(f"top-k {self.top_k!r} is not allowed: choose 4 to 8 experts per token")
-        if list(self.blocks) != sorted(set(self.blocks)) or not set(self.blocks) <= set(range(MODEL_BLOCKS)):
-            raise UserError(f"kept blocks {self.blocks} are not allowed: give distinct indices 0 to 15 in rising order")
+        if list(self.blocks) != sorted(set(self.blocks)) or not set(self.blocks) <= set(
+            range(MODEL_BLOCKS)
+        ):
+            raise UserError(
+                f"kept blocks {self.blocks} are not allowed: "
+                "give distinct indices 0 to 15 in rising order"
+            )
         if self.blocks[: self.insertion] != tuple(range(self.insertion)):
             raise UserError(
-                f"kept blocks {self.blocks} miss a block of the prefix: blocks 0 to {self.insertion - 1} run before "
-                f"insertion position {self.insertion} and cannot be dropped"
+                f"kept blocks {self.blocks} miss a block of the prefix: blocks 0 to "
+                f"{self.insertion - 1} run before insertion position {self.insertion} and cannot "
+                "be dropped"
             )
 
     @property
     def top_k_per_block(self) -> tuple[int, ...]:
-        """Experts per token in each of the 16 blocks, 0 where the block is dropped. Equal tuples run equally."""
+        """Experts per token in each of the 16 blocks, 0 where the block is dropped.
+
+        Plans with equal tuples execute equally on the same image tiling.
+        """
         kept = set(self.blocks)
         return tuple(
-            0 if b not in kept else (8 if b < self.insertion else self.top_k) for b in range(MODEL_BLOCKS)
+            0 if b not in kept else (8 if b < self.insertion else self.top_k)
+            for b in range(MODEL_BLOCKS)
         )
 
 
 def drop_order(importance: Sequence[float], insertion: int) -> tuple[int, ...]:
-    """Blocks after `insertion` from least to most important; ties go to the later block first. Block 0 never appears, as p >= 1."""
+    """Blocks after `insertion` from least to most important; of equal ones the later comes first.
+
+    Block 0 never appears, since `insertion` is at least 1.
+    """
     droppable = range(insertion, MODEL_BLOCKS)
     return tuple(sorted(droppable, key=lambda block: (importance[block], -block)))
 
 
 class KnobSpace:
-    """Legal knobs, their action encoding and masks, and the plans they stand for under one importance ranking.
+    """Legal knobs, their actions and masks, and the plans they stand for under one importance.
 
-    An action is four indices into `MultiDiscrete([3, 5, 5, 5])`: tier, insertion, top-k, blocks (n = 12 + i).
+    An action is four indices into `MultiDiscrete([3, 5, 5, 5])`: tier, insertion (p = 1 + i),
+    top-k (4 + i), blocks (n = 12 + i).
 
     Args:
-        importance: 16 finite scores, one per block; the lowest-scored blocks after the insertion position go first.
+        importance: 16 finite scores, one per block; the lowest-scored blocks after the insertion
+            position are dropped first.
     """
 
     def __init__(self, importance: Sequence[float]) -> None:
         scores = tuple(float(score) for score in importance)
         if len(scores) != MODEL_BLOCKS or not np.isfinite(scores).all():
-            raise UserError(f"importance needs {MODEL_BLOCKS} finite scores, one per block, got {scores}")
+            raise UserError(
+                f"importance needs {MODEL_BLOCKS} finite scores, one per block, got {scores}"
+            )
         self.importance = scores
 
     @cached_property
@@ -156,20 +181,27 @@ class KnobSpace:
             UserError: an index outside its head, or a combination that is not legal.
         """
         indices = tuple(int(index) for index in action)
-        if len(indices) != 4 or any(not 0 <= i < size for i, size in zip(indices, HEAD_SIZES, strict=True)):
-            raise UserError(f"action {indices} is not allowed: give four indices below {HEAD_SIZES}")
+        if len(indices) != 4 or any(
+            not 0 <= i < size for i, size in zip(indices, HEAD_SIZES, strict=True)
+        ):
+            raise UserError(
+                f"action {indices} is not allowed: give four indices below {HEAD_SIZES}"
+            )
         tier, insertion, top_k, blocks = indices
         return Knobs(TIERS[tier], INSERTIONS[insertion], TOP_KS[top_k], BLOCK_COUNTS[blocks])
 
     def plan(self, knobs: Knobs) -> ExecutionPlan:
-        """The execution plan of `knobs`: the least important blocks after the insertion position are dropped."""
+        """The execution plan of `knobs`: the least important blocks after the position go."""
         dropped = drop_order(self.importance, knobs.insertion)[: MODEL_BLOCKS - knobs.blocks]
         kept = tuple(block for block in range(MODEL_BLOCKS) if block not in dropped)
         return ExecutionPlan(knobs.tier, knobs.insertion, knobs.top_k, kept)
 
     @cached_property
     def distinct(self) -> tuple[Knobs, ...]:
-        """One knob setting per distinct execution, the first in action order (195 under the published importance)."""
+        """One knob setting per distinct execution, the first in action order.
+
+        There are 195 under the published importance.
+        """
         seen: dict[tuple[str, tuple[int, ...]], Knobs] = {}
         for knobs in self.all:
             seen.setdefault((knobs.tier, self.plan(knobs).top_k_per_block), knobs)
@@ -177,7 +209,7 @@ class KnobSpace:
 
     @staticmethod
     def stage1_mask(*, has_image: bool = True) -> BoolArray:
-        """Legal options (18,) before vision: tier and insertion; the other heads are pinned to index 0."""
+        """Legal options (18,) before vision: tier and insertion; other heads are pinned to 0."""
         mask = _pinned()
         mask[: HEAD_SIZES[0]] = [True, has_image, has_image]
         mask[HEAD_SIZES[0] : HEAD_SIZES[0] + HEAD_SIZES[1]] = True
@@ -185,7 +217,7 @@ class KnobSpace:
 
     @staticmethod
     def stage2_mask(insertion: int) -> BoolArray:
-        """Legal options (18,) after block `insertion`: top-k and the allowed block totals; other heads pinned to 0."""
+        """Legal options (18,) after block `insertion`: top-k and totals; others pinned to 0."""
         mask = _pinned()
         start = HEAD_SIZES[0] + HEAD_SIZES[1]
         mask[start : start + HEAD_SIZES[2]] = True
