@@ -1,4 +1,7 @@
-"""Where samples come from: the embedded scenes, public visual question answering sets, or a user's own files."""
+"""Where samples come from.
+
+The embedded scenes, public visual question answering sets, or a user's own files.
+"""
 
 from collections.abc import Sequence
 
@@ -15,7 +18,9 @@ def list_tasks() -> tuple[str, ...]:
     return ("scenes",)
 
 
-def load_task(name_or_path: str, split: str, limit: int | None = None, seed: int = 0) -> Sequence[Sample]:
+def load_task(
+    name_or_path: str, split: str, limit: int | None = None, seed: int = 0
+) -> Sequence[Sample]:
     """Samples of one split of a task.
 
     Args:
@@ -30,7 +35,9 @@ def load_task(name_or_path: str, split: str, limit: int | None = None, seed: int
     if split not in SPLITS:
         raise UserError(f"split {split!r} is not allowed: choose one of {', '.join(SPLITS)}")
     if limit is not None and limit < 1:
-        raise UserError(f"a limit of {limit} samples is not allowed: give 1 or more, or leave it out for all")
+        raise UserError(
+            f"a limit of {limit} samples is not allowed: give 1 or more, or leave it out for all"
+        )
     if name_or_path == "scenes":
         from envs.tasks.scenes import load
 

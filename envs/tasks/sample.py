@@ -1,6 +1,8 @@
-"""One question to be answered: the image it is about, the answers accepted and how an answer is scored.
+"""One question to be answered: the image it is about, the answers accepted and how an answer is
+scored.
 
-Samples are small, frozen and picklable: the image is a reference, read or drawn only when the model needs its pixels.
+Samples are small, frozen and picklable: the image is a reference, read or drawn only when the model
+    needs its pixels.
 """
 
 import hashlib
@@ -16,7 +18,10 @@ from envs.errors import UserError
 
 
 class ImageRef(ABC):
-    """A lazy, picklable image. Implementations are frozen dataclasses and provide `digest` as a field or property."""
+    """A lazy, picklable image.
+
+    Implementations are frozen dataclasses and provide `digest` as a field or property.
+    """
 
     digest: str
     """Hex digest of the image's content: two references with equal digests show the same image."""
@@ -31,34 +36,46 @@ class ImageRef(ABC):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height in pixels after EXIF orientation. Override where that is known without decoding."""
+        """Width and height in pixels after EXIF orientation.
+
+        Override where that is known without decoding.
+        """
         return self.load().size
 
 
 @dataclass(frozen=True)
 class FileImage(ImageRef):
-    """An image file, identified by the SHA-256 of its bytes. Make one with `FileImage.open(path)`."""
+    """An image file, identified by the SHA-256 of its bytes.
+
+    Make one with `FileImage.open(path)`.
+    """
 
     path: str
     digest: str
 
     @classmethod
     def open(cls, path: str | Path) -> "FileImage":
-        """Reference to the file at `path`; its bytes are hashed now, its pixels are decoded on `load`."""
+        """Reference to the file at `path`.
+
+        Its bytes are hashed now, its pixels are decoded on `load`.
+        """
         try:
             with Path(path).open("rb") as file:
                 return cls(str(path), hashlib.file_digest(file, "sha256").hexdigest())
         except OSError as error:
-            raise UserError(f"cannot read image {path}: {error.strerror or error}; give the path of an image file") from None
+            raise UserError(
+                f"cannot read image {path}: {error.strerror or error}; give the path of an image "
+                "file"
+            ) from None
 
     def load(self) -> Image.Image:
-        from envs.model.image_processor import open_image
+        from envs.model.images import open_image
 
         return open_image(self.path)
 
     @property
     def size(self) -> tuple[int, int]:
-        from envs.model.image_processor import image_size
+        from envs.model.images import image_size
 
         return image_size(self.path)
 

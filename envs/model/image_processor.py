@@ -1,0 +1,337 @@
+"""Images to crops of patches, bit for bit as the published MolmoE processor makes them, for any
+crop geometry.
+
+An image is seen once whole (the global view) and, larger, through a grid of overlapping crops (its
+tiling). The tiling and with it every count and index depend on the image's size alone, so they are
+computed without pixels and cached.
+
+Source: the image processor published with allenai/MolmoE-1B-0924 ("overlap-and-resize").
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from envs.errors import UserError
+
+INVALID: Final = -100
+"""`image_input_idx` of a crop's token that another crop already covers."""
+
+
+@dataclass(frozen=True)
+class ImageGeometry:
+    """Crops as `preprocessor_config.json` describes them.
+
+    Args:
+        crop: side of a square crop in pixels.
+        patch: side of a square patch in pixels.
+        margins: patches a crop shares with its neighbour before and after it.
+        tokens: rows and columns of tokens a crop becomes after pooling.
+        mean: per channel, subtracted from values in 0..1.
+        std: per channel, divided by.
+    """
+
+    crop: int
+    patch: int
+    margins: tuple[int, int]
+    tokens: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], source: str = "preprocessor_config.json"
+    ) -> "ImageGeometry":
+        """Geometry of a published config.
+
+        Raises:
+            UserError: a missing key, or a value that does not fit the others; names key and value.
+        """
+
+        def read(key: str, count: int) -> list[Any]:
+            value = config.get(key)
+            values = list(value) if isinstance(value, list | tuple) else [value]
+            if len(values) != count or not all(
+                isinstance(v, int | float) and v >= 0 for v in values
+            ):
+                raise UserError(
+                    f"{source}: {key} is {value!r}: give {count} number{'s'[: count - 1]} of 0 or "
+                    "more"
+                )
+            return values
+
+        height, width = read("base_image_input_size", 2)
+        if height != width:
+            raise UserError(
+                f"{source}: base_image_input_size is {[height, width]}: only square crops are "
+                "supported"
+            )
+        before, after = read("overlap_margins", 2)
+        mean, std = read("image_mean", 3), read("image_std", 3)
+        if min(std) <= 0:
+            raise UserError(f"{source}: image_std is {std}: give three numbers above 0")
+        geometry = cls(
+            crop=int(height),
+            patch=int(read("image_patch_size", 1)[0]),
+            margins=(int(before), int(after)),
+            tokens=(
+                int(read("image_token_length_h", 1)[0]),
+                int(read("image_token_length_w", 1)[0]),
+            ),
+            mean=(mean[0], mean[1], mean[2]),
+            std=(std[0], std[1], std[2]),
+        )
+        geometry._check(source)
+        return geometry
+
+    def _check(self, source: str) -> None:
+        if self.patch < 1 or self.crop < self.patch or self.crop % self.patch:
+            raise UserError(
+                f"{source}: crops of {self.crop} pixels (base_image_input_size) do not divide "
+                "into patches of "
+                f"{self.patch} (image_patch_size)"
+            )
+        if (
+            min(self.tokens) < 1
+            or any(self.patches % t for t in self.tokens)
+            or len(set(self.tokens)) != 1
+        ):
+            raise UserError(
+                f"{source}: {self.patches} patches a side do not pool into tokens of "
+                f"{list(self.tokens)} "
+                "(image_token_length_h, image_token_length_w): give one divisor for both"
+            )
+        if any(margin % self.pool for margin in self.margins) or self.window < self.pool:
+            raise UserError(
+                f"{source}: overlap_margins {list(self.margins)} do not fit crops of "
+                f"{self.patches} patches a side: "
+                f"give multiples of {self.pool} that leave at least {self.pool} patches between "
+                "them"
+            )
+
+    @property
+    def patches(self) -> int:
+        """Patches along a crop's side."""
+        return self.crop // self.patch
+
+    @property
+    def pool(self) -> int:
+        """Patches pooled into one token, along a side."""
+        return self.patches // self.tokens[0]
+
+    @property
+    def window(self) -> int:
+        """Patches along a side that a crop adds to its neighbours."""
+        return self.patches - sum(self.margins)
+
+    @property
+    def tokens_per_crop(self) -> int:
+        return self.tokens[0] * self.tokens[1]
+
+
+@lru_cache(maxsize=64)
+def _candidates(max_crops: int) -> npt.NDArray[np.int32]:
+    """All (rows, columns) of at most `max_crops` crops, smaller grids first so that ties fall to
+    them.
+    """
+    grids = [(i, j) for i in range(1, max_crops + 1) for j in range(1, max_crops // i + 1)]
+    return np.array(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0])), dtype=np.int32)
+
+
+@lru_cache(maxsize=65536)
+def select_tiling(
+    geometry: ImageGeometry, size_wh: tuple[int, int], max_crops: int
+) -> tuple[int, int]:
+    """Rows and columns of crops for an image: the grid of least enlargement, or where all shrink
+    it, of least shrinking.
+
+    Computed in float32, as published, because a last bit can decide between two grids.
+    """
+    margin, window = sum(geometry.margins) * geometry.patch, geometry.window * geometry.patch
+    grids = _candidates(max_crops)
+    size_hw = np.array([size_wh[1] - margin, size_wh[0] - margin], dtype=np.float32)
+    with np.errstate(divide="ignore"):
+        scale = ((grids * window).astype(np.float32) / size_hw).min(axis=-1)
+    best = (
+        scale.argmax()
+        if (scale < 1).all()
+        else np.where(scale < 1, np.float32(10e9), scale).argmin()
+    )
+    return int(grids[best, 0]), int(grids[best, 1])
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Where the tokens of an image stand; a function of the tiling alone.
+
+    Args:
+        ids: the image's token ids, global view first (image_tokens,).
+        input_idx: for every token of every crop the position in `ids` whose embedding it is added
+            to, `INVALID` where a neighbouring crop covers it (1 + crops, tokens per crop).
+    """
+
+    ids: npt.NDArray[np.int64]
+    input_idx: npt.NDArray[np.int64]
+
+
+def make_layout(
+    geometry: ImageGeometry, tiling: tuple[int, int], ids: tuple[int, int, int, int]
+) -> ImageLayout:
+    """Layout of one tiling; `ids` are the start, end, patch and column token."""
+    rows, columns = ((n * geometry.window + sum(geometry.margins)) // geometry.pool for n in tiling)
+    tokens_h, tokens_w = geometry.tokens
+    crop_y, grid_y = _owned(geometry, tiling[0])
+    crop_x, grid_x = _owned(geometry, tiling[1])
+    crops = np.full((tiling[0], tokens_h, tiling[1], tokens_w), INVALID, dtype=np.int64)
+    flat = crops.reshape(tiling[0] * tokens_h, tiling[1] * tokens_w)
+    offset = tokens_h * (tokens_w + 1) + 2  # the global view's tokens
+    flat[np.ix_(crop_y, crop_x)] = offset + _positions(rows, columns)[np.ix_(grid_y, grid_x)]
+    global_view = _positions(tokens_h, tokens_w).reshape(1, -1)
+    per_crop = crops.transpose(0, 2, 1, 3).reshape(-1, geometry.tokens_per_crop)
+    sequence = np.concatenate([_view(tokens_h, tokens_w, ids), _view(rows, columns, ids)])
+    return ImageLayout(sequence, np.concatenate([global_view, per_crop]))
+
+
+def _owned(
+    geometry: ImageGeometry, crops: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Along one side, the token indices over all crops that are kept, and the index in the joint
+    grid of each.
+
+    A crop's margins belong to its neighbours, except at the image's edge. Crops keep their row
+    order, so the kept tokens lie in the joint grid one after the other.
+    """
+    before, after = (margin // geometry.pool for margin in geometry.margins)
+    length = geometry.tokens[0]
+    index = np.arange(length)
+    kept = [
+        crop * length
+        + index[(0 if crop == 0 else before) : (length if crop == crops - 1 else length - after)]
+        for crop in range(crops)
+    ]
+    joined = np.concatenate(kept)
+    return joined, np.arange(len(joined))
+
+
+def _positions(rows: int, columns: int) -> npt.NDArray[np.int64]:
+    """Positions of a view's patch tokens from its start token.
+
+    Each row is closed by a column token.
+    """
+    return 1 + np.arange(rows)[:, None] * (columns + 1) + np.arange(columns)
+
+
+def _view(rows: int, columns: int, ids: tuple[int, int, int, int]) -> npt.NDArray[np.int64]:
+    start, end, patch, column = ids
+    row = np.full(columns + 1, patch, dtype=np.int64)
+    row[-1] = column
+    return np.concatenate([[start], np.tile(row, rows), [end]])
+
+
+def image_token_count(geometry: ImageGeometry, tiling: tuple[int, int]) -> int:
+    """Tokens of an image in the prompt, start, end and column tokens included."""
+    rows, columns = ((n * geometry.window + sum(geometry.margins)) // geometry.pool for n in tiling)
+    return geometry.tokens[0] * (geometry.tokens[1] + 1) + rows * (columns + 1) + 4
+
+
+class ImageProcessor:
+    """RGB images to normalised patches under one geometry."""
+
+    def __init__(self, geometry: ImageGeometry) -> None:
+        self.geometry = geometry
+        self._mean = torch.tensor(geometry.mean, dtype=torch.float32)
+        self._std = torch.tensor(geometry.std, dtype=torch.float32)
+
+    def __call__(self, image: Image.Image, tiling: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Patches and padding masks of the global view and the crops of `tiling`.
+
+        Args:
+            image: RGB.
+
+        Returns:
+            images (1 + crops, patches, pixels) float32, a patch's pixels in order row, column,
+            channel; and image_masks (1 + crops, patches) float32, the share of each patch that is
+            image. As published, the masks of the crops come first and the last row, standing for
+            the global view, is -1.
+        """
+        geometry = self.geometry
+        side, step = geometry.crop, geometry.window * geometry.patch
+        pixels = np.asarray(image)
+        # A contiguous copy: Pillow's buffer is read-only, and planes resize faster than interleaved
+        # channels.
+        planes = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32)).div_(255)
+        height, width = (n * step + side - step for n in tiling)
+        whole, _ = self._resize_and_pad(planes, side, side)
+        tiled, box = self._resize_and_pad(planes, height, width)
+        images = torch.empty(1 + tiling[0] * tiling[1], geometry.patches**2, 3 * geometry.patch**2)
+        self._cut(whole, (1, 1), images[:1])
+        self._cut(tiled, tiling, images[1:])
+        return images, self._masks(tiling, box)
+
+    def _resize_and_pad(
+        self, planes: Tensor, height: int, width: int
+    ) -> tuple[Tensor, tuple[int, int, int, int]]:
+        """Fits (3, h, w) into (height, width, 3), normalised, centred on black.
+
+        And its box top, left, bottom, right.
+        """
+        source_h, source_w = planes.shape[1:]
+        # float32 and truncation as published: the last bit can move a size by one pixel.
+        scale = min(
+            np.float32(height) / np.float32(source_h), np.float32(width) / np.float32(source_w)
+        )
+        fit_h, fit_w = (max(1, int(np.float32(n) * scale)) for n in (source_h, source_w))
+        resized = planes
+        if (fit_h, fit_w) != (source_h, source_w):
+            resized = interpolate(
+                planes[None],
+                size=(fit_h, fit_w),
+                mode="bilinear",
+                align_corners=False,
+                antialias=True,
+            )[0]
+        top, left = (height - fit_h) // 2, (width - fit_w) // 2
+        canvas = torch.zeros(height, width, 3)
+        canvas[top : top + fit_h, left : left + fit_w] = resized.clamp(0.0, 1.0).permute(1, 2, 0)
+        return canvas.sub_(self._mean).div_(self._std), (top, left, top + fit_h, left + fit_w)
+
+    def _cut(self, view: Tensor, tiling: tuple[int, int], out: Tensor) -> None:
+        """Copies overlapping crops of (height, width, 3) into `out` (crops, patches, pixels) in one
+        pass.
+        """
+        geometry = self.geometry
+        n, side, step = geometry.patches, geometry.patch, geometry.window * geometry.patch
+        row, column, channel = view.stride()
+        shape = (*tiling, n, n, side, side, 3)
+        strides = (row * step, column * step, row * side, column * side, row, column, channel)
+        out.view(shape).copy_(view.as_strided(shape, strides))
+
+    def _masks(self, tiling: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
+        """The image is a rectangle, so a patch's share of it is the product of its covered rows and
+        columns.
+        """
+        geometry = self.geometry
+        top, left, bottom, right = box
+        rows = self._covered(tiling[0], top, bottom)
+        columns = self._covered(tiling[1], left, right)
+        share = (rows[:, None, :, None] * columns[None, :, None, :]).astype(
+            np.float32
+        ) / np.float32(geometry.patch**2)
+        masks = torch.full((1 + tiling[0] * tiling[1], geometry.patches**2), -1.0)
+        masks[:-1] = torch.from_numpy(share).view(-1, geometry.patches**2)
+        return masks
+
+    def _covered(self, crops: int, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Pixels in start..stop of each patch along one side (crops, patches)."""
+        geometry = self.geometry
+        first = np.arange(crops)[:, None] * geometry.window + np.arange(geometry.patches)
+        pixels = first * geometry.patch
+        return (np.minimum(pixels + geometry.patch, stop) - np.maximum(pixels, start)).clip(0)

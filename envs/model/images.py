@@ -1,0 +1,145 @@
+"""Reading images the way a person expects to see them.
+
+Any file in, plain RGB out, bad files named in one line.
+"""
+
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from envs.errors import UserError
+
+T = TypeVar("T")
+
+MAX_PIXELS: Final = 89_478_485
+"""Largest image accepted (a quarter of a GiB of RGB, Pillow's own threshold).
+
+A small file may unpack to far more.
+"""
+
+_ORIENTATION_TAG: Final = 0x0112
+_WIDE_GREY: Final = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+
+
+def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
+    """The image in a file, or in a file's bytes, as RGB with EXIF orientation applied. See
+    `to_rgb`.
+
+    Args:
+        source: path of the file, or its content.
+        name: what to call the image in errors; the path by default.
+
+    Raises:
+        UserError: unreadable, truncated or not an image, or larger than `MAX_PIXELS`.
+    """
+    return _opened(source, name, lambda image: to_rgb(image, name or _name(source)))
+
+
+def image_size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
+    """Width and height in pixels after EXIF orientation, read from the header alone.
+
+    Errors as in `open_image`.
+    """
+    return _opened(source, name, oriented_size)
+
+
+def oriented_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened image after its EXIF orientation; decodes no pixels."""
+    width, height = image.size
+    return (
+        (height, width)
+        if image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
+        else (width, height)
+    )
+
+
+def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
+    """RGB as a viewer shows it: EXIF orientation applied, transparency over white, 16-bit grey
+    scaled to 8 bits.
+
+    Float images are taken as 0..1 where they stay within it, as 0..255 otherwise. Animations give
+    their first frame.
+
+    Raises:
+        UserError: larger than `MAX_PIXELS`, without pixels, or of a mode that has no RGB reading.
+    """
+    check_size(image.size, name)
+    try:
+        if _ORIENTATION_TAG in image.getexif():
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "RGB" and "transparency" not in image.info:
+            image.load()
+            return image
+        if image.mode in _WIDE_GREY:
+            return _wide_grey(image)
+        if image.has_transparency_data:
+            layer = image.convert("RGBA")
+            white = Image.new("RGBA", layer.size, "white")
+            return Image.alpha_composite(white, layer).convert("RGB")
+        return image.convert("RGB")
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on broken data
+        raise UserError(
+            f"cannot read {name}: {error}; give a whole image file that opens in a viewer"
+        ) from None
+
+
+def check_size(size_wh: tuple[int, int], name: str = "the image") -> None:
+    """Refuses images without pixels and decompression bombs."""
+    width, height = size_wh
+    if width < 1 or height < 1:
+        raise UserError(f"{name} is {width}x{height} pixels: give an image of at least 1x1")
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f"{name} is {width}x{height} pixels, above the limit of {MAX_PIXELS:,}: give a "
+            "smaller image"
+        )
+
+
+def _opened(source: str | Path | bytes, name: str | None, read: Callable[[Image.Image], T]) -> T:
+    name = name or _name(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        with image:
+            check_size(image.size, name)
+            return read(image)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"no image at {name}: check the path") from None
+    except Image.DecompressionBombError:
+        raise UserError(
+            f"{name} is above the limit of {MAX_PIXELS:,} pixels: give a smaller image"
+        ) from None
+    except Exception as error:
+        reason = (
+            "not an image in a known format"
+            if isinstance(error, Image.UnidentifiedImageError)
+            else str(error)
+        )
+        raise UserError(
+            f"cannot read {name}: {reason}; give a whole image file that opens in a viewer"
+        ) from None
+
+
+def _name(source: str | Path | bytes) -> str:
+    return "the image" if isinstance(source, bytes) else f"image {source}"
+
+
+def _wide_grey(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits scaled to 8. Pillow's own conversion clips it to white."""
+    values = np.asarray(image).astype(np.float32)
+    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    if image.mode == "F":
+        scaled = values * 255 if values.min() >= 0 and values.max() <= 1 else values
+    else:
+        scaled = values / 257
+    return Image.fromarray(np.rint(scaled.clip(0, 255)).astype(np.uint8)).convert("RGB")

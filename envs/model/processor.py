@@ -1,0 +1,317 @@
+"""An image and a question to model inputs, and answer tokens back to text.
+
+Everything is read from a model folder: crops from `preprocessor_config.json`, tokens from
+`tokenizer.json` and `tokenizer_config.json`. The processor's time is part of every request's
+latency, so whatever depends on the image's size alone is computed once per tiling.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from envs.errors import UserError
+from envs.knobs import TIER_CROPS, TIERS
+from envs.model.image_processor import (
+    ImageGeometry,
+    ImageLayout,
+    ImageProcessor,
+    image_token_count,
+    make_layout,
+    select_tiling,
+)
+from envs.model.images import check_size, open_image, to_rgb
+from envs.tasks.sample import ImageRef
+
+CONFIG_FILE: Final = "preprocessor_config.json"
+TOKENIZER_FILE: Final = "tokenizer.json"
+TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
+IMAGE_TOKENS: Final = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>")
+PAD_ID: Final = -1
+"""Fills `input_ids` on the right, padded crops and their masks and indices."""
+
+ImageLike = Image.Image | ImageRef | str | Path
+Inputs = dict[str, Tensor]
+
+
+class PromptShape(NamedTuple):
+    """What a request costs in counts.
+
+    Crops (the global view included), image tokens, and all prompt tokens.
+    """
+
+    crops: int
+    image_tokens: int
+    prompt_tokens: int
+
+
+class MolmoEProcessor:
+    """Turns requests into model inputs. Make one with `from_pretrained`.
+
+    Args:
+        geometry: how images are cut into crops.
+        tokenizer: with the four image tokens and `eos` among its added tokens.
+        eos: the end-of-text token's text; its id also opens every prompt.
+    """
+
+    def __init__(
+        self, geometry: ImageGeometry, tokenizer: Tokenizer, eos: str = "<|endoftext|>"
+    ) -> None:
+        self.geometry = geometry
+        self.tokenizer = tokenizer
+        # A question that spells "<im_patch>" or "<|endoftext|>" is text, not a command to the
+        # model.
+        self.tokenizer.encode_special_tokens = True
+        self.eos_id = self._token_id(eos)
+        start, end, patch, column = (self._token_id(token) for token in IMAGE_TOKENS)
+        self.image_token_ids = (start, end, patch, column)
+        self._image_processor = ImageProcessor(geometry)
+        self._layout = lru_cache(maxsize=256)(self._make_layout)
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_id: str | Path, revision: str | None = None
+    ) -> "MolmoEProcessor":
+        """The processor of a model folder, a hub id or `embedded`. Weights are neither needed nor
+        fetched.
+
+        Raises:
+            UserError: no such folder or hub model, or a file that is missing or does not hold
+                together.
+        """
+        folder = processor_folder(path_or_id, revision)
+        geometry = ImageGeometry.from_config(
+            _read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE)
+        )
+        settings = _read_json(folder / TOKENIZER_CONFIG_FILE)
+        eos = settings.get("eos_token") or "<|endoftext|>"
+        path = folder / TOKENIZER_FILE
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise UserError(
+                f"cannot read {path}: {error}; give a folder with the published tokenizer files"
+            ) from None
+        return cls(geometry, tokenizer, eos["content"] if isinstance(eos, dict) else str(eos))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (
+            self.geometry,
+            self.tokenizer.to_str(),
+            self.tokenizer.id_to_token(self.eos_id),
+        )
+
+    def __call__(
+        self, image: ImageLike | None, question: str, tier: str = "high", style: str | None = None
+    ) -> Inputs:
+        """Model inputs of one request, batch size 1.
+
+        Args:
+            image: an image, a reference to one, or a path; None for a text-only request.
+            question: as asked. Options of a multiple-choice question belong to it, see
+                `with_options`.
+            tier: `low`, `medium` or `high`: at most 3, 6 or 12 crops.
+            style: prompt style such as `vqa2`; None for a plain question.
+
+        Returns:
+            `input_ids` (1, T) int64 and, with an image, `images` (1, crops, patches, pixels)
+            float32, `image_masks` (1, crops, patches) float32 and `image_input_idx` (1, crops,
+            tokens per crop) int64.
+
+        Raises:
+            UserError: an unknown tier, or an image that cannot be read.
+        """
+        text = self.prompt_ids(question, style)
+        if image is None:
+            return {"input_ids": torch.tensor([[self.eos_id, *text]])}
+        rgb = _load(image)
+        tiling = self.tiling(rgb.size, tier)
+        layout = self._layout(tiling)
+        images, masks = self._image_processor(rgb, tiling)
+        ids = np.concatenate([[self.eos_id], layout.ids, text])
+        return {
+            "input_ids": torch.from_numpy(ids.astype(np.int64))[None],
+            "images": images[None],
+            "image_masks": masks[None],
+            "image_input_idx": torch.from_numpy(layout.input_idx.copy())[None],
+        }
+
+    def tiling(self, size_wh: tuple[int, int], tier: str = "high") -> tuple[int, int]:
+        """Rows and columns of crops an image of this width and height gets at a tier.
+
+        Pure; decodes nothing.
+        """
+        if tier not in TIER_CROPS:
+            raise UserError(f"tier {tier!r} is not allowed: choose one of {', '.join(TIERS)}")
+        check_size(size_wh)
+        return select_tiling(self.geometry, (int(size_wh[0]), int(size_wh[1])), TIER_CROPS[tier])
+
+    def shape(
+        self, size_wh: tuple[int, int] | None, tier: str, question: str, style: str | None = None
+    ) -> PromptShape:
+        """Counts of a request without decoding its image.
+
+        `size_wh` is None for a text-only request.
+        """
+        text = 1 + len(self.prompt_ids(question, style))
+        if size_wh is None:
+            return PromptShape(0, 0, text)
+        tiling = self.tiling(size_wh, tier)
+        image_tokens = image_token_count(self.geometry, tiling)
+        return PromptShape(1 + tiling[0] * tiling[1], image_tokens, image_tokens + text)
+
+    def prompt_ids(self, question: str, style: str | None = None) -> list[int]:
+        """Token ids of ` User.
+
+        {style}: {question} Assistant:`, without the opening end-of-text token.
+        """
+        return self.encode(prompt_text(question, style))
+
+    def question_ids(self, question: str) -> list[int]:
+        """Token ids of the question alone, with the leading space it has in a prompt."""
+        return self.encode(f" {question}")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`. Control tokens spelled out in it stay text."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The answer text of generated token ids.
+
+        Up to end-of-text, without control tokens or outer spaces.
+        """
+        ids = [int(i) for i in token_ids if int(i) >= 0]
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def _make_layout(self, tiling: tuple[int, int]) -> ImageLayout:
+        layout = make_layout(self.geometry, tiling, self.image_token_ids)
+        # Positions count from the start of the prompt, which the end-of-text token opens.
+        return ImageLayout(
+            layout.ids, np.where(layout.input_idx < 0, layout.input_idx, layout.input_idx + 1)
+        )
+
+    def _token_id(self, token: str) -> int:
+        token_id = self.tokenizer.token_to_id(token)
+        if token_id is None:
+            raise UserError(
+                f"the tokenizer has no token {token!r}: give a folder with the published "
+                "tokenizer files"
+            )
+        return int(token_id)
+
+
+def prompt_text(question: str, style: str | None = None) -> str:
+    """The published prompt of a question."""
+    named = style not in (
+        None,
+        "demo",
+    )  # the published model was shown demonstrations without a style
+    return f" User: {style}: {question} Assistant:" if named else f" User: {question} Assistant:"
+
+
+def with_options(question: str, options: Sequence[str]) -> str:
+    """A multiple-choice question as the published model is asked it.
+
+    The options follow, lettered from A.
+    """
+    lines = "".join(f"\n{chr(ord('A') + i)}: {option}" for i, option in enumerate(options))
+    return f"{question}{lines}\n"
+
+
+def collate(requests: Sequence[Mapping[str, Tensor]]) -> Inputs:
+    """One batch from several requests.
+
+    Prompts padded on the right and missing crops filled, both with -1.
+    """
+    batch = {"input_ids": _stack([request["input_ids"] for request in requests])}
+    pictured = [request for request in requests if "images" in request]
+    if not pictured:
+        return batch
+    for key in ("images", "image_masks", "image_input_idx"):
+        first = pictured[0][key]
+        empty = first.new_empty((1, 0, *first.shape[2:]))
+        batch[key] = _stack([request.get(key, empty) for request in requests])
+    return batch
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenates along the batch, padding the second dimension with -1."""
+    longest = max(tensor.shape[1] for tensor in tensors)
+    out = tensors[0].new_full(
+        (sum(t.shape[0] for t in tensors), longest, *tensors[0].shape[2:]), PAD_ID
+    )
+    row = 0
+    for tensor in tensors:
+        out[row : row + tensor.shape[0], : tensor.shape[1]] = tensor
+        row += tensor.shape[0]
+    return out
+
+
+def processor_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """Local folder holding the processor's files.
+
+    A hub id's small files are fetched, `embedded` is packaged.
+    """
+    name = str(path_or_id)
+    if name == "embedded":
+        from envs.model.embedded import folder
+
+        return folder()
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
+        raise UserError(
+            f"no model folder at {name}: give a folder, a hub id such as allenai/MolmoE-1B-0924, "
+            "or embedded"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = [CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+    except Exception as error:  # HTTP, cache and naming errors share no base class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"cannot fetch the processor of {name}{at}: {reason}; check the id and the network, "
+            "or give a local folder"
+        ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"cannot read {path}: {reason}; give a folder with the published processor files"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} holds a {type(content).__name__}: give a folder with the published processor "
+            "files"
+        )
+    return content
+
+
+def _load(image: ImageLike) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, str | Path):
+        return open_image(image)
+    return image.load()
+
+
+def _restore(geometry: ImageGeometry, tokenizer: str, eos: str) -> MolmoEProcessor:
+    """Unpickles a processor, so that it can travel to other processes."""
+    return MolmoEProcessor(geometry, Tokenizer.from_str(tokenizer), eos)
