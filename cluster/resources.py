@@ -1,0 +1,96 @@
+"""The resource plan: which process holds how many CPUs and GPUs. Pure arithmetic, no Ray.
+
+One driver runs the loop. Env runners hold the model; with none of them the driver samples itself.
+Learners update
+the controller; with none of them the driver learns itself. Evaluation runners work between training
+iterations.
+"""
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Role:
+    """`count` processes of one kind, each holding `cpus` CPUs and `gpus` (possibly fractional)
+    GPUs.
+    """
+
+    name: str
+    count: int
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class ResourcePlan:
+    """Who holds what. Totals are what Ray must be able to place at once."""
+
+    roles: tuple[Role, ...]
+
+    @property
+    def cpus(self) -> float:
+        return sum(role.count * role.cpus for role in self.roles)
+
+    @property
+    def gpus(self) -> float:
+        return sum(role.count * role.gpus for role in self.roles)
+
+    def lines(self) -> list[str]:
+        """The plan as text, one role a line, then the totals."""
+        rows = [("process", "count", "CPUs each", "GPUs each")]
+        rows += [(r.name, str(r.count), f"{r.cpus:g}", f"{r.gpus:g}") for r in self.roles]
+        rows.append(("placed by Ray", "", f"{self.cpus:g}", f"{self.gpus:g}"))
+        return [f"{a:<20}{b:>6}{c:>12}{d:>12}" for a, b, c, d in rows]
+
+
+def resource_plan(
+    *,
+    runners: int,
+    runner_cpus: float,
+    runner_gpus: float,
+    learners: int,
+    learner_cpus: float,
+    learner_gpus: float,
+    evaluation_runners: int,
+) -> ResourcePlan:
+    """Roles of one run. With no runners (learners) the driver samples (learns) in its own process,
+    outside Ray's count.
+    """
+    driver_does = [name for name, n in (("samples", runners), ("learns", learners)) if n == 0]
+    name = "driver" + (f" ({' and '.join(driver_does)})" if driver_does else "")
+    roles = [Role(name, 1, 0.0, 0.0)]
+    if runners:
+        roles.append(Role("env runner", runners, runner_cpus, runner_gpus))
+    if learners:
+        roles.append(Role("learner", learners, learner_cpus, learner_gpus))
+    if evaluation_runners:
+        roles.append(Role("evaluation runner", evaluation_runners, runner_cpus, runner_gpus))
+    return ResourcePlan(tuple(roles))
+
+
+def shortfall(plan: ResourcePlan, available: dict[str, float], where: str) -> str | None:
+    """One line naming requested versus available resources, or None where the plan fits.
+
+    Args:
+        available: totals by Ray's names ("CPU", "GPU").
+        where: what `available` describes, such as "this machine".
+    """
+    wanted = {"CPU": plan.cpus, "GPU": plan.gpus}
+    short = [name for name, amount in wanted.items() if amount > available.get(name, 0.0) + 1e-6]
+    if not short:
+        return None
+    parts = ", ".join(f"{wanted[n]:g} {n}s wanted, {available.get(n, 0.0):g} there" for n in short)
+    return (
+        f"{where} cannot hold this run: {parts}. Lower runners.count, runners.learners or what "
+        "each of them holds"
+    )
+
+
+def machine_cpus() -> int:
+    """CPUs this process may use: its affinity where the system tells, else the count of the
+    machine.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0)) or 1
+    return os.cpu_count() or 1

@@ -1,0 +1,1 @@
+"""The desk: configuration, command line, training, evaluation and reports."""

@@ -1,0 +1,411 @@
+"""Every setting of a run, with its one default, its unit, its range and what it is for.
+
+Frozen pydantic models that refuse unknown keys. `ray_ctrl.settings` reads presets, files and
+overrides into `Config`;
+`ray_ctrl.feasibility` checks what spans several fields. `docs/config.md` is generated from the
+descriptions here.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+Int = Annotated[int, Strict()]
+Flag = Annotated[bool, Strict()]
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown keys, NaN and infinity are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+
+class ModelConfig(Section):
+    """The frozen vision-language model inside the environments."""
+
+    name: str = Field(
+        default="embedded",
+        min_length=1,
+        description="`embedded` (ships with the package), a hub id such as "
+        "`allenai/MolmoE-1B-0924`, or a folder with a checkpoint in that layout.",
+    )
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
+        description="`auto` (GPU where the process was given one, else CPU), `cpu`, `cuda`, "
+        "`cuda:N` or `mps`.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Number format of the weights."
+    )
+    threads: Int = Field(
+        default=1,
+        ge=1,
+        le=256,
+        description="CPU threads of every process that runs the model. 1 to 256.",
+    )
+    max_new_tokens: Int = Field(
+        default=64,
+        ge=1,
+        le=64,
+        description="Longest answer, tokens, under greedy decoding. 1 to 64.",
+    )
+    batch_tokens: Int | None = Field(
+        default=None,
+        ge=64,
+        description="Most prompt tokens in one batch, 64 or more; `null` lets the engine choose "
+        "for the device.",
+    )
+    encoder_seed: Int = Field(
+        default=0,
+        ge=0,
+        description="Seed of the frozen encoder from budget to latency token. A controller works "
+        "only with the seed it was trained with.",
+    )
+
+
+class TaskConfig(Section):
+    """Questions and images."""
+
+    name: str = Field(
+        default="scenes",
+        min_length=1,
+        description="A task of `envs.tasks`, or the path of a data file.",
+    )
+    train_samples: Int = Field(
+        default=512,
+        ge=1,
+        description="Samples of the train split used for training, 1 or more. Training returns "
+        "to the same finite set, so outcomes are reused.",
+    )
+    validation_samples: Int = Field(
+        default=64,
+        ge=1,
+        description="Samples of the validation split, 1 or more; they choose the best checkpoint.",
+    )
+    test_samples: Int = Field(
+        default=200, ge=1, description="Samples of the test split in the final table, 1 or more."
+    )
+    seed: Int = Field(default=0, ge=0, description="Seed of the choice of samples. 0 or more.")
+
+
+class ClockConfig(Section):
+    """Where latencies come from."""
+
+    kind: Literal["profiled", "roofline", "measured"] = Field(
+        default="profiled",
+        description="`profiled`: a table measured once on this device; `roofline`: computed for a "
+        "named device, deterministic; `measured`: the wall clock of every single request (slow).",
+    )
+    device: str = Field(
+        default="laptop-2-core",
+        min_length=1,
+        description="Device of the roofline clock, a name in `envs.latency.roofline`.",
+    )
+    table: str | None = Field(
+        default=None,
+        description="File of the profile table; `null` keeps one per device, model, threads and "
+        "versions under `clock.folder` and measures it when it is missing.",
+    )
+    folder: str | None = Field(
+        default=None,
+        description="Folder that keeps profile tables for later runs; `null` keeps the table in "
+        "the run folder.",
+    )
+    profile_samples: Int = Field(
+        default=6,
+        ge=1,
+        le=1000,
+        description="Samples measured per tiling when profiling. 1 to 1000.",
+    )
+    profile_repeats: Int = Field(
+        default=3, ge=1, le=100, description="Timed repeats of each profiled point. 1 to 100."
+    )
+
+
+class StoreConfig(Section):
+    """The outcome store: what the frozen model answered, kept for reuse."""
+
+    path: str | None = Field(
+        default=None,
+        description="Folder of the store, shared by runners and runs; `null` keeps outcomes in the "
+        "run folder.",
+    )
+
+
+class RewardConfig(Section):
+    """How one answer under one budget is judged. Terms are weights; overrun is latency/budget -
+    1.
+    """
+
+    mode: Literal["fixed", "constrained"] = Field(
+        default="constrained",
+        description="`fixed`: the weights below throughout; `constrained`: the price of "
+        "overrunning, one per budget bin, moves until violations meet `violation_target`.",
+    )
+    accuracy: float = Field(
+        default=1.0,
+        ge=0,
+        le=1000,
+        description="Weight of the answer's accuracy (0 to 1). 0 to 1000.",
+    )
+    latency: float = Field(
+        default=0.5,
+        ge=0,
+        le=1000,
+        description="Weight of the smooth latency penalty, the sigmoid of the overrun. 0 to 1000.",
+    )
+    sharpness: float = Field(
+        default=20.0,
+        gt=0,
+        le=1000,
+        description="Steepness of that sigmoid per unit of overrun. Above 0, to 1000.",
+    )
+    overrun: float = Field(
+        default=1.0,
+        ge=0,
+        le=1000,
+        description="Weight of the squared overrun above the budget. 0 to 1000.",
+    )
+    efficiency: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="Weight of the bonus for budget left unused, given for right answers. "
+        "0 to 1000.",
+    )
+    complexity: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="Weight of the penalty on the share of compute chosen. 0 to 1000.",
+    )
+    violation_target: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="Violation rate the constrained mode aims at, a share. 0 to 1.",
+    )
+    price_lr: float = Field(
+        default=0.2,
+        ge=0,
+        le=100,
+        description="Step of the prices per iteration and unit of excess violation. 0 to 100.",
+    )
+    price_max: float = Field(
+        default=5.0, gt=0, le=1000, description="Highest price of one violation. Above 0, to 1000."
+    )
+
+
+class BudgetConfig(Section):
+    """Latency budgets, as multiples of the device's cheapest and dearest plan."""
+
+    low: float = Field(
+        default=0.9,
+        gt=0,
+        le=100,
+        description="Smallest training budget as a multiple of the cheapest plan's latency on the "
+        "reference request. Above 0, to 100.",
+    )
+    high: float = Field(
+        default=1.1,
+        gt=0,
+        le=100,
+        description="Largest training budget as a multiple of the full plan's latency on the "
+        "reference request. Above 0, to 100.",
+    )
+    held_out_bands: Int = Field(
+        default=3,
+        ge=0,
+        le=16,
+        description="Bands cut out of the training range, never trained on. 0 to 16.",
+    )
+    price_bins: Int = Field(
+        default=8, ge=1, le=64, description="Budget bins with a price of their own. 1 to 64."
+    )
+
+
+class ControllerConfig(Section):
+    """The trained networks."""
+
+    hidden: Int = Field(
+        default=128,
+        ge=8,
+        le=4096,
+        description="Width of the hidden layers of both stages. 8 to 4096.",
+    )
+
+
+class GRPOSettings(Section):
+    """The learning algorithm."""
+
+    group_size: Int = Field(
+        default=16,
+        ge=2,
+        le=1024,
+        description="Rollouts that share one sample and budget and are compared with one another. "
+        "2 to 1024.",
+    )
+    groups: Int = Field(
+        default=16, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536."
+    )
+    lr: float = Field(default=1e-3, gt=0, le=1, description="Adam step size. Above 0, to 1.")
+    epochs: Int = Field(
+        default=2, ge=1, le=100, description="Passes over an iteration's rollouts. 1 to 100."
+    )
+    minibatch: Int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps per minibatch, 1 or more; `null` takes the whole iteration at once.",
+    )
+    clip_low: float = Field(
+        default=0.2,
+        gt=0,
+        lt=1,
+        description="Lower clip bound of the probability ratio, below 1. 0 to 1.",
+    )
+    clip_high: float = Field(
+        default=0.28, gt=0, le=10, description="Upper clip bound of the ratio, above 1. 0 to 10."
+    )
+    divide_by_spread: Flag = Field(
+        default=True, description="Divide a group's advantages by their standard deviation."
+    )
+    drop_equal_groups: Flag = Field(
+        default=True, description="Leave groups whose rewards are all equal out of the update."
+    )
+    kl_weight: float = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        description="Weight of the KL divergence to the reference policy; 0 is off. 0 to 100.",
+    )
+    reference_every: Int = Field(
+        default=0,
+        ge=0,
+        description="Iterations between refreshes of the reference policy; 0 is never. 0 or more.",
+    )
+    entropy_weight: float = Field(
+        default=0.01, ge=0, le=10, description="Weight of the entropy bonus at the start. 0 to 10."
+    )
+    entropy_final: float = Field(
+        default=0.0,
+        ge=0,
+        le=10,
+        description="Its weight at the last iteration, reached linearly. 0 to 10.",
+    )
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, le=1e6, description="Longest gradient, Euclidean norm. Above 0, to 1e6."
+    )
+
+
+class RunnersConfig(Section):
+    """Processes, and the CPUs and GPUs they hold."""
+
+    address: str = Field(
+        default="auto",
+        min_length=1,
+        description="`local` starts a Ray for this run, `auto` joins the cluster of a Ray job and "
+        "else starts one, anything else is the address of a running cluster.",
+    )
+    count: Int = Field(
+        default=0, ge=0, le=4096, description="Env runners; 0 samples inside the driver. 0 to 4096."
+    )
+    cpus: float = Field(default=1.0, gt=0, le=1024, description="CPUs of each env runner. Above 0.")
+    gpus: float = Field(
+        default=0.0, ge=0, le=8, description="GPUs of each env runner, fractions allowed. 0 to 8."
+    )
+    envs: Int | None = Field(
+        default=None,
+        ge=1,
+        description="Environments of each runner's vector; `null` spreads the iteration's rollouts "
+        "evenly. A multiple of `grpo.group_size`.",
+    )
+    learners: Int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Learner processes; 0 learns inside the driver. 0 to 64.",
+    )
+    learner_cpus: float = Field(
+        default=1.0, gt=0, le=1024, description="CPUs of each learner. Above 0."
+    )
+    learner_gpus: float = Field(
+        default=0.0, ge=0, le=8, description="GPUs of each learner. 0 to 8."
+    )
+    evaluation: Int = Field(
+        default=0,
+        ge=0,
+        le=4096,
+        description="Evaluation runners; 0 evaluates in the driver. 0 to 4096.",
+    )
+    connect_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        le=3600,
+        description="Wait for the cluster and its resources, s. To 3600.",
+    )
+    sample_timeout_s: float = Field(
+        default=600.0, gt=0, le=86400, description="Wait for one runner's rollouts, s. To 86400."
+    )
+
+
+class EvaluationConfig(Section):
+    """Validation on the way, the table at the end."""
+
+    every: Int = Field(
+        default=10,
+        ge=0,
+        description="Iterations between validations; 0 validates never, and the last checkpoint "
+        "is the best. 0 or more.",
+    )
+    lookup_samples: Int = Field(
+        default=64,
+        ge=0,
+        description="Training samples on which every distinct plan is run for the lookup-table "
+        "baseline; 0 leaves that baseline out. 0 or more.",
+    )
+
+
+class RunConfig(Section):
+    """The run itself."""
+
+    folder: str = Field(
+        default="runs", min_length=1, description="Folder in which run folders are made."
+    )
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[\w.\-]+$",
+        description="Name of the run folder; `null` names it by time.",
+    )
+    seed: Int = Field(
+        default=0, ge=0, lt=2**31, description="Seed of everything random. 0 to 2^31 - 1."
+    )
+    iterations: Int = Field(default=120, ge=1, description="Training iterations, 1 or more.")
+    checkpoint_every: Int = Field(
+        default=10, ge=1, description="Iterations between checkpoints, 1 up."
+    )
+    keep_checkpoints: Int = Field(
+        default=3,
+        ge=1,
+        le=1000,
+        description="Latest checkpoints kept, besides the best. 1 to 1000.",
+    )
+    tensorboard: Flag = Field(default=True, description="Write TensorBoard files.")
+
+
+class Config(Section):
+    """Everything."""
+
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    clock: ClockConfig = ClockConfig()
+    store: StoreConfig = StoreConfig()
+    budgets: BudgetConfig = BudgetConfig()
+    reward: RewardConfig = RewardConfig()
+    controller: ControllerConfig = ControllerConfig()
+    grpo: GRPOSettings = GRPOSettings()
+    runners: RunnersConfig = RunnersConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    run: RunConfig = RunConfig()

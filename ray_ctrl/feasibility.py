@@ -1,0 +1,117 @@
+"""What spans several settings, checked before Ray starts: divisibility, CPUs, GPUs."""
+
+from dataclasses import dataclass
+
+from cluster.connect import is_local
+from cluster.resources import ResourcePlan, machine_cpus, resource_plan, shortfall
+from envs.errors import UserError
+from ray_ctrl.config import Config
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one iteration's rollouts spread over runners.
+
+    Attributes:
+        envs: environments of each runner's vector, a multiple of the group size.
+        rounds: rounds of all vectors in one iteration.
+        resources: the processes and what they hold.
+    """
+
+    envs: int
+    rounds: int
+    resources: ResourcePlan
+
+
+def plan_layout(config: Config) -> Layout:
+    """The layout of a run.
+
+    Raises:
+        UserError: sizes that do not divide, or resources that this machine does not have.
+    """
+    envs, rounds = _spread(config)
+    _check_minibatch(config)
+    _check_devices(config)
+    runners = config.runners
+    resources = resource_plan(
+        runners=runners.count,
+        runner_cpus=runners.cpus,
+        runner_gpus=runners.gpus,
+        learners=runners.learners,
+        learner_cpus=runners.learner_cpus,
+        learner_gpus=runners.learner_gpus,
+        evaluation_runners=runners.evaluation,
+    )
+    if is_local(runners.address):
+        there = {"CPU": float(machine_cpus()), "GPU": float(_machine_gpus(resources))}
+        missing = shortfall(resources, there, "this machine")
+        if missing:
+            raise UserError(missing)
+    return Layout(envs, rounds, resources)
+
+
+def _spread(config: Config) -> tuple[int, int]:
+    """Environments per runner, and rounds per iteration."""
+    size, groups = config.grpo.group_size, config.grpo.groups
+    runners = max(1, config.runners.count)
+    envs = config.runners.envs
+    if envs is None:
+        if groups % runners:
+            raise UserError(
+                f"grpo.groups = {groups} does not spread evenly over {runners} runners: "
+                f"choose a multiple of {runners}"
+            )
+        return size * groups // runners, 1
+    if envs % size:
+        raise UserError(
+            f"grpo.group_size = {size} does not divide runners.envs = {envs}: a group stays in one "
+            f"vector, so choose a multiple of {size}"
+        )
+    per_round = envs * runners
+    if size * groups % per_round:
+        raise UserError(
+            f"{groups} groups of {size} rollouts do not fill whole rounds of {runners} runners "
+            f"with "
+            f"{envs} environments: choose grpo.groups a multiple of {per_round // size}"
+        )
+    return envs, size * groups // per_round
+
+
+def _check_minibatch(config: Config) -> None:
+    steps = 2 * config.grpo.group_size * config.grpo.groups
+    minibatch = config.grpo.minibatch
+    if minibatch is not None and minibatch > steps:
+        raise UserError(
+            f"grpo.minibatch = {minibatch} is more than the {steps} steps of an iteration "
+            f"(2 x group_size x groups): choose {steps} or less, or null"
+        )
+
+
+def _check_devices(config: Config) -> None:
+    runners, model = config.runners, config.model
+    for key, gpus in (
+        ("runners.gpus", runners.gpus),
+        ("runners.learner_gpus", runners.learner_gpus),
+    ):
+        if gpus > 1 and gpus != int(gpus):
+            raise UserError(f"{key} = {gpus:g} is not allowed: whole GPUs above one, or a fraction")
+    if runners.count and model.device.startswith("cuda") and runners.gpus == 0:
+        raise UserError(
+            f"model.device = {model.device!r} needs a GPU in each runner, but runners.gpus = 0: "
+            "set runners.gpus=1, or model.device=cpu"
+        )
+    if runners.count and model.threads > max(1, runners.cpus) and runners.gpus == 0:
+        raise UserError(
+            f"model.threads = {model.threads} is more than runners.cpus = {runners.cpus:g}: "
+            f"runners "
+            f"would slow one another down; set runners.cpus={model.threads}"
+        )
+
+
+def _machine_gpus(plan: ResourcePlan) -> int:
+    """GPUs of this machine; asked only where the plan wants some, as asking loads torch."""
+    if plan.gpus == 0:
+        return 0
+    import torch
+
+    return torch.cuda.device_count()

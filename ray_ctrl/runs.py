@@ -1,0 +1,266 @@
+"""The run folder: configuration, origin, metrics, checkpoints, exported controller.
+
+    config.yaml  run.json  metrics.jsonl  tensorboard/  checkpoints/iteration_000010/  controller/
+
+Nothing in it is overwritten silently. Checkpoints are written aside and renamed, with a manifest of
+hashes, so a
+half-written or damaged one is recognised and the one before it is used.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from envs.errors import UserError
+from ray_ctrl.config import Config
+from ray_ctrl.provenance import provenance
+from ray_ctrl.settings import load_config, to_yaml
+
+FORMAT_VERSION = 1
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One good checkpoint: its folder, the iterations done, and its validation score where it has
+    one.
+    """
+
+    path: Path
+    iteration: int
+    score: float | None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk; make one with `create`, find one with `open`."""
+
+    root: Path
+
+    @classmethod
+    def create(cls, root: Path, config: Config) -> "RunFolder":
+        """A new run folder.
+
+        Raises:
+            UserError: the folder exists and is not empty, or cannot be made.
+        """
+        if root.is_file() or (root.is_dir() and any(root.iterdir())):
+            raise UserError(
+                f"run folder {root} exists already: continue it with --resume, or choose another "
+                "with --run-dir"
+            )
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make run folder {root}: {error.strerror}") from None
+        write_text(root / "config.yaml", to_yaml(config))
+        started = {"format_version": FORMAT_VERSION, "seed": config.run.seed, **provenance()}
+        write_json(root / "run.json", started | {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        return cls(root)
+
+    @classmethod
+    def open(cls, root: Path) -> "RunFolder":
+        """An existing run folder.
+
+        Raises:
+            UserError: there is none at `root`.
+        """
+        if not (root / "config.yaml").is_file() or not (root / "run.json").is_file():
+            raise UserError(f"{root} is not a run folder: it has no config.yaml and run.json")
+        return cls(root)
+
+    @property
+    def config(self) -> Config:
+        return load_config(None, self.root / "config.yaml")
+
+    @property
+    def controller(self) -> Path:
+        """Where the chosen controller is exported."""
+        return self.root / "controller"
+
+    # -- metrics ------------------------------------------------------------------------------
+
+    def append_metrics(self, metrics: Metrics) -> None:
+        """Adds one iteration as a line of JSON, in one write."""
+        with (self.root / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> list[Metrics]:
+        """All whole lines; a torn last line (the process died in writing it) is left out."""
+        path = self.root / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        return list(_whole_lines(path))
+
+    def cut_metrics(self, iteration: int) -> None:
+        """Drops lines after `iteration`, so that the iterations to come are written once."""
+        kept = [line for line in self.metrics() if line["iteration"] <= iteration]
+        write_text(self.root / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self, iteration: int, score: float | None, write: Callable[[Path], None]
+    ) -> Checkpoint:
+        """Has `write` fill a folder aside, hashes it, and renames it into place.
+
+        Raises:
+            UserError: the disk refuses (full, read-only); the checkpoints before stay as they were.
+        """
+        folder = self.root / "checkpoints"
+        final = folder / f"iteration_{iteration:06d}"
+        aside = folder / f".writing_{iteration:06d}"
+        try:
+            _clean_aside(folder)
+            aside.mkdir(parents=True)
+            write(aside)
+            state = {"format_version": FORMAT_VERSION, "iteration": iteration, "score": score}
+            write_json(aside / "state.json", state)
+            write_json(aside / "manifest.json", _manifest(aside))
+            if final.exists():
+                shutil.rmtree(final)
+            aside.rename(final)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(
+                f"cannot write checkpoint {final}: {error.strerror or error}; free space there and "
+                "continue with --resume"
+            ) from error
+        return Checkpoint(final, iteration, score)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Good checkpoints, oldest first; damaged ones are warned of and left out."""
+        good = []
+        for path in sorted((self.root / "checkpoints").glob("iteration_*")):
+            problem = damage(path)
+            if problem is None:
+                state = json.loads((path / "state.json").read_text("utf-8"))
+                good.append(Checkpoint(path, state["iteration"], state["score"]))
+            else:
+                warnings.warn(f"checkpoint {path} is left out: {problem}", stacklevel=2)
+        return good
+
+    def latest(self) -> Checkpoint | None:
+        """The newest good checkpoint; None when none was written yet.
+
+        Raises:
+            UserError: there are checkpoints, and every one is damaged.
+        """
+        good = self.checkpoints()
+        if good:
+            return good[-1]
+        if any((self.root / "checkpoints").glob("iteration_*")):
+            raise UserError(
+                f"every checkpoint in {self.root / 'checkpoints'} is damaged: start again in a new "
+                "run folder with --run-dir"
+            )
+        return None
+
+    def set_aside_after(self, iteration: int) -> None:
+        """Renames checkpoints after `iteration` (damaged ones) to `.damaged_*`, out of the way."""
+        folder = self.root / "checkpoints"
+        for path in folder.glob("iteration_*"):
+            if int(path.name.removeprefix("iteration_")) > iteration:
+                target = folder / f".damaged_{path.name}_{time.time_ns()}"
+                path.rename(target)
+
+    def prune(self, keep: int) -> None:
+        """Removes all good checkpoints but the newest `keep` and the best."""
+        good = self.checkpoints()
+        kept = {c.path for c in good[-keep:]}
+        top = best(good)
+        if top is not None:
+            kept.add(top.path)
+        for checkpoint in good:
+            if checkpoint.path not in kept:
+                shutil.rmtree(checkpoint.path, ignore_errors=True)
+
+
+def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    """The checkpoint with the highest validation score, the earlier on a tie; the last one where
+    none has a score.
+    """
+    scored = [c for c in checkpoints if c.score is not None]
+    if scored:
+        return max(scored, key=lambda c: (c.score, -c.iteration))
+    return checkpoints[-1] if checkpoints else None
+
+
+def newest_run(folder: Path) -> RunFolder:
+    """The run folder under `folder` that was changed last.
+
+    Raises:
+        UserError: there is none.
+    """
+    runs = [
+        path.parent for path in folder.glob("*/run.json") if (path.parent / "config.yaml").is_file()
+    ]
+    if not runs:
+        raise UserError(f"no run folder under {folder}: train first with 'ray-ctrl train'")
+    return RunFolder(max(runs, key=lambda path: (path / "run.json").stat().st_mtime_ns))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint folder, by its manifest; None when nothing is."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return "its manifest is missing or unreadable"
+    if not isinstance(manifest, dict) or "state.json" not in manifest:
+        return "its manifest is not one of ray-ctrl's"
+    for name, digest in manifest.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"file {name} is missing"
+        if _digest(path) != digest:
+            return f"file {name} is damaged"
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file aside, flushes it to disk and renames it: readers see the old or the new
+    one.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _whole_lines(path: Path) -> Iterator[Metrics]:
+    text = path.read_text("utf-8", errors="replace")
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and "iteration" in entry:
+            yield entry
+
+
+def _clean_aside(folder: Path) -> None:
+    for path in folder.glob(".writing_*"):
+        shutil.rmtree(path)
+
+
+def _manifest(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,66 @@
+"""Sizes that do not divide and resources that are not there are refused before Ray starts."""
+
+import pytest
+
+from cluster.resources import resource_plan, shortfall
+from envs.errors import UserError
+from ray_ctrl.feasibility import plan_layout
+from ray_ctrl.settings import load_config
+
+
+@pytest.fixture(autouse=True)
+def _two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray_ctrl.feasibility.machine_cpus", lambda: 2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_rollouts_spread_evenly_by_default() -> None:
+    layout = plan_layout(load_config("smoke", None, ["runners.count=2"]))
+    assert (layout.envs, layout.rounds) == (8, 1)
+
+
+def test_given_vectors_make_rounds() -> None:
+    layout = plan_layout(load_config("smoke", None, ["runners.envs=4", "grpo.groups=6"]))
+    assert (layout.envs, layout.rounds) == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["runners.envs=6"], "does not divide runners.envs = 6"),
+        (["runners.envs=8", "grpo.groups=5"], "do not fill whole rounds"),
+        (["runners.count=2", "grpo.groups=5"], "multiple of 2"),
+        (["runners.count=4"], "4 CPUs wanted, 2 there"),
+        (["runners.count=1", "runners.gpus=0.5"], "GPUs wanted"),
+        (["runners.count=1", "model.device=cuda"], r"runners\.gpus = 0"),
+        (["runners.count=1", "runners.gpus=1.5"], "whole GPUs"),
+        (["runners.count=1", "model.threads=2"], r"more than runners\.cpus"),
+        (["grpo.minibatch=1000"], "more than the 32 steps"),
+    ],
+)
+def test_infeasible_settings_name_what_to_change(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        plan_layout(load_config("smoke", None, overrides))
+
+
+def test_a_cluster_is_not_checked_against_this_machine() -> None:
+    overrides = ["runners.count=4", "runners.gpus=1", "runners.address=10.0.0.1:6379"]
+    assert plan_layout(load_config("smoke", None, overrides)).resources.gpus == 4
+
+
+def test_plan_totals_and_text() -> None:
+    plan = resource_plan(
+        runners=2,
+        runner_cpus=3,
+        runner_gpus=0.5,
+        learners=1,
+        learner_cpus=1,
+        learner_gpus=0.25,
+        evaluation_runners=1,
+    )
+    assert (plan.cpus, plan.gpus) == (10, 1.75)
+    text = "\n".join(plan.lines())
+    for role in ("driver", "env runner", "learner", "evaluation runner", "placed by Ray"):
+        assert role in text
+    assert shortfall(plan, {"CPU": 10, "GPU": 2}, "here") is None
+    assert "1.75 GPUs wanted, 1 there" in (shortfall(plan, {"CPU": 10, "GPU": 1}, "here") or "")

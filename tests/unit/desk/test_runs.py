@@ -1,0 +1,133 @@
+"""Run folders: nothing overwritten, damage recognised, metrics cut back."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+from envs.errors import UserError
+from ray_ctrl.config import Config
+from ray_ctrl.runs import RunFolder, best, newest_run
+from ray_ctrl.settings import load_config
+
+
+def _write(folder: Path) -> None:
+    (folder / "algorithm").mkdir()
+    (folder / "algorithm" / "weights.bin").write_bytes(b"\x00" * 64)
+
+
+def _run(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path / "run", load_config("smoke"))
+
+
+def test_create_writes_origin_and_refuses_a_second_time(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    origin = json.loads((run.root / "run.json").read_text("utf-8"))
+    assert origin["seed"] == 0
+    assert {"torch", "ray"} <= set(origin["versions"])
+    assert "git_commit" in origin
+    assert run.config == load_config("smoke")
+    with pytest.raises(UserError, match="exists already: continue it with --resume"):
+        RunFolder.create(run.root, Config())
+    assert run.config == load_config("smoke")
+
+
+def test_empty_folder_may_be_used_and_a_file_may_not(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    RunFolder.create(tmp_path / "empty", Config())
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(UserError, match="exists already"):
+        RunFolder.create(tmp_path / "file", Config())
+
+
+def test_open_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run folder"):
+        RunFolder.open(tmp_path)
+    with pytest.raises(UserError, match="no run folder under"):
+        newest_run(tmp_path)
+    assert newest_run(_run(tmp_path).root.parent).root == tmp_path / "run"
+
+
+def test_metrics_are_cut_back_and_a_torn_line_is_dropped(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    for iteration in range(1, 6):
+        run.append_metrics({"iteration": iteration, "reward": iteration / 10})
+    with (run.root / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"iteration": 6, "rew')
+    assert [m["iteration"] for m in run.metrics()] == [1, 2, 3, 4, 5]
+    run.cut_metrics(3)
+    run.append_metrics({"iteration": 4, "reward": 0.0})
+    assert [m["iteration"] for m in run.metrics()] == [1, 2, 3, 4]
+
+
+def test_latest_falls_back_over_damage(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    assert run.latest() is None
+    run.save_checkpoint(2, None, _write)
+    later = run.save_checkpoint(4, 0.5, _write)
+    assert run.latest() == later
+    (later.path / "algorithm" / "weights.bin").write_bytes(b"\x01" * 64)
+    with pytest.warns(UserWarning, match=r"weights\.bin is damaged"):
+        latest = run.latest()
+    assert latest is not None
+    assert latest.iteration == 2
+    run.set_aside_after(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [c.iteration for c in run.checkpoints()] == [2]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "algorithm/weights.bin"])
+def test_only_damaged_checkpoints_is_an_error(tmp_path: Path, name: str) -> None:
+    run = _run(tmp_path)
+    (run.save_checkpoint(2, None, _write).path / name).unlink()
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(UserError, match="every checkpoint"),
+    ):
+        run.latest()
+
+
+def test_failed_write_leaves_earlier_checkpoints_alone(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    run.save_checkpoint(2, None, _write)
+
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left on device"):
+        run.save_checkpoint(4, None, full)
+    assert [c.iteration for c in run.checkpoints()] == [2]
+    assert not list((run.root / "checkpoints").glob(".writing_*"))
+
+
+def test_half_written_folder_of_a_killed_process_is_not_a_checkpoint(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    run.save_checkpoint(2, None, _write)
+    _half = run.root / "checkpoints" / ".writing_000004"
+    _half.mkdir()
+    _write(_half)
+    assert [c.iteration for c in run.checkpoints()] == [2]
+    run.save_checkpoint(4, None, _write)
+    assert [c.iteration for c in run.checkpoints()] == [2, 4]
+    assert not _half.exists()
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    for iteration, score in ((1, 0.2), (2, 0.9), (3, 0.1), (4, None), (5, 0.3)):
+        run.save_checkpoint(iteration, score, _write)
+    top = best(run.checkpoints())
+    assert top is not None
+    assert top.iteration == 2
+    run.prune(2)
+    assert [c.iteration for c in run.checkpoints()] == [2, 4, 5]
+
+
+def test_best_without_scores_is_the_last(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    run.save_checkpoint(1, None, _write)
+    run.save_checkpoint(2, None, _write)
+    assert best(run.checkpoints()) == run.checkpoints()[-1]
+    assert best([]) is None
