@@ -1,8 +1,9 @@
-"""The frozen encoder from a budget to the latency token, one extra embedding appended after the prompt.
+"""The frozen encoder from a budget to the latency token, one extra embedding appended after the
+prompt.
 
-The budget is quantised to 16 logarithmic levels, so latency tokens can be kept and reused; the exact budget reaches
-the controller through its budget feature. Idea: an embedding of the target latency that the model's own first blocks
-mix with what they see of image and question.
+The budget is quantised to 16 logarithmic levels, so latency tokens can be kept and reused; the
+exact budget reaches the controller through its budget feature. Idea: an embedding of the target
+latency that the model's own first blocks mix with what they see of image and question.
 """
 
 import math
@@ -18,7 +19,8 @@ from envs.errors import UserError
 
 LEVELS: Final = 16
 LOG_RATIO_LOW: Final = math.log(1 / 8)
-"""Log ratio of budget to reference latency at the middle of level 0: an eighth of the full plan's latency."""
+"""Log ratio of budget to reference latency at the middle of level 0: an eighth of the full plan's
+latency."""
 LOG_RATIO_HIGH: Final = math.log(2)
 """The same for level 15: twice the full plan's latency."""
 _WAVES: Final = 9
@@ -36,7 +38,9 @@ def budget_level(log_ratio: float) -> int:
         UserError: a ratio that is not finite (a budget of zero, NaN or infinity).
     """
     if not math.isfinite(log_ratio):
-        raise UserError(f"log budget ratio {log_ratio!r} is not allowed: give a finite budget above 0 ms")
+        raise UserError(
+            f"log budget ratio {log_ratio!r} is not allowed: give a finite budget above 0 ms"
+        )
     place = (log_ratio - LOG_RATIO_LOW) / (LOG_RATIO_HIGH - LOG_RATIO_LOW)
     return min(max(round(place * (LEVELS - 1)), 0), LEVELS - 1)
 
@@ -63,9 +67,13 @@ def level_token(level: int, d_model: int, seed: int = 0, norm: float = 1.0) -> T
         UserError: a level outside 0 to 15, a width below 1 or a length that is not above 0.
     """
     if d_model < 1:
-        raise UserError(f"latency token width {d_model!r} is not allowed: give the model's width, 1 or more")
+        raise UserError(
+            f"latency token width {d_model!r} is not allowed: give the model's width, 1 or more"
+        )
     if not (math.isfinite(norm) and norm > 0):
-        raise UserError(f"latency token length {norm!r} is not allowed: give a finite length above 0")
+        raise UserError(
+            f"latency token length {norm!r} is not allowed: give a finite length above 0"
+        )
     direction_D = _directions(d_model, seed)[_checked(level)]
     return torch.from_numpy((direction_D * norm).astype(np.float32))
 
@@ -74,7 +82,8 @@ def level_token(level: int, d_model: int, seed: int = 0, norm: float = 1.0) -> T
 def _directions(d_model: int, seed: int) -> npt.NDArray[np.float64]:
     """Unit vectors (16, d_model): each dimension is a random smooth curve over the levels.
 
-    A sum of low-frequency waves with seeded amplitudes. Summed in a fixed order rather than by BLAS, whose last bits
+    A sum of low-frequency waves with seeded amplitudes. Summed in a fixed order rather than by
+    BLAS, whose last bits
     depend on the machine.
     """
     amplitudes = np.random.Generator(np.random.Philox(seed)).standard_normal((2, _WAVES, d_model))
@@ -83,7 +92,9 @@ def _directions(d_model: int, seed: int) -> npt.NDArray[np.float64]:
     for wave in range(_WAVES):
         angle_L1 = (math.pi * wave * place_L)[:, None]
         weight = math.exp(-0.25 * (math.pi * wave * _WIDTH) ** 2)
-        curves += weight * (np.cos(angle_L1) * amplitudes[0, wave] + np.sin(angle_L1) * amplitudes[1, wave])
+        curves += weight * (
+            np.cos(angle_L1) * amplitudes[0, wave] + np.sin(angle_L1) * amplitudes[1, wave]
+        )
     unit: npt.NDArray[np.float64] = curves / np.sqrt((curves**2).sum(axis=1, keepdims=True))
     return unit
 

@@ -1,4 +1,6 @@
-"""What every clock reports: the stages of one request in milliseconds, and the sizes that latency depends on."""
+"""What every clock reports: the stages of one request in milliseconds, and the sizes that latency
+depends on.
+"""
 
 import math
 from collections.abc import Mapping
@@ -37,12 +39,16 @@ class LatencyRecord:
         for stage in STAGES:
             value = getattr(self, stage)
             if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"stage {stage} took {value!r} ms: give a finite time of 0 ms or more")
+                raise UserError(
+                    f"stage {stage} took {value!r} ms: give a finite time of 0 ms or more"
+                )
 
     @property
     def total(self) -> float:
         """The whole request, ms."""
-        return self.processor + self.vision + self.prefix + self.suffix + self.decode + self.controller
+        return (
+            self.processor + self.vision + self.prefix + self.suffix + self.decode + self.controller
+        )
 
     def to_dict(self) -> dict[str, float]:
         """Stage name to milliseconds, in the order they run."""
@@ -67,7 +73,8 @@ class RequestShape:
 
     Attributes:
         crops: image crops the vision tower encodes, the global view included (0 for text-only).
-        image_tokens: positions of the prompt that belong to the image, its start, end and column marks included.
+        image_tokens: positions of the prompt that belong to the image, its start, end and column
+            marks included.
         prompt_tokens: all positions of the prompt, image included, latency token not.
         pixels: width times height of the image as given (0 for text-only).
 
@@ -82,7 +89,10 @@ class RequestShape:
 
     def __post_init__(self) -> None:
         if min(self.crops, self.image_tokens, self.pixels) < 0 or self.prompt_tokens < 1:
-            raise UserError(f"request {self} is not allowed: sizes are 0 or more, and a prompt has a token at least")
+            raise UserError(
+                f"request {self} is not allowed: sizes are 0 or more, and a prompt has a token at "
+                f"least"
+            )
         if self.image_tokens > self.prompt_tokens:
             raise UserError(
                 f"request {self} is not allowed: its {self.image_tokens} image tokens "

@@ -1,0 +1,97 @@
+"""What a clock is, and the fixed reference request that budgets are seen relative to.
+
+Two kinds answer with the same record: a `Clock` computes it from a request's sizes, so rollouts can
+be batched and reused; a `MeasuringClock` has to run the very request.
+"""
+
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from envs.knobs import TIER_CROPS, ExecutionPlan
+from envs.latency.record import LatencyRecord, RequestShape
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+    from envs.model.config import MolmoEConfig
+
+FULL_PLAN: Final = ExecutionPlan()
+REFERENCE_NEW_TOKENS: Final = 4
+REFERENCE_TEXT_TOKENS: Final = 24
+REFERENCE_TILING: Final = (3, 4)
+"""Rows and columns of crops: the high tier's 12 crops on an image of 4:3."""
+
+
+class AnyClock(Protocol):
+    """What every clock has.
+
+    Attributes:
+        name: `roofline`, `profiled` or `measured`.
+        deterministic: equal arguments give equal records, in every process.
+        reference_ms: latency of the full plan on the reference request, ms.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def deterministic(self) -> bool: ...
+    @property
+    def reference_ms(self) -> float: ...
+
+
+class Clock(AnyClock, Protocol):
+    """A clock that knows a request's latency from its sizes, its plan and the length of its
+    answer."""
+
+    def latency(
+        self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int
+    ) -> LatencyRecord: ...
+
+    def p95(self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> float:
+        """95th percentile of the request's latency, ms; the latency itself for a clock without
+        spread."""
+        ...
+
+
+class MeasuringClock(AnyClock, Protocol):
+    """A clock that times the very request, at batch 1, with nothing shared or reused."""
+
+    def measure(
+        self, sample: Any, plan: ExecutionPlan, controller: Any = None
+    ) -> tuple[Any, LatencyRecord]: ...
+
+
+def is_measuring(clock: Clock | MeasuringClock) -> "TypeIs[MeasuringClock]":
+    """Whether `clock` has to run every request itself."""
+    return hasattr(clock, "measure")
+
+
+def image_tokens(config: "MolmoEConfig", tiling: tuple[int, int] | None) -> int:
+    """Prompt positions an image takes at a tiling: per view a start and an end mark and a mark
+    after each row.
+
+    The crops' overlap margins are cut before pooling, except at the rim of the image (golden data,
+    image processor).
+    """
+    if tiling is None:
+        return 0
+    vision = config.vision
+    rows, columns = vision.token_grid
+    views = rows * (columns + 1) + 2
+    inner = vision.grid - sum(config.overlap_margins)
+    rim = sum(config.overlap_margins)
+    high = -(-(tiling[0] * inner + rim) // vision.pooling[0])
+    wide = -(-(tiling[1] * inner + rim) // vision.pooling[1])
+    return views + high * (wide + 1) + 2
+
+
+def reference_shape(config: "MolmoEConfig") -> RequestShape:
+    """The reference request of a model: 12 crops and the global view, a short question, an image of
+    the crops' area."""
+    rows, columns = REFERENCE_TILING
+    tokens = image_tokens(config, REFERENCE_TILING)
+    return RequestShape(
+        crops=TIER_CROPS["high"] + 1,
+        image_tokens=tokens,
+        prompt_tokens=tokens + REFERENCE_TEXT_TOKENS,
+        pixels=rows * columns * config.vision.crop_size**2,
+    )

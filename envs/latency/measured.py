@@ -1,0 +1,82 @@
+"""A clock that times the very request on this device, at batch 1."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+from PIL import Image
+
+from envs.knobs import ExecutionPlan
+from envs.latency.clock import FULL_PLAN, REFERENCE_NEW_TOKENS, REFERENCE_TILING
+from envs.latency.record import LatencyRecord
+from envs.tasks.sample import ImageRef, Sample
+
+_REFERENCE_QUESTION: Final = "What can be seen in this picture, and how many of them are there?"
+
+
+class MeasuredClock:
+    """Wall clock of whole requests, device-synchronised; nothing is shared between them or reused.
+
+    Args:
+        engine: runs the requests.
+        repeats: runs of the reference request, of which the median counts; two more warm the device
+            up.
+    """
+
+    name: Final = "measured"
+    deterministic: Final = False
+
+    def __init__(self, engine: Any, repeats: int = 5) -> None:
+        self.engine = engine
+        self.repeats = repeats
+
+    @cached_property
+    def reference_ms(self) -> float:
+        """Latency of the full plan on a drawn 4:3 image with 12 crops, its decoding scaled to 4 new
+        tokens, ms."""
+        sample = reference_sample(self.engine.model.config.vision.crop_size)
+        totals = []
+        for turn in range(self.repeats + 2):
+            outcome, record = self.measure(sample, FULL_PLAN)
+            if turn >= 2:
+                decode = record.decode * REFERENCE_NEW_TOKENS / max(outcome.n_tokens, 1)
+                totals.append(record.total - record.decode + decode)
+        return float(np.median(totals))
+
+    def measure(
+        self, sample: Sample, plan: ExecutionPlan, controller: Any = None
+    ) -> tuple[Any, LatencyRecord]:
+        """Run one request; returns its outcome and its stage times."""
+        outcome, record = self.engine.run_measured(sample, plan, controller)
+        return outcome, record
+
+
+@dataclass(frozen=True)
+class _DrawnImage(ImageRef):
+    """A fixed colour ramp of a given size."""
+
+    width: int
+    height: int
+
+    @property
+    def digest(self) -> str:  # type: ignore[override]
+        return hashlib.sha256(f"colour ramp {self.width} x {self.height}".encode()).hexdigest()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
+
+    def load(self) -> Image.Image:
+        down, right = np.mgrid[0 : self.height, 0 : self.width]
+        channels = (down * 255 // self.height, right * 255 // self.width, (down + right) % 256)
+        return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def reference_sample(crop_size: int) -> Sample:
+    """The reference request as a sample: an image that every model of this kind cuts into 3 x 4
+    crops."""
+    rows, columns = REFERENCE_TILING
+    image = _DrawnImage(width=columns * crop_size, height=rows * crop_size)
+    return Sample(id=image.digest[:16], image=image, question=_REFERENCE_QUESTION, answers=("",))

@@ -1,0 +1,140 @@
+"""A clock read off a profile table: small stage models, interpolated over tokens, blocks and
+experts.
+
+Every stage is a sum of non-negative costs of things that a request has more or less of (crops,
+positions, blocks, experts, answer tokens), so the clock rises in each of them and stays sensible
+between and beyond what was measured.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import nnls
+
+from envs.errors import UserError
+from envs.knobs import ExecutionPlan
+from envs.latency.clock import FULL_PLAN, REFERENCE_NEW_TOKENS
+from envs.latency.record import STAGES, LatencyRecord, RequestShape
+from envs.latency.table import Cell, Identity, ProfileTable
+
+Array = npt.NDArray[np.float64]
+_FLOOR: Final = 0.05
+"""A stage below this share of its request is fitted as if it were that large: its relative error
+does not matter."""
+
+
+class ProfiledClock:
+    """Latency interpolated from a table measured on this device.
+
+    Args:
+        table: measured cells.
+        identity: what this process runs on; None trusts the table as it is (planning for another
+            device).
+
+    Raises:
+        UserError: the table was measured on something else, or has fewer than 8 cells.
+    """
+
+    name: Final = "profiled"
+    deterministic: Final = True
+
+    def __init__(self, table: ProfileTable, identity: Identity | None = None) -> None:
+        if identity is not None:
+            table.check(identity)
+        if len(table.cells) < 8:
+            raise UserError(
+                f"the profile table has {len(table.cells)} cells: measure 8 or more with `ray-ctrl "
+                f"profile`"
+            )
+        self.table = table
+        self._costs = {stage: _fit(stage, table.cells) for stage in STAGES}
+
+    @classmethod
+    def for_engine(cls, table: ProfileTable, engine: Any) -> "ProfiledClock":
+        """The clock of `table`, refused where `engine` runs on something else."""
+        return cls(table, Identity.of(engine))
+
+    @cached_property
+    def reference_ms(self) -> float:
+        """Latency of the full plan on the reference request, ms."""
+        return self.latency(self.table.reference, FULL_PLAN, REFERENCE_NEW_TOKENS).total
+
+    def latency(self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> LatencyRecord:
+        """Median stage times of one request at batch 1, ms."""
+        if new_tokens < 0:
+            raise UserError(f"{new_tokens!r} new tokens are not allowed: give 0 or more")
+        rows = quantities(shape, plan, new_tokens)
+        return LatencyRecord(**{stage: float(rows[stage] @ self._costs[stage]) for stage in STAGES})
+
+    def p95(self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> float:
+        """95th percentile of the request's latency, ms: the median times the table's relative
+        spread."""
+        return self.latency(shape, plan, new_tokens).total * max(1.0, self.quantile(0.95))
+
+    def quantile(self, share: float) -> float:
+        """Quantile of measured over predicted latency in the table: noise of the device and misfit
+        of the clock."""
+        return float(np.quantile(self._ratios, share))
+
+    @cached_property
+    def median_error(self) -> float:
+        """Median absolute relative error on the table's own cells: how well the stage models
+        fit."""
+        errors = [
+            abs(self._predict(c) / float(np.median(c.totals_ms)) - 1.0) for c in self.table.cells
+        ]
+        return float(np.median(errors))
+
+    @cached_property
+    def _ratios(self) -> Array:
+        return np.array(
+            [ms / self._predict(cell) for cell in self.table.cells for ms in cell.totals_ms]
+        )
+
+    def _predict(self, cell: Cell) -> float:
+        return self.latency(cell.shape, cell.plan, cell.new_tokens).total
+
+
+def quantities(shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> dict[str, Array]:
+    """What each stage has to do, in units near 1: one vector of costed things per stage."""
+    thousands, first = shape.prompt_tokens / 1000, plan.insertion
+    rest, top_k = len(plan.blocks) - first, plan.top_k / 8
+    context = (shape.prompt_tokens + new_tokens / 2) / 1000
+    image = float(shape.crops > 0)
+    crops = shape.crops / 10
+    rows = {
+        "processor": [1.0, image, crops, shape.pixels / 1e6, thousands],
+        "vision": [image, crops, crops**2],
+        "prefix": [1.0, first, first * thousands, first * thousands**2],
+        "suffix": [
+            1.0,
+            rest,
+            rest * top_k,
+            rest * thousands,
+            rest * thousands * top_k,
+            rest * thousands**2,
+        ],
+        "decode": [
+            new_tokens,
+            new_tokens * (first + rest),
+            new_tokens * (first + rest * top_k),
+            new_tokens * (first + rest) * context,
+        ],
+        "controller": [1.0],
+    }
+    return {stage: np.array(row, dtype=np.float64) for stage, row in rows.items()}
+
+
+def _fit(stage: str, cells: Sequence[Cell]) -> Array:
+    """Non-negative costs of one stage that minimise the squared relative error over the cells."""
+    rows = np.stack([quantities(cell.shape, cell.plan, cell.new_tokens)[stage] for cell in cells])
+    times = np.array([getattr(cell.median, stage) for cell in cells])
+    if stage == "controller":
+        return np.array([float(np.median(times))])
+    floor = np.array([_FLOOR * cell.median.total for cell in cells])
+    scale = np.sqrt([cell.weight for cell in cells]) / np.maximum(times, floor)
+    costs, _ = nnls(rows * scale[:, None], times * scale)
+    return np.asarray(costs, dtype=np.float64)

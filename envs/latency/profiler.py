@@ -1,0 +1,265 @@
+"""Measuring a device: real requests at batch 1, in interleaved random order, into a profile table."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from envs.errors import UserError
+from envs.knobs import (
+    BLOCK_COUNTS,
+    INSERTIONS,
+    MODEL_BLOCKS,
+    TIERS,
+    TOP_KS,
+    ExecutionPlan,
+    block_options,
+)
+from envs.latency.clock import reference_shape
+from envs.latency.profiled import ProfiledClock
+from envs.latency.record import STAGES, LatencyRecord, RequestShape
+from envs.latency.table import Cell, Identity, ProfileTable
+
+Progress = Callable[[int, int], None]
+MOST_RECALIBRATION_REQUESTS: Final = 50
+_CARRIED_WEIGHT: Final = 0.1
+_WARM_UP: Final = 2
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """A clock against measured requests that it was not fitted to.
+
+    Attributes:
+        errors: |predicted / measured - 1| of every request.
+    """
+
+    errors: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median absolute relative error."""
+        return float(np.median(self.errors))
+
+    @property
+    def p95(self) -> float:
+        """95th percentile of the absolute relative error."""
+        return float(np.quantile(self.errors, 0.95))
+
+
+def profile(
+    engine: Any,
+    samples: Sequence[Any],
+    *,
+    repeats: int = 5,
+    per_tiling: int = 16,
+    seed: int = 0,
+    progress: Progress | None = None,
+    controller: Any = None,
+) -> ProfileTable:
+    """Measure this device: for every tiling that `samples` have, requests under plans spread over
+    the knobs.
+
+    The passes over all cells are shuffled and interleaved, so that a device that warms up,
+    throttles or is disturbed
+    for a while does so for all cells alike.
+
+    Args:
+        engine: runs requests (`run_measured`).
+        samples: what to measure with; more are better, `per_tiling` of them are used for each
+            tiling.
+        repeats: timed runs of each cell.
+        per_tiling: cells for each tiling.
+        seed: of plans and order.
+        progress: called with (requests done, requests in all).
+        controller: timed within the requests where given; else that stage counts as 0 ms.
+
+    Raises:
+        UserError: no samples, or fewer than 1 repeat or cell.
+    """
+    if not samples or repeats < 1 or per_tiling < 1:
+        raise UserError(
+            f"nothing to profile with {len(samples)} samples, {repeats} repeats and {per_tiling} "
+            f"cells per tiling: "
+            f"give 1 or more of each"
+        )
+    rng = np.random.default_rng(seed)
+    cells = _cells(engine, samples, per_tiling, rng)
+    records = _measure(engine, cells, repeats, rng, progress, controller)
+    return ProfileTable(Identity.of(engine), reference_shape(engine.model.config), tuple(records))
+
+
+def recalibrate(
+    table: ProfileTable,
+    engine: Any,
+    samples: Sequence[Any],
+    *,
+    requests: int = MOST_RECALIBRATION_REQUESTS,
+    seed: int = 0,
+    progress: Progress | None = None,
+    controller: Any = None,
+) -> ProfileTable:
+    """Carry `table` over to the device that `engine` runs on, from at most 50 measured requests.
+
+    Every stage of the old cells is scaled by the median ratio seen, and they remain with little
+    weight beside the
+    new ones: they hold the clock where nothing new was measured.
+
+    Raises:
+        UserError: another model or number format, no samples, or a number of requests outside 8 to
+            50.
+    """
+    if not 8 <= requests <= MOST_RECALIBRATION_REQUESTS or not samples:
+        raise UserError(
+            f"recalibration with {requests} requests over {len(samples)} samples is not allowed: "
+            f"give 8 to {MOST_RECALIBRATION_REQUESTS} requests and a sample at least"
+        )
+    here = Identity.of(engine)
+    for what in ("model", "dtype"):
+        if getattr(table.identity, what) != getattr(here, what):
+            raise UserError(
+                f"the profile table is of {what} {getattr(table.identity, what)}, this engine runs "
+                f"{getattr(here, what)}: a table is carried over between devices only; run "
+                f"`ray-ctrl profile`"
+            )
+    rng = np.random.default_rng(seed)
+    cells = _cells(engine, samples, requests, rng)
+    chosen = [cells[i] for i in rng.permutation(len(cells))[:requests]]
+    fresh = _measure(engine, chosen, 1, rng, progress, controller)
+    old = ProfiledClock(table)
+    ratios = {}
+    for stage in STAGES:
+        pairs = [
+            (getattr(c.median, stage), getattr(old.latency(c.shape, c.plan, c.new_tokens), stage))
+            for c in fresh
+        ]
+        seen = [measured / guess for measured, guess in pairs if measured > 0 and guess > 0]
+        ratios[stage] = float(np.median(seen)) if seen else 1.0
+    carried = tuple(cell.scaled(ratios, _CARRIED_WEIGHT) for cell in table.cells)
+    return ProfileTable(
+        here, table.reference, (*fresh, *carried), recalibrated_from=table.identity.device
+    )
+
+
+def hold_out(
+    clock: ProfiledClock,
+    engine: Any,
+    samples: Sequence[Any],
+    *,
+    requests: int = 48,
+    repeats: int = 3,
+    seed: int = 1,
+    controller: Any = None,
+) -> HoldOut:
+    """Compare `clock` with requests measured now, the median of `repeats` runs each. Give samples
+    not profiled.
+
+    Args:
+        controller: as it was for the profile; without one, its time is left out on both sides.
+    """
+    rng = np.random.default_rng(seed)
+    cells = _cells(engine, samples, requests, rng)
+    chosen = [cells[i] for i in rng.permutation(len(cells))[:requests]]
+    errors = []
+    for cell in _measure(engine, chosen, repeats, rng, None, controller):
+        guess = clock.latency(cell.shape, cell.plan, cell.new_tokens)
+        expected = guess.total - (guess.controller if controller is None else 0.0)
+        errors.append(abs(expected / float(np.median(cell.totals_ms)) - 1.0))
+    return HoldOut(tuple(errors))
+
+
+_Request = tuple[Any, ExecutionPlan]
+
+
+def _cells(
+    engine: Any, samples: Sequence[Any], per_tiling: int, rng: np.random.Generator
+) -> list[_Request]:
+    """Requests to measure: for every tiling `per_tiling` of them, samples taken in turn, plans
+    spread over the knobs."""
+    by_tiling: dict[Any, list[tuple[Any, str]]] = defaultdict(list)
+    for sample in samples:
+        tilings: dict[Any, str] = {}
+        for tier in TIERS:
+            tilings.setdefault(engine.tiling(sample, tier), tier)
+        for tiling, tier in tilings.items():
+            by_tiling[tiling].append((sample, tier))
+    requests = []
+    for tiling in sorted(by_tiling, key=str):
+        places = by_tiling[tiling]
+        order = rng.permutation(len(places))
+        for i, (insertion, top_k, blocks) in enumerate(_spread(per_tiling, rng)):
+            sample, tier = places[order[i % len(order)]]
+            requests.append((sample, _plan(tier, insertion, top_k, blocks, rng)))
+    return requests
+
+
+def _spread(count: int, rng: np.random.Generator) -> list[tuple[int, int, int]]:
+    """(insertion, top-k, blocks) `count` times: both extremes, then every option of a knob about
+    equally often."""
+    extremes = [(1, max(TOP_KS), max(BLOCK_COUNTS)), (1, min(TOP_KS), min(BLOCK_COUNTS))]
+    insertions = np.resize(rng.permutation(INSERTIONS), count)
+    top_ks = np.resize(rng.permutation(TOP_KS), count)
+    rng.shuffle(top_ks)
+    drawn = [
+        (int(p), int(k), int(rng.choice(block_options(int(p)))))
+        for p, k in zip(insertions, top_ks, strict=True)
+    ]
+    return (extremes + drawn)[:count]
+
+
+def _plan(
+    tier: str, insertion: int, top_k: int, blocks: int, rng: np.random.Generator
+) -> ExecutionPlan:
+    dropped = rng.choice(np.arange(insertion, MODEL_BLOCKS), MODEL_BLOCKS - blocks, replace=False)
+    return ExecutionPlan(
+        tier, insertion, top_k, tuple(b for b in range(MODEL_BLOCKS) if b not in dropped)
+    )
+
+
+def _measure(
+    engine: Any,
+    requests: Sequence[_Request],
+    repeats: int,
+    rng: np.random.Generator,
+    progress: Progress | None,
+    controller: Any,
+) -> list[Cell]:
+    """Run every request `repeats` times in shuffled passes, after a warm-up over every tier's first
+    request."""
+    first = {plan.tier: (sample, plan) for sample, plan in reversed(requests)}
+    for _ in range(_WARM_UP):
+        for sample, plan in first.values():
+            engine.run_measured(sample, plan, controller)
+    records: list[list[LatencyRecord]] = [[] for _ in requests]
+    lengths = [0] * len(requests)
+    done, total = 0, repeats * len(requests)
+    for _ in range(repeats):
+        for i in rng.permutation(len(requests)):
+            outcome, record = engine.run_measured(*requests[i], controller)
+            records[i].append(record)
+            lengths[i] = outcome.n_tokens
+            done += 1
+            if progress is not None:
+                progress(done, total)
+    return [
+        _summary(engine.shape(sample, plan.tier), plan, length, seen)
+        for (sample, plan), length, seen in zip(requests, lengths, records, strict=True)
+    ]
+
+
+def _summary(
+    shape: RequestShape, plan: ExecutionPlan, new_tokens: int, seen: Sequence[LatencyRecord]
+) -> Cell:
+    times = np.array([[getattr(record, stage) for stage in STAGES] for record in seen])
+    median = np.median(times, axis=0)
+    spread = 1.4826 * np.median(np.abs(times - median), axis=0)
+    return Cell(
+        shape=shape,
+        plan=plan,
+        new_tokens=new_tokens,
+        median=LatencyRecord(*map(float, median)),
+        spread=LatencyRecord(*map(float, spread)),
+        totals_ms=tuple(record.total for record in seen),
+    )

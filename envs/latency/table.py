@@ -1,0 +1,220 @@
+"""The profile table: what one device took for a spread of requests, with everything that makes it
+that device's.
+"""
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+from envs.errors import UserError
+from envs.knobs import ExecutionPlan
+from envs.latency.record import LatencyRecord, RequestShape
+
+FORMAT_VERSION: Final = 1
+_PACKAGES: Final = ("torch", "transformers", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a latency depends on besides the request: a table holds for one identity only.
+
+    Attributes:
+        device: name of the processor or GPU.
+        model: fingerprint of weights and configuration.
+        dtype: number format of the weights.
+        threads: CPU threads of a process.
+        versions: installed versions of what runs the model.
+    """
+
+    device: str
+    model: str
+    dtype: str
+    threads: int
+    versions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, engine: Any) -> "Identity":
+        """The identity of this process running `engine`'s model."""
+        import torch
+
+        parameter = next(iter(engine.model.parameters()))
+        return cls(
+            device=device_name(str(parameter.device)),
+            model=engine.model.fingerprint,
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            versions={
+                "python": platform.python_version(),
+                **{p: metadata.version(p) for p in _PACKAGES},
+            },
+        )
+
+    def difference(self, other: "Identity") -> str | None:
+        """The first thing in which `other` differs, as `what: ours, theirs`; None where nothing
+        does."""
+        for what in ("device", "model", "dtype", "threads"):
+            if getattr(self, what) != getattr(other, what):
+                return (
+                    f"{what}: {_short(getattr(self, what))} against {_short(getattr(other, what))}"
+                )
+        for package in sorted({*self.versions, *other.versions}):
+            ours, theirs = self.versions.get(package), other.versions.get(package)
+            if ours != theirs:
+                return f"{package} version: {ours} against {theirs}"
+        return None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (request, plan) measured several times.
+
+    Attributes:
+        shape: sizes of the request.
+        plan: what was run; only its counts matter to latency.
+        new_tokens: length of the answer.
+        median: median of every stage, ms.
+        spread: 1.4826 times the median absolute deviation of every stage, ms (a robust standard
+            deviation).
+        totals_ms: the whole request in every repeat, ms.
+        weight: trust in this cell when fitting; below 1 where it was carried over from another
+            device.
+    """
+
+    shape: RequestShape
+    plan: ExecutionPlan
+    new_tokens: int
+    median: LatencyRecord
+    spread: LatencyRecord
+    totals_ms: tuple[float, ...]
+    weight: float = 1.0
+
+    def scaled(self, ratios: Mapping[str, float], weight: float) -> "Cell":
+        """This cell with every stage multiplied by its ratio, as a guess for another device."""
+        median = LatencyRecord(**{s: ms * ratios[s] for s, ms in self.median.to_dict().items()})
+        spread = LatencyRecord(**{s: ms * ratios[s] for s, ms in self.spread.to_dict().items()})
+        whole = median.total / self.median.total
+        totals = tuple(ms * whole for ms in self.totals_ms)
+        return replace(self, median=median, spread=spread, totals_ms=totals, weight=weight)
+
+
+@dataclass(frozen=True)
+class ProfileTable:
+    """Cells of one identity, with the reference request of the model; saved as JSON.
+
+    Attributes:
+        recalibrated_from: device of the table this one was carried over from; None where all was
+            measured here.
+    """
+
+    identity: Identity
+    reference: RequestShape
+    cells: tuple[Cell, ...]
+    recalibrated_from: str | None = None
+
+    def check(self, identity: Identity) -> None:
+        """Refuse to serve another device, model, thread count or software version.
+
+        Raises:
+            UserError: naming both sides of the first difference.
+        """
+        difference = self.identity.difference(identity)
+        if difference is not None:
+            raise UserError(
+                f"the profile table was measured elsewhere ({difference} here): measure this "
+                f"device with "
+                f"`ray-ctrl profile`, or recalibrate the table on it"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON to `path`: written aside, then renamed, so that a reader never sees half a
+        table."""
+        target = Path(path)
+        body = {"format_version": FORMAT_VERSION, **asdict(self)}
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(body, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(aside).chmod(0o644)
+            Path(aside).replace(target)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ProfileTable":
+        """Read a table.
+
+        Raises:
+            UserError: the file is missing, broken, or of another format version.
+        """
+        advice = "measure a new one with `ray-ctrl profile`"
+        try:
+            body = json.loads(Path(path).read_text("utf-8"))
+        except OSError as error:
+            raise UserError(
+                f"cannot read profile table {path}: {error.strerror}; {advice}"
+            ) from None
+        except ValueError as error:
+            raise UserError(f"profile table {path} is not valid JSON: {error}; {advice}") from None
+        if not isinstance(body, dict) or body.get("format_version") != FORMAT_VERSION:
+            seen = body.get("format_version") if isinstance(body, dict) else type(body).__name__
+            raise UserError(
+                f"profile table {path} has format {seen!r}, this version reads {FORMAT_VERSION}; "
+                f"{advice}"
+            )
+        try:
+            return cls(
+                identity=Identity(**body["identity"]),
+                reference=RequestShape(**body["reference"]),
+                cells=tuple(_cell(cell) for cell in body["cells"]),
+                recalibrated_from=body["recalibrated_from"],
+            )
+        except (KeyError, TypeError, UserError) as error:
+            raise UserError(
+                f"profile table {path} is damaged ({type(error).__name__}: {error}); {advice}"
+            ) from None
+
+
+def _cell(body: Mapping[str, Any]) -> Cell:
+    return Cell(
+        shape=RequestShape(**body["shape"]),
+        plan=ExecutionPlan(**body["plan"]),
+        new_tokens=int(body["new_tokens"]),
+        median=LatencyRecord.from_dict(body["median"]),
+        spread=LatencyRecord.from_dict(body["spread"]),
+        totals_ms=tuple(float(ms) for ms in body["totals_ms"]),
+        weight=float(body["weight"]),
+    )
+
+
+@lru_cache(maxsize=8)
+def device_name(device: str) -> str:
+    """Readable name of a torch device: the GPU's, or the CPU's model and core count."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(torch.device(device))
+    if device != "cpu":
+        return f"{device} on {platform.machine()}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 else text
