@@ -139,7 +139,7 @@ def _wide_grey(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float32)
     values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     if image.mode == "F":
-        scaled = values * 255 if values.min() >= 0 and values.max() <= 1 else values
+        values = values * 255 if values.min() >= 0 and values.max() <= 1 else values
     else:
-        scaled = values / 257
-    return Image.fromarray(np.rint(scaled.clip(0, 255)).astype(np.uint8)).convert("RGB")
+        values = values / 257
+    return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8)).convert("RGB")
