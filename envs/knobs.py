@@ -86,18 +86,11 @@ class ExecutionPlan:
         if self.tier not in TIERS:
             raise UserError(f"tier {self.tier!r} is not allowed: choose one of {', '.join(TIERS)}")
         if self.insertion not in INSERTIONS:
-            raise UserError(
-                f"insertion position {self.insertion!r} is not allowed: choose one of 1 to 5"
-            )
+            raise UserError(f"insertion position {self.insertion!r} is not allowed: choose one of 1 to 5")
         if self.top_k not in TOP_KS:
             raise UserError(f"top-k {self.top_k!r} is not allowed: choose 4 to 8 experts per token")
-        if list(self.blocks) != sorted(set(self.blocks)) or not set(self.blocks) <= set(
-            range(MODEL_BLOCKS)
-        ):
-            raise UserError(
-                f"kept blocks {self.blocks} are not allowed: "
-                "give distinct indices 0 to 15 in rising order"
-            )
+        if list(self.blocks) != sorted(set(self.blocks)) or not set(self.blocks) <= set(range(MODEL_BLOCKS)):
+            raise UserError(f"kept blocks {self.blocks} are not allowed: give distinct indices 0 to 15 in rising order")
         if self.blocks[: self.insertion] != tuple(range(self.insertion)):
             raise UserError(
                 f"kept blocks {self.blocks} miss a block of the prefix: blocks 0 to "
@@ -112,10 +105,7 @@ class ExecutionPlan:
         Plans with equal tuples execute equally on the same image tiling.
         """
         kept = set(self.blocks)
-        return tuple(
-            0 if b not in kept else (8 if b < self.insertion else self.top_k)
-            for b in range(MODEL_BLOCKS)
-        )
+        return tuple(0 if b not in kept else (8 if b < self.insertion else self.top_k) for b in range(MODEL_BLOCKS))
 
 
 def drop_order(importance: Sequence[float], insertion: int) -> tuple[int, ...]:
@@ -141,9 +131,7 @@ class KnobSpace:
     def __init__(self, importance: Sequence[float]) -> None:
         scores = tuple(float(score) for score in importance)
         if len(scores) != MODEL_BLOCKS or not np.isfinite(scores).all():
-            raise UserError(
-                f"importance needs {MODEL_BLOCKS} finite scores, one per block, got {scores}"
-            )
+            raise UserError(f"importance needs {MODEL_BLOCKS} finite scores, one per block, got {scores}")
         self.importance = scores
 
     @cached_property
@@ -181,12 +169,8 @@ class KnobSpace:
             UserError: an index outside its head, or a combination that is not legal.
         """
         indices = tuple(int(index) for index in action)
-        if len(indices) != 4 or any(
-            not 0 <= i < size for i, size in zip(indices, HEAD_SIZES, strict=True)
-        ):
-            raise UserError(
-                f"action {indices} is not allowed: give four indices below {HEAD_SIZES}"
-            )
+        if len(indices) != 4 or any(not 0 <= i < size for i, size in zip(indices, HEAD_SIZES, strict=True)):
+            raise UserError(f"action {indices} is not allowed: give four indices below {HEAD_SIZES}")
         tier, insertion, top_k, blocks = indices
         return Knobs(TIERS[tier], INSERTIONS[insertion], TOP_KS[top_k], BLOCK_COUNTS[blocks])
 
