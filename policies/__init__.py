@@ -1,0 +1,1 @@
+"""The mind: the two-stage controller, and how GRPO on RLlib trains it. Only `grpo/` knows RLlib."""

@@ -1,0 +1,172 @@
+"""The two-stage controller: observations in, masked knob logits out. Plain torch; exported as safetensors + JSON."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from envs.errors import UserError
+from policies.budget_feature import budget_feature
+from policies.distribution import KnobDistribution, mask_logits
+from policies.stage1 import HIDDEN, Stage1
+from policies.stage2 import Stage2
+
+FORMAT_VERSION: Final = 1
+WEIGHTS_FILE: Final = "controller.safetensors"
+CARD_FILE: Final = "controller.json"
+
+
+class Controller(nn.Module):
+    """Both stages behind one observation.
+
+    Args:
+        d_model: width of the model whose language features and latency tokens it reads.
+        hidden: width of the MLPs.
+    """
+
+    def __init__(self, d_model: int, hidden: int = HIDDEN) -> None:
+        super().__init__()
+        if d_model < 1 or hidden < 1:
+            raise UserError(f"controller of d_model {d_model} and hidden {hidden} is not allowed: give positive widths")
+        self.d_model = d_model
+        self.hidden = hidden
+        self.stage1 = Stage1(d_model, hidden)
+        self.stage2 = Stage2(d_model, hidden)
+
+    def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """Masked logits (B, 18) over [tier, insertion, top-k, blocks].
+
+        Args:
+            obs: budget (B, 1), language_feature (B, D), latency_token (B, D), insertion (B, 1), action_mask (B, 18).
+                Rows of both stages may be mixed: the mask alone decides which heads count.
+        """
+        feature = budget_feature(obs["budget"])
+        first = self.stage1(obs["language_feature"].float(), feature)
+        second = self.stage2(obs["latency_token"].float(), feature, obs["insertion"][:, 0].round())
+        logits = torch.cat((*first.values(), *second.values()), dim=-1)
+        return mask_logits(logits, obs["action_mask"])
+
+    @torch.no_grad()
+    def act(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """Most likely legal action (B, 4) int64, one index per head."""
+        return KnobDistribution(self(obs)).argmax()
+
+    def save(self, folder: str | os.PathLike[str], metadata: Mapping[str, Any], *, overwrite: bool = False) -> Path:
+        """Export to `folder` as safetensors + JSON, written aside and renamed, so a reader sees all of it or none.
+
+        Args:
+            metadata: JSON-able facts about the training run; `fingerprint` names the model the controller was trained on.
+            overwrite: replace an existing export.
+
+        Raises:
+            UserError: the folder exists (without `overwrite`) or cannot be written.
+        """
+        target = Path(folder)
+        if target.exists() and not overwrite:
+            raise UserError(f"controller folder {target} exists already: choose another or remove it first")
+        weights = save_tensors({name: tensor.contiguous() for name, tensor in self.state_dict().items()})
+        card = {
+            "format_version": FORMAT_VERSION,
+            "d_model": self.d_model,
+            "hidden": self.hidden,
+            "sha256": hashlib.sha256(weights).hexdigest(),
+            "metadata": dict(metadata),
+        }
+        aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            (aside / WEIGHTS_FILE).write_bytes(weights)
+            (aside / CARD_FILE).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
+            _swap_in(aside, target)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(f"controller could not be written to {target}: {error.strerror or error}") from error
+        return target
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], *, d_model: int | None = None, fingerprint: str | None = None
+    ) -> tuple["Controller", dict[str, Any]]:
+        """Read an export.
+
+        Args:
+            d_model: width of the model it is to steer, checked if given.
+            fingerprint: fingerprint of that model, checked if given and recorded.
+
+        Returns:
+            The controller in eval mode, and the metadata given to `save`.
+
+        Raises:
+            UserError: missing, truncated, corrupt or foreign files, or a controller for another model.
+        """
+        source = Path(folder)
+        card = _read_card(source)
+        weights = _read(source / WEIGHTS_FILE)
+        if hashlib.sha256(weights).hexdigest() != card["sha256"]:
+            raise UserError(
+                f"{source / WEIGHTS_FILE} is corrupt: its {len(weights)} bytes do not match the checksum in {CARD_FILE}; "
+                "export the controller again"
+            )
+        if d_model is not None and card["d_model"] != d_model:
+            raise UserError(
+                f"controller {source} is for a model of width {card['d_model']}, not {d_model}: "
+                "use the model it was trained on"
+            )
+        recorded = card["metadata"].get("fingerprint")
+        if fingerprint is not None and recorded is not None and recorded != fingerprint:
+            raise UserError(
+                f"controller {source} was trained on another model (fingerprint {str(recorded)[:12]}, "
+                f"this one is {fingerprint[:12]}): use the model it was trained on"
+            )
+        controller = cls(card["d_model"], card["hidden"])
+        try:
+            controller.load_state_dict(load_tensors(weights))
+        except (SafetensorError, RuntimeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{source / WEIGHTS_FILE} does not hold this controller: {reason}") from error
+        return controller.eval(), card["metadata"]
+
+
+def _swap_in(aside: Path, target: Path) -> None:
+    """Rename `aside` to `target`; an older export is moved out of the way first and removed last."""
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(aside, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}): give a folder written by a training run's export"
+        ) from error
+
+
+def _read_card(source: Path) -> dict[str, Any]:
+    """The checked JSON card of an export."""
+    path = source / CARD_FILE
+    try:
+        card = json.loads(_read(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): export the controller again") from error
+    if not isinstance(card, dict) or card.get("format_version") != FORMAT_VERSION:
+        version = card.get("format_version") if isinstance(card, dict) else None
+        raise UserError(f"{path} has format version {version!r}: this version reads {FORMAT_VERSION}")
+    wanted = {"d_model": int, "hidden": int, "sha256": str, "metadata": dict}
+    for key, kind in wanted.items():
+        if not isinstance(card.get(key), kind) or (kind is int and not 0 < card[key] <= 1 << 20):
+            raise UserError(f"{path} has {key} = {card.get(key)!r}: expected {kind.__name__}; export again")
+    return card

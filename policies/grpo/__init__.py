@@ -1,0 +1,1 @@
+"""GRPO: pure arithmetic (`advantages`, `losses`, `prices`), then RLlib (`rl_module`, `learner`, `runner`, `algorithm`)."""

@@ -1,0 +1,345 @@
+"""GRPO on RLlib, the whole loop in one file.
+
+One iteration: sample whole chunks -> complete groups -> returns at current prices -> advantages within groups -> epochs of
+minibatches on the learners -> prices -> reference. Everything random is derived from (seed, round), where the round counter
+is part of the checkpoint, so a resumed run repeats what the undisturbed one would have done.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import ray
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
+from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS, LEARNER_RESULTS
+
+from envs.errors import UserError
+from policies.controller import Controller
+from policies.grpo import checkpoint
+from policies.grpo.advantages import GroupAdvantages, complete_groups, group_advantages
+from policies.grpo.evaluation import EvaluationRequest, Row, evaluate_with_runners
+from policies.grpo.learner import WEIGHTS, GRPOLearner
+from policies.grpo.metrics import learner_metrics, rollout_metrics
+from policies.grpo.prices import Prices, PriceSettings
+from policies.grpo.rl_module import ControllerModule
+from policies.grpo.runner import MAX_ATTEMPTS, RolloutRunner, Rollouts, run_jobs
+
+STATE: Final = "grpo"
+
+
+class GRPOConfig(AlgorithmConfig):
+    """RLlib's configuration plus GRPO's own settings, given to `.training(...)`.
+
+    group_size: rollouts that share one (sample, budget). groups_per_iteration: groups sampled before each update.
+    divide_by_spread: advantages over the group's standard deviation. drop_equal_groups: leave groups of equal returns out
+    of the batch. clip_low, clip_high: bounds of the ratio below and above 1. kl_coeff: weight of the KL to a frozen
+    reference (0: no reference is kept). reference_interval: iterations between refreshes of it (0: never).
+    entropy_coeff: weight of the entropy bonus. prices: constrained mode (None: the environment's fixed-price reward).
+    hidden: width of the controller's MLPs. runner_threads: torch threads of each remote env runner.
+    RLlib's own num_epochs, minibatch_size (decisions over all learners; two a rollout), lr and grad_clip hold as usual.
+    """
+
+    def __init__(self, algo_class: type | None = None) -> None:
+        super().__init__(algo_class=algo_class or GRPO)
+        self.group_size: int = 8
+        self.groups_per_iteration: int = 32
+        self.divide_by_spread: bool = True
+        self.drop_equal_groups: bool = False
+        self.clip_low: float = 0.2
+        self.clip_high: float = 0.28
+        self.kl_coeff: float = 0.0
+        self.reference_interval: int = 0
+        self.entropy_coeff: float = 0.005
+        self.prices: PriceSettings | None = None
+        self.hidden: int = 256
+        self.runner_threads: int = 1
+        self.lr = 1e-3
+        self.num_epochs = 4
+        self.minibatch_size = 256
+        self.grad_clip = 1.0
+        self.seed = 0
+        self.num_envs_per_env_runner = 64
+        self.batch_mode = "complete_episodes"
+        self.gym_env_vectorize_mode = "vector_entry_point"
+        self.env_runner_cls = RolloutRunner
+        self.sample_timeout_s = 600.0
+        self.restart_failed_env_runners = True
+        self.delay_between_env_runner_restarts_s = 0.0
+        self.custom_evaluation_function = evaluate_with_runners
+        self.evaluation_sample_timeout_s = 600.0
+        self.evaluation_contexts: tuple[Any, ...] = ()
+        self.evaluation_runners: bool = False
+
+    def training(self, **settings: Any) -> "GRPOConfig":
+        own = ("group_size", "groups_per_iteration", "divide_by_spread", "drop_equal_groups", "clip_low")
+        own += ("clip_high", "kl_coeff", "reference_interval", "entropy_coeff", "prices", "hidden", "runner_threads")
+        for name in own:
+            value = settings.pop(name, NotProvided)
+            if value is not NotProvided:
+                setattr(self, name, value)
+        super().training(**settings)
+        return self
+
+    def evaluation(self, *, evaluation_contexts: Sequence[Any] | None = None, **settings: Any) -> "GRPOConfig":
+        """RLlib's settings, plus the contexts of an evaluation every `evaluation_interval` iterations."""
+        if evaluation_contexts is not None:
+            self.evaluation_contexts = tuple(evaluation_contexts)
+        super().evaluation(**settings)
+        self.evaluation_runners = self.evaluation_config is not None
+        return self
+
+    @property
+    def chunks_per_iteration(self) -> int:
+        """Resets of a whole runner that one iteration takes."""
+        return self.groups_per_iteration * self.group_size // self.num_envs_per_env_runner
+
+    def validate(self) -> None:
+        super().validate()
+        envs, group, groups = self.num_envs_per_env_runner, self.group_size, self.groups_per_iteration
+        if group < 2:
+            raise UserError(f"group size {group} is not allowed: advantages compare at least 2 rollouts")
+        if envs % group:
+            raise UserError(f"group size {group} does not divide the {envs} environments of a runner")
+        if groups < 1 or groups * group % envs:
+            raise UserError(
+                f"{groups} groups of {group} rollouts an iteration do not fill whole runners of {envs} environments: "
+                f"give a multiple of {envs // group} groups"
+            )
+        if not (0 < self.clip_low < 1 and 0 < self.clip_high and self.kl_coeff >= 0 and self.entropy_coeff >= 0):
+            raise UserError(
+                f"clip_low {self.clip_low}, clip_high {self.clip_high}, kl_coeff {self.kl_coeff}, entropy_coeff "
+                f"{self.entropy_coeff} are not allowed: 0 < clip_low < 1, 0 < clip_high, both coefficients >= 0"
+            )
+        if self.seed is None:
+            raise UserError("a seed of None is not allowed: give an integer, every draw is derived from it")
+        if not self.in_evaluation and self.batch_mode != "complete_episodes":
+            raise UserError(f"batch mode {self.batch_mode!r} is not allowed: use 'complete_episodes'")
+
+    def get_default_rl_module_spec(self) -> RLModuleSpec:
+        settings = {"hidden": self.hidden, "reference": self.kl_coeff > 0}
+        return RLModuleSpec(module_class=ControllerModule, model_config=settings)
+
+    def get_default_learner_class(self) -> type:
+        return GRPOLearner
+
+
+class GRPO(Algorithm):
+    """The training loop. `train()` adds one flat dict `result["grpo"]` of this iteration's numbers to RLlib's result."""
+
+    config: GRPOConfig
+
+    @classmethod
+    def get_default_config(cls) -> GRPOConfig:
+        return GRPOConfig()
+
+    @classmethod
+    def _should_create_evaluation_env_runners(cls, eval_config: Any) -> bool:
+        # `evaluate()` is called by hand as well, so runners for it exist whenever their environment is configured.
+        return eval_config.evaluation_runners or super()._should_create_evaluation_env_runners(eval_config)
+
+    def setup(self, config: Any) -> None:
+        self.round = 0
+        self.prices = Prices.start(self.config.prices or PriceSettings())
+        self.evaluation_request: EvaluationRequest | None = None
+        self.evaluation_rows: list[Row] = []
+        self._row: dict[str, float] = {}
+        super().setup(config)
+
+    def step(self) -> dict[str, Any]:
+        result: dict[str, Any] = super().step()
+        evaluated = self.config.evaluation_interval and (self.iteration + 1) % self.config.evaluation_interval == 0
+        if not evaluated:
+            result.pop(EVALUATION_RESULTS, None)  # RLlib repeats the last one otherwise
+        result[STATE] = dict(self._row)
+        return result
+
+    def training_step(self) -> None:
+        """One iteration of GRPO."""
+        started = time.perf_counter()
+        rollouts, counts = self._sample()
+        sampled = time.perf_counter()
+        returns = self._returns(rollouts)
+        groups = group_advantages(
+            returns.reshape(-1, self.config.group_size), divide_by_spread=self.config.divide_by_spread
+        )
+        self._learn(rollouts, groups)
+        self._row = {"round": float(self.round)}
+        self._row |= rollout_metrics(rollouts, returns, groups, self.prices if self.config.prices else None)
+        if self.config.prices is not None:
+            infos = rollouts.infos
+            overrun = infos["latency_ms"] > infos["budget_ms"]
+            self.prices = self.prices.updated(_log_ratio(rollouts), overrun)
+        self.round += 1
+        interval = self.config.reference_interval
+        if self.config.kl_coeff > 0 and interval and self.round % interval == 0:
+            self.learner_group.foreach_learner(lambda learner: learner.refresh_reference())
+        self.env_runner_group.sync_weights(from_worker_or_learner_group=self.learner_group, inference_only=True)
+        self._row |= learner_metrics(self.metrics) | counts
+        self._row["seconds_sample"] = sampled - started
+        self._row["seconds_learn"] = time.perf_counter() - sampled
+
+    def _sample(self) -> tuple[Rollouts, dict[str, float]]:
+        """Complete groups of this round from every chunk, in chunk order.
+
+        Chunks that come back with incomplete groups are sampled again; what stays incomplete is left out and counted.
+        """
+        chunks, weights = self.config.chunks_per_iteration, self.weights()
+        kept: dict[int, Rollouts] = {}
+        todo, rerun, discarded = list(range(chunks)), 0, 0
+        for attempt in range(MAX_ATTEMPTS):
+            jobs = [
+                {"round_number": self.round, "chunk": chunk, "chunks": chunks, "attempt": attempt, "weights": weights}
+                for chunk in todo
+            ]
+            parts, report = run_jobs(
+                self.env_runner_group,
+                "sample_chunk",
+                jobs,
+                timeout_s=self.config.sample_timeout_s,
+                restore=self.restore_env_runners,
+            )
+            self.metrics.aggregate([part.metrics for part in parts], key=ENV_RUNNER_RESULTS)
+            rerun += report.rerun
+            for chunk, part in zip(list(todo), parts, strict=True):
+                rows, left_over = complete_groups(part.infos["context"], self.config.group_size)
+                discarded += left_over
+                if len(rows) > len(kept.get(chunk, ())) // self.config.group_size:
+                    kept[chunk] = part.take(rows.reshape(-1))
+                if not left_over:
+                    todo.remove(chunk)
+            if not todo:
+                break
+        if not kept:
+            raise UserError(
+                f"no complete group of {self.config.group_size} rollouts arrived in round {self.round}: "
+                f"{discarded} rollouts of partial groups were discarded; check the environment's group ids"
+            )
+        counts = {"chunks_rerun": float(rerun), "rollouts_discarded": float(discarded)}
+        return Rollouts.concatenate([kept[chunk] for chunk in sorted(kept)]), counts
+
+    def _returns(self, rollouts: Rollouts) -> npt.NDArray[np.float64]:
+        """Return of each rollout (N,): the environment's reward, or accuracy less the current price of overrunning."""
+        infos = rollouts.infos
+        if self.config.prices is None:
+            returns = rollouts.rewards
+        else:
+            overrun = infos["latency_ms"] > infos["budget_ms"]
+            returns = infos["accuracy"] - self.prices.of(_log_ratio(rollouts)) * overrun
+        if not np.isfinite(returns).all():
+            raise UserError(
+                f"{int((~np.isfinite(returns)).sum())} of {len(returns)} returns are not finite: check the reward"
+            )
+        return np.asarray(returns, np.float64)
+
+    def _learn(self, rollouts: Rollouts, groups: GroupAdvantages) -> None:
+        """Epochs of minibatches over both decisions of every rollout, with the rollout's advantage given to both."""
+        rows = np.arange(len(rollouts))
+        if self.config.drop_equal_groups:
+            rows = rows.reshape(groups.equal.size, -1)[~groups.equal].reshape(-1)
+        if not rows.size:
+            return
+        columns = _columns(rollouts.take(rows), groups.values.reshape(-1)[rows])
+        learners = max(1, self.config.num_learners)
+        results: list[Any] = []
+        for epoch in range(self.config.num_epochs):
+            generator = np.random.default_rng([self.config.seed, self.round, epoch])
+            count = 2 * rows.size
+            order, weights, size = minibatches(count, self.config.minibatch_size or count, learners, generator)
+            batch = SampleBatch(_take(columns, order) | {WEIGHTS: weights})
+            results += self.learner_group.update(
+                batch=MultiAgentBatch({DEFAULT_MODULE_ID: batch}, env_steps=len(order)),
+                timesteps={"num_env_steps_sampled_lifetime": (self.round + 1) * count},
+                minibatch_size=size // learners,
+                num_epochs=1,
+            )
+        self.metrics.aggregate(results, key=LEARNER_RESULTS)
+
+    def weights(self) -> Any:
+        """The controller's inference weights as the runners take them (in the object store if they are remote)."""
+        state = self.learner_group.get_state(
+            components=f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", inference_only=True
+        )[COMPONENT_LEARNER][COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
+        return ray.put(state) if ray.is_initialized() else state
+
+    def controller(self) -> Controller:
+        """A copy of the controller as trained so far, on the CPU, ready for `Controller.save`."""
+        state = self.weights()
+        state = ray.get(state) if isinstance(state, ray.ObjectRef) else state
+        return checkpoint.controller_from(state, self.config.hidden)
+
+    # Checkpoints: RLlib saves weights, optimizer, reference and counters; the round and the prices are added here.
+
+    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state: dict[str, Any] = super().get_state(*args, **kwargs)
+        state[STATE] = {"round": self.round, "seed": self.config.seed, "prices": self.prices.state()}
+        return state
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        super().set_state(state)
+        if STATE in state:
+            self.round = int(state[STATE]["round"])
+            self.prices = self.prices.restored(state[STATE]["prices"])
+
+    def save_to_path(self, path: Any = None, **kwargs: Any) -> str:
+        written = super().save_to_path(path, **kwargs)
+        checkpoint.write_manifest(Path(written))
+        return str(written)
+
+    def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
+        checkpoint.verify(Path(path))
+        with checkpoint.explained(Path(path)):
+            super().restore_from_path(path, *args, **kwargs)
+        checkpoint.check_runners(self)
+
+
+def minibatches(
+    rows: int, size: int, learners: int, generator: np.random.Generator
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], int]:
+    """One epoch's row order, cut so that several learners together see the same minibatches as one.
+
+    Rows are shuffled and padded to equal minibatches of about `size`; padding repeats rows at weight 0, and the other
+    weights make the epoch's mean weight 1. Learner l gets the l-th contiguous share, holding its slice of each minibatch.
+
+    Returns:
+        Row indices (P,), weights (P,) and the size of a minibatch over all learners.
+    """
+    count = max(1, round(rows / size))
+    size = -(-rows // (count * learners)) * learners
+    padded = count * size
+    order = np.resize(generator.permutation(rows), padded)
+    weights = np.where(np.arange(padded) < rows, padded / rows, 0.0).astype(np.float32)
+    spread = np.arange(padded).reshape(count, learners, size // learners).transpose(1, 0, 2).reshape(-1)
+    return order[spread], weights[spread], size
+
+
+def _columns(rollouts: Rollouts, advantages: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """Learner columns with one row per decision: (N, 2, ...) to (2 N, ...)."""
+    steps = rollouts.log_probs.shape[1]
+
+    def flat(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return array.reshape(-1, *array.shape[2:])
+
+    return {
+        Columns.OBS: {key: flat(value) for key, value in rollouts.obs.items()},
+        Columns.ACTIONS: flat(rollouts.actions),
+        Columns.ACTION_LOGP: flat(rollouts.log_probs),
+        Columns.ACTION_DIST_INPUTS: flat(rollouts.logits),
+        Columns.ADVANTAGES: np.repeat(advantages, steps).astype(np.float32),
+    }
+
+
+def _take(columns: Mapping[str, Any], rows: npt.NDArray[np.int64]) -> dict[str, Any]:
+    return {key: _take(value, rows) if isinstance(value, Mapping) else value[rows] for key, value in columns.items()}
+
+
+def _log_ratio(rollouts: Rollouts) -> npt.NDArray[np.float64]:
+    """log(budget / reference latency) of each rollout (N,)."""
+    return rollouts.obs["budget"][:, 0, 0].astype(np.float64)

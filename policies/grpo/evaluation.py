@@ -1,0 +1,112 @@
+"""Evaluation through RLlib's own: every explicit context exactly once, acting by argmax, one row each.
+
+`evaluate_with_runners` is the configuration's `custom_evaluation_function`; `evaluate_contexts` asks RLlib's
+`Algorithm.evaluate()` for a given list of contexts and returns the rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ray.rllib.env.env_runner_group import EnvRunnerGroup
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS
+from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
+
+from envs.errors import UserError
+from policies.baselines import Baseline
+from policies.grpo.runner import run_jobs
+
+if TYPE_CHECKING:
+    from policies.grpo.algorithm import GRPO
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What the next `evaluate()` runs: contexts as the environment's `set_contexts` takes them, and who acts."""
+
+    contexts: tuple[Any, ...]
+    baseline: Baseline | None = None
+
+
+def evaluate_contexts(algorithm: "GRPO", contexts: Sequence[Any], *, baseline: Baseline | None = None) -> list[Row]:
+    """Run every context once on the evaluation runners.
+
+    Args:
+        contexts: (sample index, budget in ms) pairs, indices into the evaluation environment's samples.
+        baseline: who acts instead of the trained controller.
+
+    Returns:
+        One row per context, in order: final infos, `context` (its index in `contexts`), `log_ratio`, `reward`.
+
+    Raises:
+        UserError: no contexts, no evaluation runners configured, all of them dead, or a bad context.
+    """
+    algorithm.evaluation_request = EvaluationRequest(tuple(contexts), baseline)
+    try:
+        algorithm.evaluate()
+        return list(algorithm.evaluation_rows)
+    finally:
+        algorithm.evaluation_request = None
+
+
+def evaluate_with_runners(algorithm: "GRPO", group: EnvRunnerGroup | None) -> tuple[dict[str, float], int, int]:
+    """RLlib's hook: spread the requested contexts over the evaluation runners and log their means."""
+    request = getattr(algorithm, "evaluation_request", None) or _standing_request(algorithm)
+    if group is None:
+        raise UserError(
+            "no evaluation runners: give .evaluation(evaluation_config=...) with the evaluation environment"
+        )
+    if not request.contexts:
+        raise UserError("no contexts to evaluate: give at least one (sample index, budget in ms)")
+    width = algorithm.evaluation_config.num_envs_per_env_runner
+    weights = None if request.baseline else algorithm.weights()
+    jobs = [
+        {
+            "contexts": request.contexts[first : first + width],
+            "first": first,
+            "weights": weights,
+            "baseline": request.baseline,
+        }
+        for first in range(0, len(request.contexts), width)
+    ]
+    parts, _ = run_jobs(
+        group,
+        "run_contexts",
+        jobs,
+        timeout_s=algorithm.evaluation_config.evaluation_sample_timeout_s,
+        restore=algorithm.restore_env_runners,
+    )
+    rows = [row for part in parts for row in part]
+    missing = sorted(set(range(len(request.contexts))) - {int(row["context"]) for row in rows})
+    if missing:
+        raise UserError(
+            f"contexts {missing[:5]} of {len(request.contexts)} gave no result: check the evaluation environment"
+        )
+    algorithm.evaluation_rows = rows
+    means = summary(rows)
+    # RLlib reads evaluation results from its metrics, and only such as a runner could have sent.
+    sender = MetricsLogger(root=False)
+    for key, value in means.items():
+        sender.log_value(key, value, window=1)
+    algorithm.metrics.aggregate([sender.reduce()], key=(EVALUATION_RESULTS, ENV_RUNNER_RESULTS))
+    return means, 2 * len(rows), 2 * len(rows)
+
+
+def summary(rows: Sequence[Row]) -> dict[str, float]:
+    """Means over rows: reward, accuracy, latency and violation rate."""
+    means = {
+        f"{key}_mean": float(np.mean([row[key] for row in rows]))
+        for key in ("reward", "accuracy", "latency_ms")
+        if key in rows[0]
+    }
+    means["violation_rate"] = float(np.mean([row["latency_ms"] > row["budget_ms"] for row in rows]))
+    means["contexts"] = float(len(rows))
+    return means
+
+
+def _standing_request(algorithm: "GRPO") -> EvaluationRequest:
+    """Contexts of an `evaluation_interval` evaluation: `evaluation_contexts` of the configuration."""
+    return EvaluationRequest(tuple(algorithm.config.evaluation_contexts))

@@ -1,0 +1,57 @@
+"""The learner: RLlib's torch learner with the GRPO loss. It draws nothing at random: minibatches come cut from the driver."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from torch import Tensor
+
+from policies.grpo.losses import LossInputs, LossSettings, grpo_loss
+from policies.grpo.rl_module import REFERENCE_LOGITS, ControllerModule
+
+WEIGHTS = "row_weights"
+
+
+class GRPOLearner(TorchLearner):
+    """One Adam over the controller; the frozen reference is left out."""
+
+    def get_parameters(self, module: Any) -> Sequence[torch.nn.Parameter]:
+        return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    def compute_loss_for_module(
+        self, *, module_id: str, config: Any, batch: Mapping[str, Any], fwd_out: Mapping[str, Tensor]
+    ) -> Tensor:
+        inputs = LossInputs(
+            old_logits=batch[Columns.ACTION_DIST_INPUTS],
+            actions=batch[Columns.ACTIONS],
+            old_log_prob=batch[Columns.ACTION_LOGP],
+            advantages=batch[Columns.ADVANTAGES],
+            weights=batch[WEIGHTS],
+            reference_logits=fwd_out.get(REFERENCE_LOGITS),
+        )
+        settings = LossSettings(config.clip_low, config.clip_high, config.kl_coeff, config.entropy_coeff)
+        loss, metrics = grpo_loss(fwd_out[Columns.ACTION_DIST_INPUTS], inputs, settings)
+        for name, value in metrics.items():
+            self.metrics.log_value((module_id, name), value.item(), reduce="mean")
+        return loss
+
+    def postprocess_gradients(self, gradients_dict: dict[Any, Tensor]) -> Any:
+        norms = [gradient.norm() for gradient in gradients_dict.values() if gradient is not None]
+        norm = torch.stack(norms).norm().item() if norms else 0.0
+        for module_id in self.module.keys():  # noqa: SIM118 (a MultiRLModule, not a dict)
+            self.metrics.log_value((module_id, "grad_norm"), norm, reduce="mean")
+        return super().postprocess_gradients(gradients_dict)
+
+    def refresh_reference(self) -> None:
+        """Copy the controller into its frozen reference."""
+        for module in self.module.values():
+            plain = module.unwrapped()
+            if isinstance(plain, ControllerModule):
+                plain.refresh_reference()
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        # RLlib skips weights older than its own; a restore means exactly these weights, older or not.
+        self._weights_seq_no = 0
+        super().set_state(state)

@@ -1,0 +1,62 @@
+"""The numbers of one iteration, as one flat dict of floats."""
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.utils.metrics import LEARNER_RESULTS
+
+from policies.distribution import HEADS
+from policies.grpo.advantages import GroupAdvantages
+from policies.grpo.prices import Prices
+from policies.grpo.runner import Rollouts
+
+LEARNER_KEYS: Final = (
+    "loss",
+    "loss_policy",
+    "kl_old",
+    "kl_reference",
+    "clip_low_share",
+    "clip_high_share",
+    "grad_norm",
+    *(f"entropy_{head}" for head in HEADS),
+)
+
+
+def rollout_metrics(
+    rollouts: Rollouts,
+    returns: npt.NDArray[np.float64],
+    groups: GroupAdvantages,
+    prices: Prices | None,
+) -> dict[str, float]:
+    """Means over this iteration's rollouts: reward at fixed prices, return at current prices, outcome, knobs, prices."""
+    infos = rollouts.infos
+    row = {
+        "rollouts": float(len(rollouts)),
+        "groups": float(groups.equal.size),
+        "groups_equal_share": groups.equal_share,
+        "reward_mean": float(rollouts.rewards.mean()),
+        "return_mean": float(returns.mean()),
+        "violation_rate": float((infos["latency_ms"] > infos["budget_ms"]).mean()),
+    }
+    for key in ("accuracy", "latency_ms", "budget_ms", *HEADS):
+        if key in infos:
+            row[f"{key}_mean"] = float(np.mean(infos[key], dtype=np.float64))
+    for key in infos:
+        if key.startswith("reward_"):
+            row[f"{key}_mean"] = float(np.mean(infos[key], dtype=np.float64))
+    if prices is not None:
+        row |= {f"price_{index}": float(value) for index, value in enumerate(prices.values)}
+        row |= {f"price_{index}_violation_rate": float(rate) for index, rate in enumerate(prices.rates)}
+    return row
+
+
+def learner_metrics(logger: Any) -> dict[str, float]:
+    """Loss terms and diagnostics, averaged over this iteration's minibatches."""
+    row = {}
+    for key in LEARNER_KEYS:
+        value = float(logger.peek((LEARNER_RESULTS, DEFAULT_MODULE_ID, key), default=np.nan))
+        if not np.isnan(value):
+            row[key] = value
+    return row

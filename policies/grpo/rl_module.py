@@ -1,0 +1,100 @@
+"""The controller as RLlib modules: for GRPO (with a frozen reference if asked), for PPO (with a value head)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.distribution.torch.torch_distribution import TorchMultiCategorical
+from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, ValueFunctionAPI
+from ray.rllib.core.rl_module.torch import TorchRLModule
+from torch import Tensor, nn
+
+from envs.knobs import HEAD_SIZES
+from policies.baselines import Baseline
+from policies.budget_feature import BUDGET_WIDTH, budget_feature
+from policies.controller import Controller
+from policies.stage1 import HIDDEN, Projections
+
+REFERENCE_LOGITS = "reference_logits"
+KnobActions = TorchMultiCategorical.get_partial_dist_cls(input_lens=list(HEAD_SIZES))
+
+
+class ControllerModule(TorchRLModule, InferenceOnlyAPI):
+    """Acts by the controller's masked logits.
+
+    model_config: `hidden` (width of the MLPs), `reference` (keep a frozen copy for the KL term, off the env runners).
+    """
+
+    controller: Controller
+
+    def setup(self) -> None:
+        super().setup()
+        config = dict(self.model_config or {})
+        d_model = int(self.observation_space["language_feature"].shape[0])
+        self.controller = Controller(d_model, int(config.get("hidden", HIDDEN)))
+        self.reference: Controller | None = None
+        if config.get("reference") and not self.inference_only:
+            self.reference = Controller(d_model, self.controller.hidden)
+            self.refresh_reference()
+        self.action_dist_cls = KnobActions
+
+    def refresh_reference(self) -> None:
+        """Make the reference a frozen copy of the controller as it is now."""
+        if self.reference is not None:
+            self.reference.load_state_dict(self.controller.state_dict())
+            self.reference.requires_grad_(False)
+
+    def get_non_inference_attributes(self) -> list[str]:
+        return ["reference"]
+
+    def _forward(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        return {Columns.ACTION_DIST_INPUTS: self.controller(batch[Columns.OBS])}
+
+    def _forward_train(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        outputs = self._forward(batch)
+        if self.reference is not None:
+            with torch.no_grad():
+                outputs[REFERENCE_LOGITS] = self.reference(batch[Columns.OBS])
+        return outputs
+
+
+class ControllerWithValue(ControllerModule, ValueFunctionAPI):
+    """The same controller with a value head of its own, so that RLlib's PPO can train it."""
+
+    def setup(self) -> None:
+        super().setup()
+        d_model, hidden = self.controller.d_model, self.controller.hidden
+        self.value_trunk = Projections((d_model, d_model, BUDGET_WIDTH), hidden)
+        self.value_head = nn.Linear(hidden, 1)
+
+    def get_non_inference_attributes(self) -> list[str]:
+        return [*super().get_non_inference_attributes(), "value_trunk", "value_head"]
+
+    def compute_values(self, batch: Mapping[str, Any], embeddings: Any = None) -> Tensor:
+        """Expected return (B,) from the observation of either stage."""
+        obs = batch[Columns.OBS]
+        feature = budget_feature(obs["budget"])
+        hidden = self.value_trunk(obs["language_feature"], obs["latency_token"], feature)
+        values: Tensor = self.value_head(hidden)[:, 0]
+        return values
+
+
+class BaselineModule(TorchRLModule):
+    """Stands in for the controller during evaluation and acts by a plain function of the observation."""
+
+    def __init__(self, baseline: Baseline, seed: tuple[int, ...], like: ControllerModule) -> None:
+        super().__init__(
+            observation_space=like.observation_space,
+            action_space=like.action_space,
+            inference_only=True,
+            model_config={},
+        )
+        self._act = baseline.start(seed)
+
+    def setup(self) -> None:
+        pass
+
+    def _forward(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
+        obs = {key: value.numpy(force=True) for key, value in batch[Columns.OBS].items()}
+        return {Columns.ACTIONS: torch.as_tensor(self._act(obs))}
