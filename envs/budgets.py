@@ -32,13 +32,9 @@ def check_budget(budget_ms: float) -> float:
     try:
         budget = float(budget_ms)
     except (TypeError, ValueError):
-        raise UserError(
-            f"budget {budget_ms!r} is not a number: give milliseconds above 0"
-        ) from None
+        raise UserError(f"budget {budget_ms!r} is not a number: give milliseconds above 0") from None
     if not (math.isfinite(budget) and budget > 0):
-        raise UserError(
-            f"a budget of {budget} ms is not allowed: give a finite number of milliseconds above 0"
-        )
+        raise UserError(f"a budget of {budget} ms is not allowed: give a finite number of milliseconds above 0")
     return budget
 
 
@@ -63,13 +59,10 @@ class BudgetDistribution:
     bins: int = 8
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "bands", tuple((float(low), float(high)) for low, high in self.bands)
-        )
+        object.__setattr__(self, "bands", tuple((float(low), float(high)) for low, high in self.bands))
         if check_budget(self.low_ms) >= check_budget(self.high_ms):
             raise UserError(
-                f"budget range {self.low_ms} to {self.high_ms} ms is empty or inverted: give the "
-                f"smaller end first"
+                f"budget range {self.low_ms} to {self.high_ms} ms is empty or inverted: give the smaller end first"
             )
         edges = [
             self.low_ms,
@@ -80,20 +73,15 @@ class BudgetDistribution:
         if any(a >= b for a, b in pairwise(inside)) or sorted(edges) != edges:
             raise UserError(
                 f"held-out bands {self.bands} are not allowed: give rising intervals that do not "
-                f"touch, within "
-                f"{self.low_ms} to {self.high_ms} ms"
+                f"touch, within {self.low_ms} to {self.high_ms} ms"
             )
         if self._widths.sum() <= 0:
-            raise UserError(
-                f"held-out bands {self.bands} cover the whole range: leave budgets to train on"
-            )
+            raise UserError(f"held-out bands {self.bands} cover the whole range: leave budgets to train on")
         if self.bins < 1:
             raise UserError(f"{self.bins} price bins are not allowed: give 1 or more")
 
     @classmethod
-    def over(
-        cls, low_ms: float, high_ms: float, bands: int = 3, bins: int = 8
-    ) -> "BudgetDistribution":
+    def over(cls, low_ms: float, high_ms: float, bands: int = 3, bins: int = 8) -> "BudgetDistribution":
         """The range with `bands` evenly spaced held-out bands, each 8 % of its logarithm wide
         (fewer where many).
 
@@ -105,9 +93,7 @@ class BudgetDistribution:
         plain = cls(low_ms, high_ms, (), bins)
         width = min(_BAND_SHARE, 0.5 / max(bands, 1))
         middles = [(i + 1) / (bands + 1) for i in range(bands)]
-        cut = tuple(
-            (plain._at_share(m - width / 2), plain._at_share(m + width / 2)) for m in middles
-        )
+        cut = tuple((plain._at_share(m - width / 2), plain._at_share(m + width / 2)) for m in middles)
         return cls(low_ms, high_ms, cut, bins)
 
     def sample(self, rng: np.random.Generator, n: int) -> Array:
@@ -123,9 +109,7 @@ class BudgetDistribution:
         offset = mass - (ends[piece] - self._widths[piece])
         budgets = np.exp(self._starts[piece] + offset)
         # Rounding in exp may step over an edge by a last bit.
-        return np.clip(
-            budgets, np.exp(self._starts[piece]), np.exp(self._starts[piece] + self._widths[piece])
-        )
+        return np.clip(budgets, np.exp(self._starts[piece]), np.exp(self._starts[piece] + self._widths[piece]))
 
     def held_out(self) -> tuple[float, ...]:
         """Budgets never trained on, rising, ms: one below the range, the middle of every band, one
@@ -136,9 +120,7 @@ class BudgetDistribution:
     def bin_index(self, budget_ms: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Price bin 0 to bins - 1 of each budget; budgets beyond the range belong to the outermost
         bins."""
-        share = (
-            np.log(np.asarray(budget_ms, dtype=np.float64)) - math.log(self.low_ms)
-        ) / self._log_width
+        share = (np.log(np.asarray(budget_ms, dtype=np.float64)) - math.log(self.low_ms)) / self._log_width
         return np.clip(np.floor(share * self.bins), 0, self.bins - 1).astype(np.int64)
 
     @property
@@ -192,8 +174,7 @@ def budget_range(
         times = [[clock.measure(s, plan)[1].total for s in spread] for plan in (cheapest, full)]
     else:
         times = [
-            [clock.p95(engine.shape(s, plan.tier), plan, new_tokens) for s in samples]
-            for plan in (cheapest, full)
+            [clock.p95(engine.shape(s, plan.tier), plan, new_tokens) for s in samples] for plan in (cheapest, full)
         ]
     low, high = (float(np.quantile(row, 0.95)) for row in times)
     return low, high

@@ -38,9 +38,7 @@ def budget_level(log_ratio: float) -> int:
         UserError: a ratio that is not finite (a budget of zero, NaN or infinity).
     """
     if not math.isfinite(log_ratio):
-        raise UserError(
-            f"log budget ratio {log_ratio!r} is not allowed: give a finite budget above 0 ms"
-        )
+        raise UserError(f"log budget ratio {log_ratio!r} is not allowed: give a finite budget above 0 ms")
     place = (log_ratio - LOG_RATIO_LOW) / (LOG_RATIO_HIGH - LOG_RATIO_LOW)
     return min(max(round(place * (LEVELS - 1)), 0), LEVELS - 1)
 
@@ -67,13 +65,9 @@ def level_token(level: int, d_model: int, seed: int = 0, norm: float = 1.0) -> T
         UserError: a level outside 0 to 15, a width below 1 or a length that is not above 0.
     """
     if d_model < 1:
-        raise UserError(
-            f"latency token width {d_model!r} is not allowed: give the model's width, 1 or more"
-        )
+        raise UserError(f"latency token width {d_model!r} is not allowed: give the model's width, 1 or more")
     if not (math.isfinite(norm) and norm > 0):
-        raise UserError(
-            f"latency token length {norm!r} is not allowed: give a finite length above 0"
-        )
+        raise UserError(f"latency token length {norm!r} is not allowed: give a finite length above 0")
     direction_D = _directions(d_model, seed)[_checked(level)]
     return torch.from_numpy((direction_D * norm).astype(np.float32))
 
@@ -92,9 +86,7 @@ def _directions(d_model: int, seed: int) -> npt.NDArray[np.float64]:
     for wave in range(_WAVES):
         angle_L1 = (math.pi * wave * place_L)[:, None]
         weight = math.exp(-0.25 * (math.pi * wave * _WIDTH) ** 2)
-        curves += weight * (
-            np.cos(angle_L1) * amplitudes[0, wave] + np.sin(angle_L1) * amplitudes[1, wave]
-        )
+        curves += weight * (np.cos(angle_L1) * amplitudes[0, wave] + np.sin(angle_L1) * amplitudes[1, wave])
     unit: npt.NDArray[np.float64] = curves / np.sqrt((curves**2).sum(axis=1, keepdims=True))
     return unit
 

@@ -46,14 +46,9 @@ class RewardConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not (math.isfinite(value) and value >= 0) or (
-                field.name == "temperature" and value == 0
-            ):
+            if not (math.isfinite(value) and value >= 0) or (field.name == "temperature" and value == 0):
                 allowed = "above 0" if field.name == "temperature" else "0 or more"
-                raise UserError(
-                    f"reward {field.name} of {value!r} is not allowed: give a finite number, "
-                    f"{allowed}"
-                )
+                raise UserError(f"reward {field.name} of {value!r} is not allowed: give a finite number, {allowed}")
 
 
 @dataclass(frozen=True)
@@ -81,9 +76,7 @@ def reward(
         share_B: share of the full plan's computation, from `plan_share`.
     """
     accuracy = np.asarray(accuracy_B, dtype=np.float64)
-    overrun = (
-        np.asarray(latency_ms_B, dtype=np.float64) / np.asarray(budget_ms_B, dtype=np.float64) - 1.0
-    )
+    overrun = np.asarray(latency_ms_B, dtype=np.float64) / np.asarray(budget_ms_B, dtype=np.float64) - 1.0
     terms = {
         "accuracy": config.accuracy * accuracy,
         "latency": -config.latency * _sigmoid(overrun / config.temperature),
@@ -110,12 +103,8 @@ def priced_return(
     "Constrained Markov
     Decision Processes", 1999); the target's constant part cancels within a group.
     """
-    violated = np.asarray(latency_ms_B, dtype=np.float64) > np.asarray(
-        budget_ms_B, dtype=np.float64
-    )
-    return (
-        np.asarray(accuracy_B, dtype=np.float64) - np.asarray(price_B, dtype=np.float64) * violated
-    )
+    violated = np.asarray(latency_ms_B, dtype=np.float64) > np.asarray(budget_ms_B, dtype=np.float64)
+    return np.asarray(accuracy_B, dtype=np.float64) - np.asarray(price_B, dtype=np.float64) * violated
 
 
 def plan_share(plan: ExecutionPlan) -> float:

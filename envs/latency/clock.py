@@ -42,9 +42,7 @@ class Clock(AnyClock, Protocol):
     """A clock that knows a request's latency from its sizes, its plan and the length of its
     answer."""
 
-    def latency(
-        self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int
-    ) -> LatencyRecord: ...
+    def latency(self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> LatencyRecord: ...
 
     def p95(self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> float:
         """95th percentile of the request's latency, ms; the latency itself for a clock without
@@ -55,9 +53,7 @@ class Clock(AnyClock, Protocol):
 class MeasuringClock(AnyClock, Protocol):
     """A clock that times the very request, at batch 1, with nothing shared or reused."""
 
-    def measure(
-        self, sample: Any, plan: ExecutionPlan, controller: Any = None
-    ) -> tuple[Any, LatencyRecord]: ...
+    def measure(self, sample: Any, plan: ExecutionPlan, controller: Any = None) -> tuple[Any, LatencyRecord]: ...
 
 
 def is_measuring(clock: Clock | MeasuringClock) -> "TypeIs[MeasuringClock]":

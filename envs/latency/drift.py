@@ -21,10 +21,7 @@ class DriftWatch:
 
     def __init__(self, clock: ProfiledClock, window: int = 20) -> None:
         if window < 8:
-            raise UserError(
-                f"a window of {window} requests is too short to tell drift from noise: give 8 or "
-                f"more"
-            )
+            raise UserError(f"a window of {window} requests is too short to tell drift from noise: give 8 or more")
         self._low, self._high = clock.quantile(_TAIL), clock.quantile(1.0 - _TAIL)
         self._device = clock.table.identity.device
         self._ratios: deque[float] = deque(maxlen=window)
@@ -40,7 +37,6 @@ class DriftWatch:
             return None
         return (
             f"the last {len(self._ratios)} requests took {middle:.2f} times what the profile of "
-            f"{self._device} says "
-            f"(its spread is {self._low:.2f} to {self._high:.2f}): measure the device again with "
-            f"`ray-ctrl profile`"
+            f"{self._device} says (its spread is {self._low:.2f} to {self._high:.2f}): measure the "
+            f"device again with `ray-ctrl profile`"
         )

@@ -45,9 +45,7 @@ class MeasuredClock:
                 totals.append(record.total - record.decode + decode)
         return float(np.median(totals))
 
-    def measure(
-        self, sample: Sample, plan: ExecutionPlan, controller: Any = None
-    ) -> tuple[Any, LatencyRecord]:
+    def measure(self, sample: Sample, plan: ExecutionPlan, controller: Any = None) -> tuple[Any, LatencyRecord]:
         """Run one request; returns its outcome and its stage times."""
         outcome, record = self.engine.run_measured(sample, plan, controller)
         return outcome, record

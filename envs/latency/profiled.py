@@ -46,8 +46,7 @@ class ProfiledClock:
             table.check(identity)
         if len(table.cells) < 8:
             raise UserError(
-                f"the profile table has {len(table.cells)} cells: measure 8 or more with `ray-ctrl "
-                f"profile`"
+                f"the profile table has {len(table.cells)} cells: measure 8 or more with `ray-ctrl profile`"
             )
         self.table = table
         self._costs = {stage: _fit(stage, table.cells) for stage in STAGES}
@@ -83,16 +82,12 @@ class ProfiledClock:
     def median_error(self) -> float:
         """Median absolute relative error on the table's own cells: how well the stage models
         fit."""
-        errors = [
-            abs(self._predict(c) / float(np.median(c.totals_ms)) - 1.0) for c in self.table.cells
-        ]
+        errors = [abs(self._predict(c) / float(np.median(c.totals_ms)) - 1.0) for c in self.table.cells]
         return float(np.median(errors))
 
     @cached_property
     def _ratios(self) -> Array:
-        return np.array(
-            [ms / self._predict(cell) for cell in self.table.cells for ms in cell.totals_ms]
-        )
+        return np.array([ms / self._predict(cell) for cell in self.table.cells for ms in cell.totals_ms])
 
     def _predict(self, cell: Cell) -> float:
         return self.latency(cell.shape, cell.plan, cell.new_tokens).total

@@ -1,4 +1,4 @@
-"""Measuring a device: real requests at batch 1, in interleaved random order, into a profile table."""
+"""Measuring a device: real requests at batch 1, interleaved at random, into a profile table."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -82,8 +82,7 @@ def profile(
     if not samples or repeats < 1 or per_tiling < 1:
         raise UserError(
             f"nothing to profile with {len(samples)} samples, {repeats} repeats and {per_tiling} "
-            f"cells per tiling: "
-            f"give 1 or more of each"
+            f"cells per tiling: give 1 or more of each"
         )
     rng = np.random.default_rng(seed)
     cells = _cells(engine, samples, per_tiling, rng)
@@ -131,16 +130,11 @@ def recalibrate(
     old = ProfiledClock(table)
     ratios = {}
     for stage in STAGES:
-        pairs = [
-            (getattr(c.median, stage), getattr(old.latency(c.shape, c.plan, c.new_tokens), stage))
-            for c in fresh
-        ]
+        pairs = [(getattr(c.median, stage), getattr(old.latency(c.shape, c.plan, c.new_tokens), stage)) for c in fresh]
         seen = [measured / guess for measured, guess in pairs if measured > 0 and guess > 0]
         ratios[stage] = float(np.median(seen)) if seen else 1.0
     carried = tuple(cell.scaled(ratios, _CARRIED_WEIGHT) for cell in table.cells)
-    return ProfileTable(
-        here, table.reference, (*fresh, *carried), recalibrated_from=table.identity.device
-    )
+    return ProfileTable(here, table.reference, (*fresh, *carried), recalibrated_from=table.identity.device)
 
 
 def hold_out(
@@ -173,9 +167,7 @@ def hold_out(
 _Request = tuple[Any, ExecutionPlan]
 
 
-def _cells(
-    engine: Any, samples: Sequence[Any], per_tiling: int, rng: np.random.Generator
-) -> list[_Request]:
+def _cells(engine: Any, samples: Sequence[Any], per_tiling: int, rng: np.random.Generator) -> list[_Request]:
     """Requests to measure: for every tiling `per_tiling` of them, samples taken in turn, plans
     spread over the knobs."""
     by_tiling: dict[Any, list[tuple[Any, str]]] = defaultdict(list)
@@ -202,20 +194,13 @@ def _spread(count: int, rng: np.random.Generator) -> list[tuple[int, int, int]]:
     insertions = np.resize(rng.permutation(INSERTIONS), count)
     top_ks = np.resize(rng.permutation(TOP_KS), count)
     rng.shuffle(top_ks)
-    drawn = [
-        (int(p), int(k), int(rng.choice(block_options(int(p)))))
-        for p, k in zip(insertions, top_ks, strict=True)
-    ]
+    drawn = [(int(p), int(k), int(rng.choice(block_options(int(p))))) for p, k in zip(insertions, top_ks, strict=True)]
     return (extremes + drawn)[:count]
 
 
-def _plan(
-    tier: str, insertion: int, top_k: int, blocks: int, rng: np.random.Generator
-) -> ExecutionPlan:
+def _plan(tier: str, insertion: int, top_k: int, blocks: int, rng: np.random.Generator) -> ExecutionPlan:
     dropped = rng.choice(np.arange(insertion, MODEL_BLOCKS), MODEL_BLOCKS - blocks, replace=False)
-    return ExecutionPlan(
-        tier, insertion, top_k, tuple(b for b in range(MODEL_BLOCKS) if b not in dropped)
-    )
+    return ExecutionPlan(tier, insertion, top_k, tuple(b for b in range(MODEL_BLOCKS) if b not in dropped))
 
 
 def _measure(
@@ -249,9 +234,7 @@ def _measure(
     ]
 
 
-def _summary(
-    shape: RequestShape, plan: ExecutionPlan, new_tokens: int, seen: Sequence[LatencyRecord]
-) -> Cell:
+def _summary(shape: RequestShape, plan: ExecutionPlan, new_tokens: int, seen: Sequence[LatencyRecord]) -> Cell:
     times = np.array([[getattr(record, stage) for stage in STAGES] for record in seen])
     median = np.median(times, axis=0)
     spread = 1.4826 * np.median(np.abs(times - median), axis=0)

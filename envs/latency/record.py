@@ -39,16 +39,12 @@ class LatencyRecord:
         for stage in STAGES:
             value = getattr(self, stage)
             if not (math.isfinite(value) and value >= 0):
-                raise UserError(
-                    f"stage {stage} took {value!r} ms: give a finite time of 0 ms or more"
-                )
+                raise UserError(f"stage {stage} took {value!r} ms: give a finite time of 0 ms or more")
 
     @property
     def total(self) -> float:
         """The whole request, ms."""
-        return (
-            self.processor + self.vision + self.prefix + self.suffix + self.decode + self.controller
-        )
+        return self.processor + self.vision + self.prefix + self.suffix + self.decode + self.controller
 
     def to_dict(self) -> dict[str, float]:
         """Stage name to milliseconds, in the order they run."""
@@ -89,12 +85,9 @@ class RequestShape:
 
     def __post_init__(self) -> None:
         if min(self.crops, self.image_tokens, self.pixels) < 0 or self.prompt_tokens < 1:
-            raise UserError(
-                f"request {self} is not allowed: sizes are 0 or more, and a prompt has a token at "
-                f"least"
-            )
+            raise UserError(f"request {self} is not allowed: sizes are 0 or more, and a prompt has a token at least")
         if self.image_tokens > self.prompt_tokens:
             raise UserError(
-                f"request {self} is not allowed: its {self.image_tokens} image tokens "
-                f"are part of the {self.prompt_tokens} prompt tokens"
+                f"request {self} is not allowed: its {self.image_tokens} image tokens are part of "
+                f"the {self.prompt_tokens} prompt tokens"
             )

@@ -84,9 +84,7 @@ class RooflineClock:
 
     def __init__(self, config: "MolmoEConfig", device: str = "laptop-2-core") -> None:
         if device not in DEVICES:
-            raise UserError(
-                f"roofline device {device!r} is not known: choose one of {', '.join(DEVICES)}"
-            )
+            raise UserError(f"roofline device {device!r} is not known: choose one of {', '.join(DEVICES)}")
         self.config = config
         self.device_name = device
         self.device = DEVICES[device]
@@ -104,8 +102,7 @@ class RooflineClock:
             vision=self._vision(shape.crops),
             # The latency token rides along through the prefix and is dropped after it.
             prefix=self._blocks(plan.insertion, tokens + 1, tokens + 1, 8),
-            suffix=self._blocks(len(plan.blocks) - plan.insertion, tokens, tokens, plan.top_k)
-            + self._head(),
+            suffix=self._blocks(len(plan.blocks) - plan.insertion, tokens, tokens, plan.top_k) + self._head(),
             decode=self._decode(plan, tokens, new_tokens),
             controller=self.device.controller * 1e3,
         )
@@ -126,9 +123,7 @@ class RooflineClock:
         layer = 4 * vision.width * inner + 2 * vision.width * vision.mlp_dim
         positions = crops * (vision.patches + 1)
         attention = 4 * positions * (vision.patches + 1) * inner
-        tower = (
-            self._piece(2 * positions * layer + attention, layer, _VISION_KERNELS) * vision.depth
-        )
+        tower = self._piece(2 * positions * layer + attention, layer, _VISION_KERNELS) * vision.depth
         # The connector's queries, keys and values read the concatenated features; its values are
         # needed for all patches.
         pooling = 2 * vision.feature_dim * inner

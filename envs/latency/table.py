@@ -61,9 +61,7 @@ class Identity:
         does."""
         for what in ("device", "model", "dtype", "threads"):
             if getattr(self, what) != getattr(other, what):
-                return (
-                    f"{what}: {_short(getattr(self, what))} against {_short(getattr(other, what))}"
-                )
+                return f"{what}: {_short(getattr(self, what))} against {_short(getattr(other, what))}"
         for package in sorted({*self.versions, *other.versions}):
             ours, theirs = self.versions.get(package), other.versions.get(package)
             if ours != theirs:
@@ -128,8 +126,7 @@ class ProfileTable:
         if difference is not None:
             raise UserError(
                 f"the profile table was measured elsewhere ({difference} here): measure this "
-                f"device with "
-                f"`ray-ctrl profile`, or recalibrate the table on it"
+                f"device with `ray-ctrl profile`, or recalibrate the table on it"
             )
 
     def save(self, path: str | Path) -> None:
@@ -161,17 +158,12 @@ class ProfileTable:
         try:
             body = json.loads(Path(path).read_text("utf-8"))
         except OSError as error:
-            raise UserError(
-                f"cannot read profile table {path}: {error.strerror}; {advice}"
-            ) from None
+            raise UserError(f"cannot read profile table {path}: {error.strerror}; {advice}") from None
         except ValueError as error:
             raise UserError(f"profile table {path} is not valid JSON: {error}; {advice}") from None
         if not isinstance(body, dict) or body.get("format_version") != FORMAT_VERSION:
             seen = body.get("format_version") if isinstance(body, dict) else type(body).__name__
-            raise UserError(
-                f"profile table {path} has format {seen!r}, this version reads {FORMAT_VERSION}; "
-                f"{advice}"
-            )
+            raise UserError(f"profile table {path} has format {seen!r}, this version reads {FORMAT_VERSION}; {advice}")
         try:
             return cls(
                 identity=Identity(**body["identity"]),
@@ -180,9 +172,7 @@ class ProfileTable:
                 recalibrated_from=body["recalibrated_from"],
             )
         except (KeyError, TypeError, UserError) as error:
-            raise UserError(
-                f"profile table {path} is damaged ({type(error).__name__}: {error}); {advice}"
-            ) from None
+            raise UserError(f"profile table {path} is damaged ({type(error).__name__}: {error}); {advice}") from None
 
 
 def _cell(body: Mapping[str, Any]) -> Cell:

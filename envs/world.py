@@ -1,0 +1,210 @@
+"""Everything an environment needs, built: model and engine, samples, clock, budgets, reward, knobs.
+
+A `World` holds a live model and stays in its process. A `WorldConfig` is small and picklable: it
+travels to an env runner and builds the world there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any, Final
+
+import torch
+
+from envs.budgets import BudgetDistribution, budget_range
+from envs.errors import UserError
+from envs.knobs import KnobSpace
+from envs.latency import (
+    Clock,
+    MeasuredClock,
+    MeasuringClock,
+    ProfiledClock,
+    ProfileTable,
+    RooflineClock,
+)
+from envs.reward import RewardConfig
+from envs.tasks.sample import Sample
+
+CLOCKS: Final = ("profiled", "roofline", "measured")
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class World:
+    """What environments of one process share.
+
+    Attributes:
+        engine: turns (sample, plan) into outcomes and (sample, tier, level) into latency tokens.
+        samples: what contexts index.
+        clock: gives latencies.
+        budgets: training and held-out budgets.
+        reward: weights at fixed prices.
+        space: legal knobs and the plans behind them.
+    """
+
+    engine: Any
+    samples: Sequence[Sample]
+    clock: Clock | MeasuringClock
+    budgets: BudgetDistribution
+    reward: RewardConfig
+    space: KnobSpace
+
+    @cached_property
+    def d_model(self) -> int:
+        """Width of the model's embeddings, hence of language feature and latency token."""
+        return int(self.engine.model.config.d_model)
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """How to build a world.
+
+    Attributes:
+        model: `embedded`, a hub id or a checkpoint folder.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` takes the GPU this process was
+            given.
+        dtype: `float32`, `bfloat16` or `float16`.
+        threads: CPU threads of this process; None leaves them alone.
+        max_new_tokens: longest answer.
+        batch_tokens: most prompt tokens in a batch; None lets the engine choose.
+        encoder_seed: of the latency token's encoder.
+        store: the outcome store, as the engine takes it; None keeps outcomes in memory.
+        task, split, limit, task_seed: the samples, as `envs.tasks.load_task` takes them.
+        clock: `profiled`, `roofline` or `measured`.
+        clock_device: of the roofline clock.
+        table: file of the profile table, needed by the profiled clock.
+        reward: weights at fixed prices.
+        budgets: None computes the device's range over this world's samples with `held_out_bands`
+            and `price_bins`.
+        budget_low, budget_high: factors on the ends of that range.
+    """
+
+    model: str = "embedded"
+    device: str = "auto"
+    dtype: str = "float32"
+    threads: int | None = None
+    max_new_tokens: int = 64
+    batch_tokens: int | None = None
+    encoder_seed: int = 0
+    store: str | None = None
+    task: str = "scenes"
+    split: str = "train"
+    limit: int | None = None
+    task_seed: int = 0
+    clock: str = "roofline"
+    clock_device: str = "laptop-2-core"
+    table: str | None = None
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    budgets: BudgetDistribution | None = None
+    held_out_bands: int = 3
+    price_bins: int = 8
+    budget_low: float = 1.0
+    budget_high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.clock not in CLOCKS:
+            raise UserError(f"clock {self.clock!r} is not known: choose one of {', '.join(CLOCKS)}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype {self.dtype!r} is not known: choose one of {', '.join(DTYPES)}")
+        if self.clock == "profiled" and self.table is None:
+            raise UserError(
+                "the profiled clock needs a profile table: measure one with `ray-ctrl profile`, or "
+                "choose clock roofline or measured"
+            )
+
+    def build(self) -> World:
+        """Load the model (once per process and setting) and put the world together.
+
+        Raises:
+            UserError: an unreadable checkpoint or task, or a profile table of another device, model
+                or thread count.
+        """
+        from envs.tasks import load_task
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        engine = self.build_engine()
+        samples = load_task(self.task, self.split, self.limit, self.task_seed)
+        space = KnobSpace(importance_of(self.model))
+        clock = self.build_clock(engine)
+        budgets = self.budgets or self._budgets(engine, clock, space, samples)
+        return World(engine, samples, clock, budgets, self.reward, space)
+
+    def build_engine(self) -> Any:
+        """The engine alone; equal settings share one engine in a process."""
+        return _engine(
+            self.model,
+            self.device,
+            self.dtype,
+            self.max_new_tokens,
+            self.batch_tokens,
+            self.encoder_seed,
+            self.store,
+        )
+
+    def build_clock(self, engine: Any) -> Clock | MeasuringClock:
+        """The clock alone."""
+        if self.clock == "roofline":
+            return RooflineClock(engine.model.config, self.clock_device)
+        if self.clock == "measured":
+            return MeasuredClock(engine)
+        return ProfiledClock.for_engine(ProfileTable.load(self.table or ""), engine)
+
+    def _budgets(
+        self, engine: Any, clock: Clock | MeasuringClock, space: KnobSpace, samples: Sequence[Sample]
+    ) -> BudgetDistribution:
+        low, high = budget_range(engine, clock, space, samples)
+        return BudgetDistribution.over(
+            low * self.budget_low, high * self.budget_high, self.held_out_bands, self.price_bins
+        )
+
+
+def importance_of(model: str) -> tuple[float, ...]:
+    """Importance of the model's 16 blocks: what lies beside its weights, else the published
+    scores."""
+    from envs.model.importance import read_importance
+
+    return read_importance(model)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device behind a name; `auto` is the GPU where this process was given one, else the
+    CPU.
+
+    Raises:
+        UserError: a device that this process does not have.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used ({reason}): choose `auto` or `cpu`") from None
+    return found
+
+
+@lru_cache(maxsize=2)
+def _engine(
+    model: str,
+    device: str,
+    dtype: str,
+    max_new_tokens: int,
+    batch_tokens: int | None,
+    encoder_seed: int,
+    store: str | None,
+) -> Any:
+    from envs.engine import RolloutEngine
+    from envs.model import AdaptiveMolmoE, MolmoEProcessor
+
+    place = resolve_device(device)
+    return RolloutEngine(
+        AdaptiveMolmoE.from_pretrained(model, device=place, dtype=DTYPES[dtype]),
+        MolmoEProcessor.from_pretrained(model),
+        store=store,
+        importance=importance_of(model),
+        encoder_seed=encoder_seed,
+        max_new_tokens=max_new_tokens,
+        batch_tokens=batch_tokens,
+    )
