@@ -1,0 +1,133 @@
+"""From pixel patches to image tokens: a CLIP-like ViT, attention pooling over windows, and the projector.
+
+Letters: N images or crops, C crops of an image, P patches of a crop, W ViT width, F concatenated layer features,
+M pooled windows, D model width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from envs.model.config import MolmoEConfig, VisionConfig
+
+PADDED_PIXEL = -1.0
+
+
+class VitBlock(nn.Module):
+    """One pre-norm block; query, key and value projections are one product."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        inner = config.heads * config.head_dim
+        self.heads = config.heads
+        self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.qkv = nn.Linear(config.width, 3 * inner)
+        self.out = nn.Linear(inner, config.width)
+        self.ffn_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.w1 = nn.Linear(config.width, config.mlp_dim)
+        self.w2 = nn.Linear(config.mlp_dim, config.width)
+
+    def forward(self, x_NPW: Tensor) -> Tensor:
+        n, p, _ = x_NPW.shape
+        qkv = self.qkv(self.attention_norm(x_NPW)).view(n, p, 3, self.heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        x_NPW = x_NPW + self.out(mixed.transpose(1, 2).reshape(n, p, -1))
+        inner = self.w1(self.ffn_norm(x_NPW))
+        return x_NPW + self.w2(inner * torch.sigmoid(1.702 * inner))
+
+
+class ImageEncoder(nn.Module):
+    """The ViT: crops (N, P, pixels) to features of the configured layers (N, P, F), class token dropped."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.class_embedding = nn.Parameter(torch.zeros(config.width))
+        self.positional_embedding = nn.Parameter(torch.zeros(config.patches + 1, config.width))
+        self.patch_embedding = nn.Linear(config.pixels, config.width, bias=False)
+        self.pre_ln = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.blocks = nn.ModuleList(VitBlock(config) for _ in range(config.layers))
+
+    def forward(self, crops_NPX: Tensor) -> Tensor:
+        patches_NPW = self.patch_embedding(crops_NPX)
+        start_N1W = self.class_embedding.expand(len(patches_NPW), 1, -1)
+        x_NPW = self.pre_ln(torch.cat((start_N1W, patches_NPW), 1) + self.positional_embedding)
+        wanted = [layer % self.config.layers for layer in self.config.feature_layers]
+        seen: dict[int, Tensor] = {}
+        for layer in range(self.config.depth):
+            x_NPW = self.blocks[layer](x_NPW)
+            if layer in wanted:
+                seen[layer] = x_NPW[:, 1:]
+        return torch.cat([seen[layer] for layer in wanted], -1)
+
+
+class AttentionPooling(nn.Module):
+    """Multi-head attention from each window's mean to its patches: (M, window, F) to (M, W)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        inner = config.heads * config.head_dim
+        self.heads = config.heads
+        self.query = nn.Linear(config.feature_dim, inner)
+        self.key_value = nn.Linear(config.feature_dim, 2 * inner)
+        self.out = nn.Linear(inner, config.width)
+
+    def forward(self, windows_MSF: Tensor) -> Tensor:
+        m, s, _ = windows_MSF.shape
+        query_MH = self.query(windows_MSF.mean(1)).view(m, 1, self.heads, -1)
+        key, value = self.key_value(windows_MSF).view(m, s, 2, self.heads, -1).unbind(2)
+        # Windows hold four patches: products and sums beat the attention kernel's fixed cost per window.
+        scores_MSH = (key * query_MH).sum(-1, dtype=torch.float32) * key.shape[-1] ** -0.5
+        weights_MSH = scores_MSH.softmax(1).to(value.dtype)
+        return self.out((weights_MSH.unsqueeze(-1) * value).sum(1).view(m, -1))
+
+
+class VisionBackbone(nn.Module):
+    """Crops to image tokens of model width."""
+
+    def __init__(self, config: MolmoEConfig) -> None:
+        super().__init__()
+        self.config = config.vision
+        self.encoder = ImageEncoder(config.vision)
+        self.pad_embed = nn.Parameter(torch.zeros(2, config.vision.feature_dim))
+        self.pooling = AttentionPooling(config.vision)
+        self.projector_in = nn.Linear(config.vision.width, 2 * config.projector_hidden, bias=False)
+        self.projector_out = nn.Linear(config.projector_hidden, config.d_model, bias=False)
+
+    def vit_features(self, crops_NPX: Tensor) -> Tensor:
+        """Layer features (N, P, F) of crops (N, P, pixels). A crop holding an exact -1.0 is padding: zeros, not computed."""
+        real_N = (crops_NPX != PADDED_PIXEL).flatten(1).all(1)
+        if bool(real_N.all()):
+            return self.encoder(crops_NPX)
+        shape = (*crops_NPX.shape[:2], self.config.feature_dim)
+        if not bool(real_N.any()):
+            return crops_NPX.new_zeros(shape)
+        encoded = self.encoder(crops_NPX[real_N])
+        return encoded.new_zeros(shape).index_put((real_N.nonzero().squeeze(1),), encoded)
+
+    def pool(self, features_NPF: Tensor) -> Tensor:
+        """Image tokens (N, tokens, D) from layer features (N, P, F) of N crops."""
+        n, (rows, columns) = len(features_NPF), self.config.pooling
+        grid, (high, wide) = self.config.grid, self.config.token_grid
+        x = features_NPF.view(n, grid, grid, -1)
+        if grid % rows or grid % columns:
+            x = F.pad(x, (0, 0, 0, wide * columns - grid, 0, high * rows - grid))
+        windows = x.view(n, high, rows, wide, columns, -1).transpose(2, 3)
+        pooled = self.pooling(windows.reshape(n * high * wide, rows * columns, -1))
+        gate, up = self.projector_in(pooled).chunk(2, -1)
+        return self.projector_out(F.silu(gate) * up).view(n, high * wide, -1)
+
+    def forward(self, images_NCPX: Tensor, image_masks_NCP: Tensor | None = None) -> Tensor:
+        """Image tokens (N, C, tokens, D) of crops (N, C, P, pixels).
+
+        `image_masks` (N, C, P) holds the share of each patch that is image: 0 adds the learned embedding of padding,
+        anything else below 1 that of partial padding. Without masks every patch counts as image.
+        """
+        dtype = self.pad_embed.dtype
+        features = self.vit_features(images_NCPX.flatten(0, 1).to(dtype))
+        if image_masks_NCP is not None:
+            masks = image_masks_NCP.flatten(0, 1).unsqueeze(-1)
+            empty, partial = masks == 0, (masks < 1) & (masks != 0)
+            features = features + self.pad_embed[0] * empty + self.pad_embed[1] * partial
+        return self.pool(features).view(*images_NCPX.shape[:2], self.config.tokens, -1)
