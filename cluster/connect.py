@@ -81,9 +81,7 @@ def connect(address: str, plan: ResourcePlan, *, timeout_s: float) -> Iterator[d
         what = "a local Ray" if local else f"the Ray cluster at {options['address']}"
         raise ConnectError(f"cannot start or reach {what}: {_first_line(error)}") from error
     try:
-        yield _wait_for(
-            plan, 5.0 if local else timeout_s, "the local Ray" if local else "the cluster"
-        )
+        yield _wait_for(plan, 5.0 if local else timeout_s, "the local Ray" if local else "the cluster")
     finally:
         ray.shutdown()
 
@@ -110,16 +108,14 @@ def _check_reachable(address: str, timeout_s: float) -> None:
         if address == "auto":
             return
         raise ConnectError(
-            f"Ray address {address!r} is not understood: give host:port, ray://host:port, "
-            f"'local' or 'auto'"
+            f"Ray address {address!r} is not understood: give host:port, ray://host:port, 'local' or 'auto'"
         )
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s):
             return
     except OSError as error:
         raise ConnectError(
-            f"no Ray cluster answers at {address} ({error}): check the address, or start one "
-            f"with 'ray start --head'"
+            f"no Ray cluster answers at {address} ({error}): check the address, or start one with 'ray start --head'"
         ) from error
 
 

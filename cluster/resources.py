@@ -81,10 +81,7 @@ def shortfall(plan: ResourcePlan, available: dict[str, float], where: str) -> st
     if not short:
         return None
     parts = ", ".join(f"{wanted[n]:g} {n}s wanted, {available.get(n, 0.0):g} there" for n in short)
-    return (
-        f"{where} cannot hold this run: {parts}. Lower runners.count, runners.learners or what "
-        "each of them holds"
-    )
+    return f"{where} cannot hold this run: {parts}. Lower runners.count, runners.learners or what each of them holds"
 
 
 def machine_cpus() -> int:

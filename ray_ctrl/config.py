@@ -17,9 +17,7 @@ Flag = Annotated[bool, Strict()]
 class Section(BaseModel):
     """A frozen group of settings; unknown keys, NaN and infinity are refused."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class ModelConfig(Section):
@@ -34,8 +32,7 @@ class ModelConfig(Section):
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
-        description="`auto` (GPU where the process was given one, else CPU), `cpu`, `cuda`, "
-        "`cuda:N` or `mps`.",
+        description="`auto` (GPU where the process was given one, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Number format of the weights."
@@ -55,8 +52,7 @@ class ModelConfig(Section):
     batch_tokens: Int | None = Field(
         default=None,
         ge=64,
-        description="Most prompt tokens in one batch, 64 or more; `null` lets the engine choose "
-        "for the device.",
+        description="Most prompt tokens in one batch, 64 or more; `null` lets the engine choose for the device.",
     )
     encoder_seed: Int = Field(
         default=0,
@@ -85,9 +81,7 @@ class TaskConfig(Section):
         ge=1,
         description="Samples of the validation split, 1 or more; they choose the best checkpoint.",
     )
-    test_samples: Int = Field(
-        default=200, ge=1, description="Samples of the test split in the final table, 1 or more."
-    )
+    test_samples: Int = Field(default=200, ge=1, description="Samples of the test split in the final table, 1 or more.")
     seed: Int = Field(default=0, ge=0, description="Seed of the choice of samples. 0 or more.")
 
 
@@ -111,8 +105,7 @@ class ClockConfig(Section):
     )
     folder: str | None = Field(
         default=None,
-        description="Folder that keeps profile tables for later runs; `null` keeps the table in "
-        "the run folder.",
+        description="Folder that keeps profile tables for later runs; `null` keeps the table in the run folder.",
     )
     profile_samples: Int = Field(
         default=6,
@@ -120,9 +113,7 @@ class ClockConfig(Section):
         le=1000,
         description="Samples measured per tiling when profiling. 1 to 1000.",
     )
-    profile_repeats: Int = Field(
-        default=3, ge=1, le=100, description="Timed repeats of each profiled point. 1 to 100."
-    )
+    profile_repeats: Int = Field(default=3, ge=1, le=100, description="Timed repeats of each profiled point. 1 to 100.")
 
 
 class StoreConfig(Section):
@@ -130,8 +121,7 @@ class StoreConfig(Section):
 
     path: str | None = Field(
         default=None,
-        description="Folder of the store, shared by runners and runs; `null` keeps outcomes in the "
-        "run folder.",
+        description="Folder of the store, shared by runners and runs; `null` keeps outcomes in the run folder.",
     )
 
 
@@ -157,11 +147,11 @@ class RewardConfig(Section):
         le=1000,
         description="Weight of the smooth latency penalty, the sigmoid of the overrun. 0 to 1000.",
     )
-    sharpness: float = Field(
-        default=20.0,
+    temperature: float = Field(
+        default=0.05,
         gt=0,
-        le=1000,
-        description="Steepness of that sigmoid per unit of overrun. Above 0, to 1000.",
+        le=10,
+        description="Width of that sigmoid in units of overrun. Above 0, to 10.",
     )
     overrun: float = Field(
         default=1.0,
@@ -173,8 +163,7 @@ class RewardConfig(Section):
         default=0.0,
         ge=0,
         le=1000,
-        description="Weight of the bonus for budget left unused, given for right answers. "
-        "0 to 1000.",
+        description="Weight of the bonus for budget left unused, given for right answers. 0 to 1000.",
     )
     complexity: float = Field(
         default=0.0,
@@ -188,7 +177,10 @@ class RewardConfig(Section):
         le=1,
         description="Violation rate the constrained mode aims at, a share. 0 to 1.",
     )
-    price_lr: float = Field(
+    price_initial: float = Field(
+        default=0.5, ge=0, le=1000, description="Price of a violation at the start. 0 to 1000."
+    )
+    price_step: float = Field(
         default=0.2,
         ge=0,
         le=100,
@@ -197,24 +189,28 @@ class RewardConfig(Section):
     price_max: float = Field(
         default=5.0, gt=0, le=1000, description="Highest price of one violation. Above 0, to 1000."
     )
+    price_memory: float = Field(
+        default=0.8,
+        ge=0,
+        lt=1,
+        description="Weight of the past in the running violation rate that moves the prices. 0 to below 1.",
+    )
 
 
 class BudgetConfig(Section):
-    """Latency budgets, as multiples of the device's cheapest and dearest plan."""
+    """Latency budgets. The device's range goes from the cheapest plan's 95th percentile to the full plan's."""
 
     low: float = Field(
-        default=0.9,
+        default=1.0,
         gt=0,
         le=100,
-        description="Smallest training budget as a multiple of the cheapest plan's latency on the "
-        "reference request. Above 0, to 100.",
+        description="Smallest training budget as a multiple of the lower end of the device's range. Above 0, to 100.",
     )
     high: float = Field(
-        default=1.1,
+        default=1.0,
         gt=0,
         le=100,
-        description="Largest training budget as a multiple of the full plan's latency on the "
-        "reference request. Above 0, to 100.",
+        description="Largest training budget as a multiple of the upper end of the range. Above 0, to 100.",
     )
     held_out_bands: Int = Field(
         default=3,
@@ -222,9 +218,7 @@ class BudgetConfig(Section):
         le=16,
         description="Bands cut out of the training range, never trained on. 0 to 16.",
     )
-    price_bins: Int = Field(
-        default=8, ge=1, le=64, description="Budget bins with a price of their own. 1 to 64."
-    )
+    price_bins: Int = Field(default=8, ge=1, le=64, description="Budget bins with a price of their own. 1 to 64.")
 
 
 class ControllerConfig(Section):
@@ -245,16 +239,11 @@ class GRPOSettings(Section):
         default=16,
         ge=2,
         le=1024,
-        description="Rollouts that share one sample and budget and are compared with one another. "
-        "2 to 1024.",
+        description="Rollouts that share one sample and budget and are compared with one another. 2 to 1024.",
     )
-    groups: Int = Field(
-        default=16, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536."
-    )
+    groups: Int = Field(default=16, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536.")
     lr: float = Field(default=1e-3, gt=0, le=1, description="Adam step size. Above 0, to 1.")
-    epochs: Int = Field(
-        default=2, ge=1, le=100, description="Passes over an iteration's rollouts. 1 to 100."
-    )
+    epochs: Int = Field(default=2, ge=1, le=100, description="Passes over an iteration's rollouts. 1 to 100.")
     minibatch: Int | None = Field(
         default=None,
         ge=1,
@@ -266,12 +255,8 @@ class GRPOSettings(Section):
         lt=1,
         description="Lower clip bound of the probability ratio, below 1. 0 to 1.",
     )
-    clip_high: float = Field(
-        default=0.28, gt=0, le=10, description="Upper clip bound of the ratio, above 1. 0 to 10."
-    )
-    divide_by_spread: Flag = Field(
-        default=True, description="Divide a group's advantages by their standard deviation."
-    )
+    clip_high: float = Field(default=0.28, gt=0, le=10, description="Upper clip bound of the ratio, above 1. 0 to 10.")
+    divide_by_spread: Flag = Field(default=True, description="Divide a group's advantages by their standard deviation.")
     drop_equal_groups: Flag = Field(
         default=True, description="Leave groups whose rewards are all equal out of the update."
     )
@@ -287,13 +272,7 @@ class GRPOSettings(Section):
         description="Iterations between refreshes of the reference policy; 0 is never. 0 or more.",
     )
     entropy_weight: float = Field(
-        default=0.01, ge=0, le=10, description="Weight of the entropy bonus at the start. 0 to 10."
-    )
-    entropy_final: float = Field(
-        default=0.0,
-        ge=0,
-        le=10,
-        description="Its weight at the last iteration, reached linearly. 0 to 10.",
+        default=0.01, ge=0, le=10, description="Weight of the entropy bonus, per nat. 0 to 10."
     )
     max_grad_norm: float = Field(
         default=1.0, gt=0, le=1e6, description="Longest gradient, Euclidean norm. Above 0, to 1e6."
@@ -309,13 +288,9 @@ class RunnersConfig(Section):
         description="`local` starts a Ray for this run, `auto` joins the cluster of a Ray job and "
         "else starts one, anything else is the address of a running cluster.",
     )
-    count: Int = Field(
-        default=0, ge=0, le=4096, description="Env runners; 0 samples inside the driver. 0 to 4096."
-    )
+    count: Int = Field(default=0, ge=0, le=4096, description="Env runners; 0 samples inside the driver. 0 to 4096.")
     cpus: float = Field(default=1.0, gt=0, le=1024, description="CPUs of each env runner. Above 0.")
-    gpus: float = Field(
-        default=0.0, ge=0, le=8, description="GPUs of each env runner, fractions allowed. 0 to 8."
-    )
+    gpus: float = Field(default=0.0, ge=0, le=8, description="GPUs of each env runner, fractions allowed. 0 to 8.")
     envs: Int | None = Field(
         default=None,
         ge=1,
@@ -328,12 +303,8 @@ class RunnersConfig(Section):
         le=64,
         description="Learner processes; 0 learns inside the driver. 0 to 64.",
     )
-    learner_cpus: float = Field(
-        default=1.0, gt=0, le=1024, description="CPUs of each learner. Above 0."
-    )
-    learner_gpus: float = Field(
-        default=0.0, ge=0, le=8, description="GPUs of each learner. 0 to 8."
-    )
+    learner_cpus: float = Field(default=1.0, gt=0, le=1024, description="CPUs of each learner. Above 0.")
+    learner_gpus: float = Field(default=0.0, ge=0, le=8, description="GPUs of each learner. 0 to 8.")
     evaluation: Int = Field(
         default=0,
         ge=0,
@@ -371,21 +342,15 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """The run itself."""
 
-    folder: str = Field(
-        default="runs", min_length=1, description="Folder in which run folders are made."
-    )
+    folder: str = Field(default="runs", min_length=1, description="Folder in which run folders are made.")
     name: str | None = Field(
         default=None,
         pattern=r"^[\w.\-]+$",
         description="Name of the run folder; `null` names it by time.",
     )
-    seed: Int = Field(
-        default=0, ge=0, lt=2**31, description="Seed of everything random. 0 to 2^31 - 1."
-    )
+    seed: Int = Field(default=0, ge=0, lt=2**31, description="Seed of everything random. 0 to 2^31 - 1.")
     iterations: Int = Field(default=120, ge=1, description="Training iterations, 1 or more.")
-    checkpoint_every: Int = Field(
-        default=10, ge=1, description="Iterations between checkpoints, 1 up."
-    )
+    checkpoint_every: Int = Field(default=10, ge=1, description="Iterations between checkpoints, 1 up.")
     keep_checkpoints: Int = Field(
         default=3,
         ge=1,

@@ -44,9 +44,7 @@ def _type(field: FieldInfo) -> str:
 
 def _words(annotation: object) -> str:
     if isinstance(annotation, type):
-        return {"NoneType": "null", "str": "text", "bool": "true/false"}.get(
-            annotation.__name__, annotation.__name__
-        )
+        return {"NoneType": "null", "str": "text", "bool": "true/false"}.get(annotation.__name__, annotation.__name__)
     arguments = get_args(annotation)
     if arguments and all(isinstance(a, str) for a in arguments):
         return ", ".join(f"`{a}`" for a in arguments)

@@ -58,8 +58,7 @@ def _spread(config: Config) -> tuple[int, int]:
     if envs is None:
         if groups % runners:
             raise UserError(
-                f"grpo.groups = {groups} does not spread evenly over {runners} runners: "
-                f"choose a multiple of {runners}"
+                f"grpo.groups = {groups} does not spread evenly over {runners} runners: choose a multiple of {runners}"
             )
         return size * groups // runners, 1
     if envs % size:

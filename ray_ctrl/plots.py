@@ -33,9 +33,7 @@ def learning_curve(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
         values = np.array([m.get(key, np.nan) for m in metrics], dtype=float)
         axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
         axis.plot(steps, running_mean(values), color="tab:blue", label="training")
-        dots = [
-            (m["iteration"], m[f"validation/{key}"]) for m in metrics if f"validation/{key}" in m
-        ]
+        dots = [(m["iteration"], m[f"validation/{key}"]) for m in metrics if f"validation/{key}" in m]
         if dots:
             axis.plot(*zip(*dots, strict=True), "o", color="tab:orange", label="validation")
         axis.set_ylabel(label)
@@ -65,9 +63,7 @@ def latency_over_budget(methods: Mapping[str, Sequence[Line]], path: Path) -> No
     _over_budget(methods, path, "latency_ms", "mean latency, ms", diagonal=True)
 
 
-def _over_budget(
-    methods: Mapping[str, Sequence[Line]], path: Path, key: str, label: str, *, diagonal: bool
-) -> None:
+def _over_budget(methods: Mapping[str, Sequence[Line]], path: Path, key: str, label: str, *, diagonal: bool) -> None:
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for index, (name, lines) in enumerate(methods.items()):
         budgets = [line.budget_ms or 0.0 for line in lines]

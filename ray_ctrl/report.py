@@ -42,8 +42,7 @@ class Rollouts:
         lengths = {len(self.columns[name]) for name in COLUMNS if name in self.columns}
         if missing or len(lengths) != 1 or 0 in lengths:
             raise UserError(
-                f"rollouts of {self.name!r} are not a table: columns missing {missing}, "
-                f"lengths {sorted(lengths)}"
+                f"rollouts of {self.name!r} are not a table: columns missing {missing}, lengths {sorted(lengths)}"
             )
 
     @classmethod
@@ -100,10 +99,7 @@ class Line:
 
 def summarise(rollouts: Rollouts, budget_ms: float | None = None) -> Line:
     """Means, 95th percentile, shares and the standard error of the mean reward (over samples)."""
-    by_sample = [
-        rollouts["reward"][rollouts["sample"] == sample].mean()
-        for sample in np.unique(rollouts["sample"])
-    ]
+    by_sample = [rollouts["reward"][rollouts["sample"] == sample].mean() for sample in np.unique(rollouts["sample"])]
     error = np.std(by_sample, ddof=1) / np.sqrt(len(by_sample)) if len(by_sample) > 1 else 0.0
     tiers = [float((rollouts["tier"] == index).mean()) for index in range(len(TIERS))]
     return Line(
@@ -116,7 +112,9 @@ def summarise(rollouts: Rollouts, budget_ms: float | None = None) -> Line:
         float(rollouts["latency_ms"].mean()),
         float(np.percentile(rollouts["latency_ms"], 95)),
         float(rollouts.violated.mean()),
-        *tiers,
+        tiers[0],
+        tiers[1],
+        tiers[2],
         float(rollouts["insertion"].mean()),
         float(rollouts["top_k"].mean()),
         float(rollouts["blocks"].mean()),

@@ -51,11 +51,7 @@ class RunFolder:
         Raises:
             UserError: the folder exists and is not empty, or cannot be made.
         """
-        if root.is_file() or (root.is_dir() and any(root.iterdir())):
-            raise UserError(
-                f"run folder {root} exists already: continue it with --resume, or choose another "
-                "with --run-dir"
-            )
+        cls.refuse(root)
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -64,6 +60,14 @@ class RunFolder:
         started = {"format_version": FORMAT_VERSION, "seed": config.run.seed, **provenance()}
         write_json(root / "run.json", started | {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
         return cls(root)
+
+    @staticmethod
+    def refuse(root: Path) -> None:
+        """Raises a UserError where `root` exists and is not an empty folder."""
+        if root.is_file() or (root.is_dir() and any(root.iterdir())):
+            raise UserError(
+                f"run folder {root} exists already: continue it with --resume, or choose another with --run-dir"
+            )
 
     @classmethod
     def open(cls, root: Path) -> "RunFolder":
@@ -106,9 +110,7 @@ class RunFolder:
 
     # -- checkpoints --------------------------------------------------------------------------
 
-    def save_checkpoint(
-        self, iteration: int, score: float | None, write: Callable[[Path], None]
-    ) -> Checkpoint:
+    def save_checkpoint(self, iteration: int, score: float | None, write: Callable[[Path], None]) -> Checkpoint:
         """Has `write` fill a folder aside, hashes it, and renames it into place.
 
         Raises:
@@ -199,12 +201,19 @@ def newest_run(folder: Path) -> RunFolder:
     Raises:
         UserError: there is none.
     """
-    runs = [
-        path.parent for path in folder.glob("*/run.json") if (path.parent / "config.yaml").is_file()
-    ]
+    runs = [path.parent for path in folder.glob("*/run.json") if (path.parent / "config.yaml").is_file()]
     if not runs:
         raise UserError(f"no run folder under {folder}: train first with 'ray-ctrl train'")
     return RunFolder(max(runs, key=lambda path: (path / "run.json").stat().st_mtime_ns))
+
+
+def free_folder(path: Path) -> Path:
+    """`path`, or the first of `path-2`, `path-3`, ... that does not exist."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -29,9 +29,7 @@ class _Loader(yaml.SafeLoader):
     """YAML in which `3e-4` is a number, as its writers mean it (YAML 1.1 asks for a dot)."""
 
 
-_Loader.yaml_implicit_resolvers = {
-    key: list(pairs) for key, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+_Loader.yaml_implicit_resolvers = {key: list(pairs) for key, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
@@ -42,9 +40,7 @@ _Loader.add_implicit_resolver(
 def presets() -> tuple[str, ...]:
     """Names of the shipped presets."""
     folder = resources.files("ray_ctrl") / "presets"
-    return tuple(
-        sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if ".yaml" in p.name)
-    )
+    return tuple(sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if ".yaml" in p.name))
 
 
 def load_config(
@@ -82,6 +78,18 @@ def parse(tree: Mapping[str, Any]) -> Config:
         return Config.model_validate(dict(tree))
     except ValidationError as error:
         raise UserError(_explain(error)) from None
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with dotted overrides laid over it.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    tree: Tree = config.model_dump()
+    for override in overrides:
+        _merge(tree, _override_tree(override))
+    return parse(tree)
 
 
 def to_yaml(config: Config) -> str:
@@ -125,9 +133,7 @@ def _tree(text: str, where: str) -> Tree:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError(
-            f"{where} holds a {type(tree).__name__}: give sections such as 'grpo:' with keys"
-        )
+        raise UserError(f"{where} holds a {type(tree).__name__}: give sections such as 'grpo:' with keys")
     return {str(key): value for key, value in tree.items()}
 
 
@@ -139,9 +145,7 @@ def _override_tree(override: str) -> Tree:
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
-        raise UserError(
-            f"value {text!r} of override {override!r} is not valid YAML: put text in quotes"
-        ) from None
+        raise UserError(f"value {text!r} of override {override!r} is not valid YAML: put text in quotes") from None
     tree: Any = value
     for key in reversed(keys):
         tree = {key: tree}

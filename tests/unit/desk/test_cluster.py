@@ -18,9 +18,7 @@ def test_all_packages_come_from_here() -> None:
         assert (ROOT / package / marker).is_file()
 
 
-def test_a_stranger_of_the_same_name_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stranger_of_the_same_name_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stranger = tmp_path / "stranger_envs"
     stranger.mkdir()
     (stranger / "__init__.py").write_text("", encoding="utf-8")

@@ -108,8 +108,7 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     plots.accuracy_over_budget({"controller": lines, "full plan": lines}, tmp_path / "a.png")
     plots.latency_over_budget({"controller": lines}, tmp_path / "l.png")
     metrics = [
-        {"iteration": i, "reward": 0.1 * i, "accuracy": 0.5, "latency_ms": 9.0, "violations": 0.1}
-        for i in range(1, 21)
+        {"iteration": i, "reward": 0.1 * i, "accuracy": 0.5, "latency_ms": 9.0, "violations": 0.1} for i in range(1, 21)
     ]
     metrics[9]["validation/reward"] = 0.4
     plots.learning_curve(metrics, tmp_path / "c.png")

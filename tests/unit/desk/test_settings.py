@@ -45,10 +45,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 
 
 def test_null_override_takes_a_value_back() -> None:
-    assert (
-        load_config("smoke", None, ["grpo.minibatch=8", "grpo.minibatch=null"]).grpo.minibatch
-        is None
-    )
+    assert load_config("smoke", None, ["grpo.minibatch=8", "grpo.minibatch=null"]).grpo.minibatch is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,170 @@
+"""`ray-ctrl answer`: one question within a budget, by a trained controller, on the wall clock."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from envs.adaptive_vqa import AdaptiveVQAVectorEnv
+from envs.budgets import BudgetDistribution, check_budget
+from envs.errors import UserError
+from envs.knobs import TIERS, Knobs, KnobSpace
+from envs.latency import Identity, LatencyRecord, MeasuredClock
+from envs.reward import RewardConfig
+from envs.tasks.sample import FileImage, Sample, content_id
+from envs.world import World, importance_of
+from policies.controller import Controller
+from ray_ctrl.config import Config
+from ray_ctrl.console import console, table
+from ray_ctrl.evaluate import controller_config, find_controller
+from ray_ctrl.runs import newest_run
+from ray_ctrl.setting import world_config
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one request."""
+
+    answer: str
+    knobs: Knobs
+    budget_ms: float
+    reference_ms: float
+    record: LatencyRecord
+    new_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "answer": self.answer,
+            "knobs": asdict(self.knobs),
+            "budget_ms": self.budget_ms,
+            "latency_ms": self.record.total,
+            "within_budget": self.record.total <= self.budget_ms,
+            "stages_ms": self.record.to_dict(),
+            "new_tokens": self.new_tokens,
+            "reference_ms": self.reference_ms,
+        }
+
+
+def run(image: str, question: str, budget_ms: float, controller: Path | None, *, repeats: int, as_json: bool) -> None:
+    """Prints the answer, the setting chosen and where the time went.
+
+    Raises:
+        UserError: a bad budget, image or question, or no usable controller.
+    """
+    check_budget(budget_ms)
+    sample = make_sample(image, question)
+    folder, _ = find_controller(controller or newest_run(RUNS).root)
+    found, metadata = Controller.load(folder)
+    config = controller_config(metadata, folder)
+    answered = answer(config, metadata, found, sample, budget_ms, repeats)
+    if as_json:
+        print(json.dumps(answered.to_dict(), indent=2))
+    else:
+        _show(answered)
+
+
+def make_sample(image: str, question: str) -> Sample:
+    """The request as a sample; `-` is no image.
+
+    Raises:
+        UserError: an empty question, or an image that cannot be read to its end.
+    """
+    if not question.strip():
+        raise UserError("the question is empty: ask something")
+    reference = None
+    if image != "-":
+        reference = FileImage.open(image)
+        reference.load()
+    digest = reference.digest if reference else None
+    return Sample(content_id(digest, question, ()), reference, question, ())
+
+
+def answer(
+    config: Config,
+    metadata: Mapping[str, Any],
+    controller: Controller,
+    sample: Sample,
+    budget_ms: float,
+    repeats: int = 1,
+) -> Answer:
+    """Runs one request at batch 1: the controller chooses, the model answers, every stage is timed.
+
+    Args:
+        metadata: what was exported with the controller.
+        repeats: runs of the request; the last one counts, those before it warm the device up.
+
+    Raises:
+        UserError: the controller belongs to another model.
+    """
+    torch.set_num_threads(config.model.threads)
+    engine = world_config(config, "test", None, None).build_engine()
+    _check_model(engine, metadata)
+    reference_ms = _reference(engine, metadata)
+    space = KnobSpace(importance_of(config.model.name))
+    knobs = choose(engine, space, controller, sample, budget_ms, reference_ms)
+    for _ in range(max(1, repeats)):
+        outcome, record = engine.run_measured(sample, space.plan(knobs), controller)
+    return Answer(engine.text(outcome), knobs, budget_ms, reference_ms, record, outcome.n_tokens)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A clock of which only the reference is needed."""
+
+    reference_ms: float
+    name: str = "reference"
+    deterministic: bool = True
+
+
+def choose(
+    engine: Any, space: KnobSpace, controller: Controller, sample: Sample, budget_ms: float, reference_ms: float
+) -> Knobs:
+    """The controller's most likely knobs, through the very observations it was trained on."""
+    clock: Any = _Reference(reference_ms)
+    budgets = BudgetDistribution(budget_ms, 2 * budget_ms)
+    world = World(engine, (sample,), clock, budgets, RewardConfig(), space)
+    environment = AdaptiveVQAVectorEnv({"world": world, "num_envs": 1, "contexts": [(0, budget_ms)]})
+    first = _act(controller, environment.reset()[0])
+    second = _act(controller, environment.step(first)[0])
+    return space.decode((*first[0, :2].tolist(), *second[0, 2:].tolist()))
+
+
+def _act(controller: Controller, observation: Mapping[str, Any]) -> Any:
+    return controller.act({key: torch.as_tensor(value) for key, value in observation.items()}).numpy()
+
+
+def _check_model(engine: Any, metadata: Mapping[str, Any]) -> None:
+    trained = metadata.get("fingerprint")
+    if trained is not None and trained != engine.model.fingerprint:
+        raise UserError(
+            f"the controller was trained on another model (fingerprint {str(trained)[:12]}, this one is "
+            f"{engine.model.fingerprint[:12]}): train again, or choose another with --controller"
+        )
+
+
+def _reference(engine: Any, metadata: Mapping[str, Any]) -> float:
+    """The reference latency of this device: the one trained with where it is the same device, else measured now."""
+    config = metadata.get("config", {})
+    profiled = config.get("clock", {}).get("kind") == "profiled"
+    if profiled and metadata.get("device") == Identity.of(engine).device:
+        return float(metadata["reference_ms"])
+    return MeasuredClock(engine).reference_ms
+
+
+def _show(answered: Answer) -> None:
+    knobs, record = answered.knobs, answered.record
+    inside = "within" if record.total <= answered.budget_ms else "OVER"
+    console.print(f"answer  {answered.answer}", markup=False)
+    console.print(
+        f"choice  tier {knobs.tier} (of {', '.join(TIERS)}), decided after block {knobs.insertion}: "
+        f"{knobs.top_k} experts, {knobs.blocks} blocks"
+    )
+    console.print(f"time    {record.total:.1f} ms, {inside} the budget of {answered.budget_ms:g} ms")
+    rows = [(stage, f"{ms:.2f}") for stage, ms in record.to_dict().items()]
+    console.print(table(("stage", "ms"), rows, ""))

@@ -1,0 +1,203 @@
+"""The command line. Each command imports what it needs, so that `--help` and mistakes answer at once.
+
+A user's mistake is one line on stderr and exit status 2; `RAY_CTRL_DEBUG=1` shows where it came from.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from envs.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+store_app = typer.Typer(no_args_is_help=True, help="Look into and tidy an outcome store.")
+app.add_typer(store_app, name="store")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...",
+        help="Settings on top of preset and file, such as `grpo.lr=3e-4`. Values are YAML; all keys "
+        "are in docs/config.md.",
+        show_default=False,
+    ),
+]
+Preset = Annotated[str, typer.Option("--preset", "-p", help="Shipped settings: laptop, smoke, molmoe-1b.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="YAML file laid over the preset.", show_default=False),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random; sets `run.seed`.", show_default=False)]
+
+
+@app.callback()
+def about() -> None:
+    """Train and use a latency controller for MolmoE: given an image, a question and a budget in
+    milliseconds, it picks the model setting that answers best in time.
+
+    Start with `ray-ctrl train`, then `ray-ctrl evaluate`, then `ray-ctrl answer IMAGE QUESTION
+    --budget-ms 100`.
+    """
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    preset: Preset = "laptop",
+    config: ConfigFile = None,
+    seed: Seed = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(help="Run folder; by default a new one by time.", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run: --run-dir, or the newest one.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print resolved settings and resources; write nothing."),
+    ] = False,
+) -> None:
+    """Train a controller with GRPO; ends with the learning curve and the held-out table.
+
+    Everything goes into one run folder. Ctrl-C finishes the iteration, writes a checkpoint and
+    leaves; `--resume` goes on from there.
+    """
+    from ray_ctrl import train as room
+
+    given = _with_seed(overrides, seed)
+    room.run(preset, config, given, run_dir=run_dir, resume=resume, dry_run=dry_run)
+
+
+@app.command()
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="Run folder, or folder of an exported controller.")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of tables and pictures; by default a new one beside PATH.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Put a controller to every test sample under every held-out budget, beside the baselines.
+
+    Prints the table and saves it as CSV, Markdown and JSON, with two pictures. Settings are those
+    of the run; overrides change them for this evaluation.
+    """
+    from ray_ctrl import evaluate as room
+
+    room.run(path, overrides or [], out)
+
+
+@app.command()
+def profile(
+    overrides: Overrides = None,
+    preset: Preset = "laptop",
+    config: ConfigFile = None,
+    seed: Seed = None,
+    out: Annotated[Path, typer.Option(help="File of the profile table.")] = Path("profile.json"),
+) -> None:
+    """Measure this device with real requests, for the profiled clock.
+
+    `ray-ctrl train` does this by itself where it has no table; use the file with `clock.table=FILE`.
+    """
+    from ray_ctrl import profile as room
+
+    room.run(preset, config, _with_seed(overrides, seed), out)
+
+
+@app.command()
+def answer(
+    image: Annotated[str, typer.Argument(help="Image file; `-` for a question without an image.")],
+    question: Annotated[str, typer.Argument(help="The question.")],
+    budget_ms: Annotated[float, typer.Option("--budget-ms", "-b", help="Latency allowed, ms, above 0.")],
+    controller: Annotated[
+        Path | None,
+        typer.Option(help="Run folder or exported controller; by default the newest run.", show_default=False),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Runs of the request; the last one is shown.", min=1)] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Answer one question within a budget; shows the setting chosen, the answer and stage times."""
+    from ray_ctrl import answer as room
+
+    room.run(image, question, budget_ms, controller, repeats=repeats, as_json=as_json)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Run folder, controller, or profile table.")],
+) -> None:
+    """Say what a run folder, an exported controller or a profile table holds."""
+    from ray_ctrl import inspect as room
+
+    room.run(path)
+
+
+def _with_seed(overrides: list[str] | None, seed: int | None) -> list[str]:
+    return [*(overrides or []), *([] if seed is None else [f"run.seed={seed}"])]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status."""
+    from cluster.origin import wrong_origin
+
+    problem = wrong_origin()
+    if problem is not None:
+        return _complain(problem)
+    return _guard(lambda: app(args=arguments, prog_name="ray-ctrl", standalone_mode=False))
+
+
+def _guard(command: Callable[[], Any]) -> int:
+    """Runs `command` and turns a user's mistake into one line and exit status 2."""
+    try:
+        status = command()
+    except UserError as error:
+        return _complain(error.message, error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        status = _known(error)
+        if status is None:
+            raise
+        return status
+    return status if isinstance(status, int) else 0
+
+
+def _known(error: Exception) -> int | None:
+    """Exit status of an exception that is no fault of the program; None for all others."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return 2
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error of typer
+        return _complain(error.format_message())
+    if type(error).__name__ in ("Abort", "Exit"):
+        return int(getattr(error, "exit_code", 130))
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, UserError):  # raised on a Ray worker, wrapped on the way here
+        return _complain(cause.message, error)
+    if type(error).__name__ == "ConnectError":
+        return _complain(str(error), error)
+    return None
+
+
+def _complain(message: str, error: Exception | None = None) -> int:
+    if error is not None and os.environ.get("RAY_CTRL_DEBUG") == "1":
+        traceback.print_exception(error)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

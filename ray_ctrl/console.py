@@ -1,0 +1,75 @@
+"""What the user sees while something runs: one line an iteration, a bar where there is a terminal."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def progress_bar() -> Progress:
+    """A bar at the foot of a terminal; nothing where output goes to a file."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+@contextmanager
+def counted(what: str, notice_s: float = 5.0) -> Iterator[Callable[[int, int], None]]:
+    """Yields f(done, total) that moves a bar; without a terminal, a line every `notice_s` seconds."""
+    last = time.monotonic()
+    with progress_bar() as bar:
+        task = bar.add_task(what, total=None)
+
+        def report(done: int, total: int) -> None:
+            nonlocal last
+            bar.update(task, completed=done, total=total)
+            if not console.is_terminal and time.monotonic() - last > notice_s:
+                last = time.monotonic()
+                console.print(f"{what}: {done} of {total}")
+
+        yield report
+
+
+def iteration_line(metrics: Mapping[str, Any], total: int, eta_s: float) -> str:
+    """One iteration in one line."""
+    parts = [
+        f"iteration {metrics['iteration']:>4}/{total}",
+        f"reward {metrics['reward']:+.3f}",
+        f"accuracy {metrics['accuracy']:.3f}",
+        f"latency {metrics['latency_ms']:.1f} ms",
+        f"violations {metrics['violations']:.1%}",
+    ]
+    if "validation/reward" in metrics:
+        parts.append(f"validation {metrics['validation/reward']:+.3f}")
+    parts.append(f"{metrics['time/iteration_s']:.1f} s, {clock_time(eta_s)} left")
+    return "  ".join(parts)
+
+
+def clock_time(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    minutes, seconds_left = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{seconds_left:02}" if hours else f"{minutes}:{seconds_left:02}"
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]], title: str) -> Table:
+    """A table for the terminal, numbers to the right."""
+    grid = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        grid.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*row)
+    return grid

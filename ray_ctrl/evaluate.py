@@ -1,0 +1,204 @@
+"""`ray-ctrl evaluate`: every test sample under every held-out budget exactly once, beside the baselines."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from envs.errors import UserError
+from envs.latency import is_measuring
+from envs.world import World
+from policies.baselines import Baseline, FixedKnobs, LookupKnobs, RandomKnobs
+from policies.controller import Controller
+from ray_ctrl import report
+from ray_ctrl.config import Config
+from ray_ctrl.console import console, counted, table
+from ray_ctrl.feasibility import plan_layout
+from ray_ctrl.plots import accuracy_over_budget, latency_over_budget
+from ray_ctrl.provenance import provenance
+from ray_ctrl.report import Rollouts
+from ray_ctrl.runs import RunFolder, best, free_folder, write_json, write_text
+from ray_ctrl.setting import Setting, open_setting
+from ray_ctrl.settings import parse, with_overrides
+
+LOOKUP_BATCH = 4096
+
+
+def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
+    """Evaluates the controller at `path` (a run folder or an export) into a new folder.
+
+    Raises:
+        UserError: no controller there, a damaged one, or one for another model.
+    """
+    from cluster.connect import connect
+
+    folder, home = find_controller(path)
+    config = controller_config(Controller.load(folder)[1], folder)
+    config = with_overrides(config, overrides)
+    layout = plan_layout(config)
+    out = _fresh(out) if out else free_folder(home / "evaluation")
+    setting = open_setting(config)
+    _check(folder, setting)
+    out.mkdir(parents=True)
+    # The run's own table and budgets serve unless what they depend on was overridden.
+    setting = setting.with_clock(out if overrides else home)
+    runners = config.runners
+    with connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s):
+        evaluate_setting(setting, folder, out)
+
+
+def find_controller(path: Path) -> tuple[Path, Path]:
+    """The export at `path`, and the folder that keeps what belongs to it (the run, or the export's parent).
+
+    Raises:
+        UserError: neither a run folder with a controller nor an export.
+    """
+    if (path / "run.json").is_file():
+        folder = RunFolder.open(path)
+        if folder.controller.is_dir():
+            return folder.controller, path
+        chosen = best(folder.checkpoints())
+        if chosen is None:
+            raise UserError(f"run {path} has no checkpoint yet: let it train on with --resume")
+        return chosen.path / "controller", path
+    if not path.is_dir():
+        raise UserError(f"no run folder or exported controller at {path}: train first with 'ray-ctrl train'")
+    return path, path.absolute().parent
+
+
+def controller_config(metadata: Mapping[str, Any], folder: Path) -> Config:
+    """The settings a controller was trained with.
+
+    Raises:
+        UserError: an export without them.
+    """
+    if not isinstance(metadata.get("config"), dict):
+        raise UserError(f"controller {folder} holds no settings: export it with 'ray-ctrl train'")
+    return parse(metadata["config"])
+
+
+def _fresh(out: Path) -> Path:
+    if out.exists():
+        raise UserError(f"output folder {out} exists already: choose another with --out")
+    return out
+
+
+def _check(folder: Path, setting: Setting) -> Controller:
+    model = setting.engine.model
+    return Controller.load(folder, d_model=int(model.config.d_model), fingerprint=model.fingerprint)[0]
+
+
+def evaluate_setting(setting: Setting, folder: Path, out: Path) -> dict[str, Any]:
+    """Evaluates inside a running Ray; writes tables and pictures to `out`, returns the summary."""
+    from policies.grpo.evaluation import evaluate_contexts
+    from ray_ctrl.building import build_evaluator
+
+    budgets = setting.budgets.held_out()
+    world = setting.build("test")
+    contexts = [(sample, ms) for sample in range(len(world.samples)) for ms in budgets]
+    algorithm = build_evaluator(setting, _check(folder, setting), len(contexts))
+    try:
+        methods = []
+        who = {"controller": None} | baselines(setting, world, budgets)
+        with counted("evaluating") as progress:
+            for name, baseline in who.items():
+                rows = evaluate_contexts(algorithm, contexts, baseline=baseline)
+                methods.append(Rollouts.of(name, rows))
+                progress(len(methods), len(who))
+    finally:
+        algorithm.stop()
+    out.mkdir(parents=True, exist_ok=True)
+    return write_report(methods, out)
+
+
+def baselines(setting: Setting, world: World, budgets: Sequence[float]) -> dict[str, Baseline | None]:
+    """Who the controller is compared with."""
+    space = world.space
+    found: dict[str, Baseline | None] = {}
+    lookup = lookup_table(setting, budgets)
+    if lookup is not None:
+        found["lookup table"] = lookup
+    found["random knobs"] = RandomKnobs(setting.config.run.seed)
+    found["full plan"] = FixedKnobs(space.encode(space.full))
+    found["cheapest plan"] = FixedKnobs(space.encode(space.cheapest))
+    return found
+
+
+def lookup_table(setting: Setting, budgets: Sequence[float]) -> LookupKnobs | None:
+    """The best single plan of each budget on training samples; None where it is off or the clock measures."""
+    world = setting.build("train")
+    samples = list(world.samples)[: setting.config.evaluation.lookup_samples]
+    if not samples or is_measuring(world.clock):
+        return None
+    accuracy_PS, latency_PS = all_plan_outcomes(world, samples)
+    choices = report.lookup_choices(budgets, accuracy_PS, latency_PS)
+    reference = float(world.clock.reference_ms)
+    middles = [math.sqrt(a * b) for a, b in pairwise(budgets)]
+    actions = tuple(world.space.encode(world.space.distinct[choice]) for choice in choices)
+    return LookupKnobs(tuple(math.log(ms / reference) for ms in middles), actions)
+
+
+def all_plan_outcomes(world: World, samples: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracy and latency, ms, of every distinct plan on every sample, both (plans, samples)."""
+    plans = [world.space.plan(knobs) for knobs in world.space.distinct]
+    accuracy = np.zeros((len(plans), len(samples)))
+    latency = np.zeros_like(accuracy)
+    step = max(1, LOOKUP_BATCH // len(plans))
+    clock: Any = world.clock
+    with counted("running all plans on training samples") as progress:
+        for first in range(0, len(samples), step):
+            some = samples[first : first + step]
+            pairs = [(s, p) for s in range(len(some)) for p in range(len(plans))]
+            outcomes = world.engine.outcomes([some[s] for s, _ in pairs], [plans[p] for _, p in pairs])
+            for (s, p), outcome in zip(pairs, outcomes, strict=True):
+                shape = world.engine.shape(some[s], plans[p].tier)
+                accuracy[p, first + s] = world.engine.accuracy(some[s], outcome)
+                latency[p, first + s] = clock.latency(shape, plans[p], outcome.n_tokens).total
+            progress(first + len(some), len(samples))
+    return accuracy, latency
+
+
+def write_report(methods: Sequence[Rollouts], out: Path) -> dict[str, Any]:
+    """Prints the tables and writes CSV, Markdown, JSON and both pictures; returns the summary."""
+    lines = {m.name: report.per_budget(m) for m in methods}
+    overall = [report.summarise(m) for m in methods]
+    chosen = methods[0]
+    correlation = report.budget_rank_correlation(chosen)
+    origin = provenance()
+    budget_rows = report.budget_rows([*lines[chosen.name], overall[0]])
+    method_rows = report.method_rows(overall)
+    console.print(table(report.BUDGET_HEADER, budget_rows, f"{chosen.name}, held-out budgets"))
+    console.print(table(report.METHOD_HEADER, method_rows, "all held-out budgets"))
+    console.print(f"rank correlation of budget and chosen latency: {correlation:.3f}")
+
+    write_text(out / "table.csv", report.to_csv([line for name in lines for line in lines[name]] + overall))
+    write_text(out / "rollouts.csv", report.rollouts_csv(methods))
+    write_text(out / "table.md", _page(origin, budget_rows, method_rows, correlation, len(chosen)))
+    summary = {
+        "methods": {line.method: asdict(line) for line in overall},
+        "per_budget": {name: [asdict(line) for line in some] for name, some in lines.items()},
+        "rank_correlation": correlation,
+        **origin,
+    }
+    write_json(out / "summary.json", summary)
+    accuracy_over_budget(lines, out / "accuracy_over_budget.png")
+    latency_over_budget(lines, out / "latency_over_budget.png")
+    console.print(f"tables and pictures in {out}", markup=False)
+    return summary
+
+
+def _page(origin: Mapping[str, Any], budget_rows: Any, method_rows: Any, correlation: float, contexts: int) -> str:
+    found = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    return (
+        f"`{origin['command']}` on {origin['hardware']}; Python {origin['python']}, {found}; "
+        f"{contexts} (test sample, held-out budget) pairs.\n\n"
+        + report.markdown(report.BUDGET_HEADER, budget_rows)
+        + "\n"
+        + report.markdown(report.METHOD_HEADER, method_rows)
+        + f"\nRank correlation of budget and chosen latency: {correlation:.3f}. Reward: mean ± standard error over "
+        "samples, at the fixed weights of the configuration.\n"
+    )

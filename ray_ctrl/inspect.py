@@ -1,0 +1,75 @@
+"""`ray-ctrl inspect`: what a run folder, an exported controller or a profile table holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from envs.errors import UserError
+from ray_ctrl.console import console
+from ray_ctrl.runs import RunFolder, best
+
+
+def run(path: Path) -> None:
+    """Prints a summary of what lies at `path`.
+
+    Raises:
+        UserError: nothing there that belongs to ray-ctrl.
+    """
+    if (path / "run.json").is_file():
+        facts = _run_folder(RunFolder.open(path))
+    elif (path / "controller.json").is_file():
+        facts = _controller(path)
+    elif path.is_file() and path.suffix == ".json":
+        facts = _table(path)
+    else:
+        raise UserError(f"{path} is no run folder, exported controller or profile table (.json)")
+    for name, value in facts.items():
+        console.print(f"{name:<18}{value}", markup=False)
+
+
+def _run_folder(folder: RunFolder) -> dict[str, Any]:
+    origin = json.loads((folder.root / "run.json").read_text("utf-8"))
+    metrics, checkpoints = folder.metrics(), folder.checkpoints()
+    chosen = best(checkpoints)
+    facts: dict[str, Any] = {"run folder": folder.root, "started": origin["started"]}
+    facts |= {"command": origin["command"], "commit": origin["git_commit"], "seed": origin["seed"]}
+    facts |= {"hardware": origin["hardware"], "iterations": f"{len(metrics)} of {folder.config.run.iterations}"}
+    facts["checkpoints"] = ", ".join(str(c.iteration) for c in checkpoints) or "none"
+    if chosen is not None:
+        score = "" if chosen.score is None else f", validation reward {chosen.score:.3f}"
+        facts["best checkpoint"] = f"{chosen.iteration}{score}"
+    if metrics:
+        facts["last reward"] = f"{metrics[-1]['reward']:.3f}"
+    facts["controller"] = folder.controller if folder.controller.is_dir() else "not exported yet"
+    return facts
+
+
+def _controller(path: Path) -> dict[str, Any]:
+    from policies.controller import Controller
+
+    controller, metadata = Controller.load(path)
+    weights = sum(p.numel() for p in controller.parameters())
+    facts: dict[str, Any] = {"controller": path, "weights": f"{weights:,}", "d_model": controller.d_model}
+    config = metadata.get("config", {})
+    facts |= {"model": config.get("model", {}).get("name"), "task": config.get("task", {}).get("name")}
+    facts["clock"] = config.get("clock", {}).get("kind")
+    facts |= {key: metadata.get(key) for key in ("fingerprint", "iteration", "validation_reward", "reference_ms")}
+    return facts
+
+
+def _table(path: Path) -> dict[str, Any]:
+    from envs.latency import ProfiledClock, ProfileTable
+
+    table = ProfileTable.load(path)
+    clock = ProfiledClock(table)
+    identity = table.identity
+    return {
+        "profile table": path,
+        "device": identity.device,
+        "model": identity.model,
+        "dtype, threads": f"{identity.dtype}, {identity.threads}",
+        "requests": len(table.cells),
+        "reference": f"{clock.reference_ms:.2f} ms",
+        "fit, median error": f"{clock.median_error:.1%}",
+        "spread, p95": f"{clock.quantile(0.95):.2f} of the prediction",
+    }

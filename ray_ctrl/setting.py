@@ -1,0 +1,207 @@
+"""From configuration to the world: model, samples, clock and budgets of one run, checked in the driver first.
+
+Mistakes about models, tasks and tables surface here, before a run folder is made and before Ray starts.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from envs.budgets import BudgetDistribution
+from envs.errors import UserError
+from envs.latency import Identity, ProfiledClock, ProfileTable, profile
+from envs.reward import RewardConfig as RewardWeights
+from envs.tasks import load_task
+from envs.world import World, WorldConfig
+from policies.controller import Controller
+from ray_ctrl.config import Config
+from ray_ctrl.console import console, counted
+from ray_ctrl.provenance import hardware, versions
+from ray_ctrl.runs import write_json
+
+TABLE_FILE = "profile.json"
+BUDGETS_FILE = "budgets.json"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A configuration with its live engine and, after `with_clock`, its clock and budgets."""
+
+    config: Config
+    engine: Any
+    table: Path | None = None
+    given_budgets: BudgetDistribution | None = None
+
+    @property
+    def budgets(self) -> BudgetDistribution:
+        """Training and held-out budgets of this device, ms."""
+        if self.given_budgets is None:
+            raise RuntimeError("the budgets are known only after with_clock()")
+        return self.given_budgets
+
+    @property
+    def reference_ms(self) -> float:
+        """Latency of the full plan on the reference request; budgets are seen relative to it."""
+        return float(self.world("train").build_clock(self.engine).reference_ms)
+
+    def world(self, split: str) -> WorldConfig:
+        """The picklable world of one split; equal models share one engine in a process."""
+        return world_config(self.config, split, self.table, self.given_budgets)
+
+    def build(self, split: str) -> World:
+        """The live world of one split in this process."""
+        return self.world(split).build()
+
+    def with_clock(self, folder: Path) -> "Setting":
+        """This setting with a profile table (measured where a valid one is missing) and budgets kept in `folder`."""
+        table = find_table(self.config, self.engine, folder) if self.config.clock.kind == "profiled" else None
+        known = replace(self, table=table)
+        return replace(known, given_budgets=_budgets(known, folder / BUDGETS_FILE))
+
+    def metadata(self) -> dict[str, Any]:
+        """What an exported controller needs to be used: model, encoder, settings, reference latency, origin."""
+        return {
+            "fingerprint": self.engine.model.fingerprint,
+            "config": self.config.model_dump(mode="json"),
+            "reference_ms": self.reference_ms,
+            "device": Identity.of(self.engine).device,
+            "budgets": asdict(self.budgets),
+            "hardware": hardware(),
+            "versions": versions(),
+        }
+
+
+def world_config(config: Config, split: str, table: Path | None, budgets: BudgetDistribution | None) -> WorldConfig:
+    """The world of one split under a configuration; the one place where names of both sides meet."""
+    model, task, clock, reward = config.model, config.task, config.clock, config.reward
+    limits = {"train": task.train_samples, "validation": task.validation_samples, "test": task.test_samples}
+    return WorldConfig(
+        model=model.name,
+        device=model.device,
+        dtype=model.dtype,
+        threads=model.threads,
+        max_new_tokens=model.max_new_tokens,
+        batch_tokens=model.batch_tokens,
+        encoder_seed=model.encoder_seed,
+        store=config.store.path,
+        task=task.name,
+        split=split,
+        limit=limits[split],
+        task_seed=task.seed,
+        clock=clock.kind if clock.kind != "profiled" or table else "roofline",
+        clock_device=clock.device,
+        table=str(table.absolute()) if table else None,
+        reward=RewardWeights(
+            reward.accuracy,
+            reward.latency,
+            reward.temperature,
+            reward.overrun,
+            reward.efficiency,
+            reward.complexity,
+        ),
+        budgets=budgets,
+        held_out_bands=config.budgets.held_out_bands,
+        price_bins=config.budgets.price_bins,
+        budget_low=config.budgets.low,
+        budget_high=config.budgets.high,
+    )
+
+
+def open_setting(config: Config) -> Setting:
+    """Loads the model and looks at the samples.
+
+    Raises:
+        UserError: a model, device, task or roofline device that is not there, or too few samples.
+    """
+    import torch
+
+    torch.set_num_threads(config.model.threads)
+    world = world_config(config, "train", None, None)
+    for split in ("train", "validation", "test"):
+        if not load_task(config.task.name, split, 1, config.task.seed):
+            raise UserError(f"task {config.task.name!r} has no samples in split {split}")
+    engine = world.build_engine()
+    if config.clock.kind == "roofline":
+        world.build_clock(engine)
+    return Setting(config, engine)
+
+
+def find_table(config: Config, engine: Any, folder: Path) -> Path:
+    """A profile table valid here: the one given, else the kept one, else measured now.
+
+    Raises:
+        UserError: `clock.table` was measured elsewhere, or cannot be read.
+    """
+    if config.clock.table is not None:
+        ProfiledClock.for_engine(ProfileTable.load(config.clock.table), engine)
+        return Path(config.clock.table)
+    path = (Path(config.clock.folder).expanduser() if config.clock.folder else folder) / TABLE_FILE
+    if path.is_file():
+        try:
+            ProfiledClock.for_engine(ProfileTable.load(path), engine)
+            return path
+        except UserError as error:
+            console.print(f"profile table {path} is not used: {error.message}", markup=False)
+            path = path.with_name(f"profile-{Identity.of(engine).model[:8]}-{engine_threads()}.json")
+            if path.is_file():
+                ProfiledClock.for_engine(ProfileTable.load(path), engine)
+                return path
+    measure_table(config, engine).save(path)
+    return path
+
+
+def engine_threads() -> int:
+    """CPU threads of this process."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def measure_table(config: Config, engine: Any) -> ProfileTable:
+    """Measures this device on training samples, with a bar and a line of what it found."""
+    samples = load_task(config.task.name, "train", config.task.train_samples, config.task.seed)
+    controller = Controller(int(engine.model.config.d_model), config.controller.hidden).eval()
+    with counted("profiling this device") as report:
+        table = profile(
+            engine,
+            samples,
+            repeats=config.clock.profile_repeats,
+            per_tiling=config.clock.profile_samples,
+            seed=config.run.seed,
+            progress=report,
+            controller=controller,
+        )
+    clock = ProfiledClock(table)
+    console.print(
+        f"profiled {len(table.cells)} requests, {config.clock.profile_repeats} times each: reference request "
+        f"{clock.reference_ms:.1f} ms, median error of the fit {clock.median_error:.1%}",
+        markup=False,
+    )
+    return table
+
+
+def _budgets(setting: Setting, path: Path) -> BudgetDistribution:
+    """The device's budgets, kept beside the table so that a resumed run has the same ones."""
+    if path.is_file():
+        try:
+            stored = json.loads(path.read_text("utf-8"))
+            return BudgetDistribution(
+                stored["low_ms"], stored["high_ms"], tuple(map(tuple, stored["bands"])), stored["bins"]
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): start in a new run folder") from None
+    budgets = setting.build("train").budgets
+    if path.parent.is_dir():
+        write_json(path, asdict(budgets))
+    console.print(
+        f"budgets {budgets.low_ms:.1f} to {budgets.high_ms:.1f} ms, held out "
+        + _listed(budgets.held_out())
+        + f" ms; {setting.config.clock.kind} clock"
+    )
+    return budgets
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.1f}" for value in values)

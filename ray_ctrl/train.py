@@ -1,0 +1,270 @@
+"""`ray-ctrl train`: one run from settings to controller, learning curve and held-out table."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from envs.errors import UserError
+from ray_ctrl.config import Config
+from ray_ctrl.console import console, iteration_line, progress_bar
+from ray_ctrl.feasibility import Layout, plan_layout
+from ray_ctrl.runs import Checkpoint, Metrics, RunFolder, best, free_folder, newest_run
+from ray_ctrl.settings import load_config, to_yaml
+from ray_ctrl.stopping import Stopper
+
+VALIDATION_BUDGETS = 4
+STATS_TIMEOUT_S = 30.0
+RESUMABLE = ("run.iterations", "run.checkpoint_every", "run.keep_checkpoints", "run.tensorboard", "runners.")
+# What the algorithm calls a number, and what tables and curves call it.
+RENAMED = {
+    "reward_mean": "reward",
+    "accuracy_mean": "accuracy",
+    "latency_ms_mean": "latency_ms",
+    "violation_rate": "violations",
+    "seconds_sample": "time/sample_s",
+    "seconds_learn": "time/learn_s",
+}
+
+
+def run(
+    preset: str,
+    config_file: Path | None,
+    overrides: Sequence[str],
+    *,
+    run_dir: Path | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Trains and evaluates; returns the exit status (128 + signal after a wish to stop).
+
+    Raises:
+        UserError: settings, folders or files that do not do.
+    """
+    folder = _find(run_dir, preset, config_file, overrides) if resume else None
+    if folder is not None:
+        config = resumed_config(folder, overrides)
+    else:
+        config = load_config(preset, config_file, overrides)
+    layout = plan_layout(config)
+    if dry_run:
+        _show_plan(config, layout)
+        return 0
+    root = folder.root if folder else run_dir or _new_root(config)
+    if folder is None:
+        RunFolder.refuse(root)
+    return _train(config, layout, root, folder)
+
+
+def resumed_config(folder: RunFolder, overrides: Sequence[str]) -> Config:
+    """The run's own settings with `overrides`, which may change only what leaves its results as they would be.
+
+    Raises:
+        UserError: an override that would make it another run.
+    """
+    stored = folder.config
+    changed = load_config(None, folder.root / "config.yaml", overrides)
+    for key, value in _flat(stored.model_dump()).items():
+        if _flat(changed.model_dump())[key] != value and not key.startswith(RESUMABLE):
+            raise UserError(
+                f"{key} cannot change when a run is resumed (it is {value!r} in {folder.root}): start a "
+                "new run, or change only " + ", ".join(RESUMABLE).replace("runners.", "runners.*")
+            )
+    return changed
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
+
+
+def _find(run_dir: Path | None, preset: str, file: Path | None, overrides: Sequence[str]) -> RunFolder:
+    if run_dir is not None:
+        return RunFolder.open(run_dir)
+    return newest_run(Path(load_config(preset, file, overrides).run.folder))
+
+
+def _new_root(config: Config) -> Path:
+    name = config.run.name or time.strftime("%Y%m%d-%H%M%S")
+    return Path(config.run.folder) / name
+
+
+def _show_plan(config: Config, layout: Layout) -> None:
+    """The dry run: resolved settings and who holds which resources."""
+    console.print(to_yaml(config), markup=False)
+    rollouts = config.grpo.group_size * config.grpo.groups
+    console.print(
+        f"# each iteration: {config.grpo.groups} groups of {config.grpo.group_size} = {rollouts} rollouts, "
+        f"in vectors of {layout.envs} environments, {layout.rounds} round(s)"
+    )
+    for line in layout.resources.lines():
+        console.print(f"# {line}", markup=False)
+
+
+def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None) -> int:
+    from cluster.connect import connect
+    from ray_ctrl.evaluate import evaluate_setting
+    from ray_ctrl.setting import open_setting
+
+    started = time.monotonic()
+    with Stopper() as stopper:
+        setting = open_setting(config)
+        folder = resumed or RunFolder.create(root, config)
+        console.print(f"run folder {folder.root}", markup=False)
+        setting = setting.with_clock(folder.root)
+        runners = config.runners
+        with connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s):
+            trainer = Trainer(config, folder, setting, layout.envs)
+            try:
+                finished = trainer.train(stopper)
+            finally:
+                trainer.stop()
+            if not finished:
+                console.print(f"stopped; go on with: ray-ctrl train --resume --run-dir {folder.root}", markup=False)
+                return stopper.exit_status
+            chosen = export_best(folder)
+            console.print(f"controller of iteration {chosen.iteration} exported to {folder.controller}", markup=False)
+            evaluate_setting(setting, folder.controller, free_folder(folder.root / "evaluation"))
+    console.print(f"finished in {(time.monotonic() - started) / 60:.1f} minutes")
+    return 0
+
+
+def export_best(folder: RunFolder) -> Checkpoint:
+    """Copies the best checkpoint's controller to `controller/`, draws the learning curve; returns the checkpoint."""
+    import shutil
+
+    from ray_ctrl.plots import learning_curve
+
+    chosen = best(folder.checkpoints())
+    if chosen is None:
+        raise UserError(f"run {folder.root} has no good checkpoint: resume it with --resume")
+    aside = folder.root / ".controller"
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(chosen.path / "controller", aside)
+    shutil.rmtree(folder.controller, ignore_errors=True)
+    aside.rename(folder.controller)
+    learning_curve(folder.metrics(), folder.root / "learning_curve.png")
+    return chosen
+
+
+@dataclass
+class Trainer:
+    """The loop over iterations: train, validate, write down, checkpoint."""
+
+    config: Config
+    folder: RunFolder
+    setting: Any
+    envs: int
+
+    def __post_init__(self) -> None:
+        from ray_ctrl.building import build_algorithm
+
+        self.contexts = validation_contexts(self.config, self.setting.budgets)
+        self.algorithm = build_algorithm(self.setting, self.envs, len(self.contexts))
+        self.done = self._restore()
+        self.writer = self._writer()
+
+    def train(self, stopper: Stopper) -> bool:
+        """Runs to the last iteration; False when a signal ended it before."""
+        total = self.config.run.iterations
+        begun, first = time.monotonic(), self.done
+        with progress_bar() as bar:
+            task = bar.add_task("training", total=total, completed=self.done)
+            while self.done < total and not stopper.requested:
+                row = self.iterate()
+                spent = (time.monotonic() - begun) / (self.done - first)
+                console.print(iteration_line(row, total, spent * (total - self.done)), markup=False)
+                bar.update(task, completed=self.done)
+                if self._due() or stopper.requested:
+                    self._checkpoint(row)
+        return self.done >= total
+
+    def iterate(self) -> Metrics:
+        """One iteration, written to metrics.jsonl and TensorBoard."""
+        started = time.perf_counter()
+        numbers = self.algorithm.train()["grpo"]
+        self.done += 1
+        row: Metrics = {"iteration": self.done}
+        row |= {RENAMED.get(key, key): value for key, value in numbers.items()}
+        if self._validates():
+            row |= self._validate()
+        row |= self._engine_stats()
+        row["time/iteration_s"] = time.perf_counter() - started
+        self.folder.append_metrics(row)
+        if self.writer is not None:
+            for key, value in row.items():
+                if key != "iteration":
+                    self.writer.add_scalar(key, value, self.done)
+        return row
+
+    def stop(self) -> None:
+        """Ends the algorithm's processes."""
+        if self.writer is not None:
+            self.writer.close()
+        self.algorithm.stop()
+
+    def _restore(self) -> int:
+        """Takes up the newest good checkpoint and cuts the metrics back to it; returns iterations done."""
+        from policies.grpo.checkpoint import restore_checkpoint
+
+        latest = self.folder.latest()
+        done = latest.iteration if latest else 0
+        if latest is not None:
+            restore_checkpoint(self.algorithm, latest.path / "algorithm")
+            console.print(f"resumed after iteration {done}")
+        self.folder.set_aside_after(done)
+        self.folder.cut_metrics(done)
+        return done
+
+    def _writer(self) -> Any:
+        if not self.config.run.tensorboard:
+            return None
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self.folder.root / "tensorboard"), purge_step=self.done + 1)
+
+    def _engine_stats(self) -> Metrics:
+        """Cumulative counters of the engines that sample, summed over runners."""
+        answers = self.algorithm.env_runner_group.foreach_env_runner(
+            lambda runner: runner.env.unwrapped.stats(),
+            local_env_runner=self.config.runners.count == 0,
+            timeout_seconds=STATS_TIMEOUT_S,
+        )
+        keys = sorted({key for stats in answers for key in stats})
+        return {key: sum(stats.get(key, 0.0) for stats in answers) for key in keys}
+
+    def _validates(self) -> bool:
+        every = self.config.evaluation.every
+        return bool(every) and (self.done % every == 0 or self.done == self.config.run.iterations)
+
+    def _due(self) -> bool:
+        every, total = self.config.run.checkpoint_every, self.config.run.iterations
+        return self.done % every == 0 or self.done == total or self._validates()
+
+    def _validate(self) -> Metrics:
+        """Means over the validation contexts, acting by argmax."""
+        from policies.grpo.evaluation import evaluate_contexts, summary
+
+        means = summary(evaluate_contexts(self.algorithm, self.contexts))
+        means.pop("contexts")
+        return {f"validation/{RENAMED.get(key, key)}": value for key, value in means.items()}
+
+    def _checkpoint(self, row: Metrics) -> None:
+        score = row.get("validation/reward")
+
+        def write(aside: Path) -> None:
+            self.algorithm.save_to_path((aside / "algorithm").absolute())
+            metadata = self.setting.metadata() | {"iteration": self.done, "validation_reward": score}
+            self.algorithm.controller().save(aside / "controller", metadata)
+
+        self.folder.save_checkpoint(self.done, score, write)
+        self.folder.prune(self.config.run.keep_checkpoints)
+
+
+def validation_contexts(config: Config, budgets: Any) -> list[tuple[int, float]]:
+    """Every validation sample under evenly spread training budgets (never held-out ones, which choose nothing)."""
+    shares = (np.arange(VALIDATION_BUDGETS) + 0.5) / VALIDATION_BUDGETS
+    spread = [float(ms) for ms in budgets.at(shares)]
+    return [(sample, ms) for sample in range(config.task.validation_samples) for ms in spread]
