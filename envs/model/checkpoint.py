@@ -260,7 +260,7 @@ def save_weights(
     max_shard_size: int,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write published weights in shards of at most `max_shard_size` bytes (a larger tensor gets its own), and the index.
+    """Write published weights in shards of at most `max_shard_size` bytes (a larger tensor gets its own) and the index.
 
     One shard at a time is held in memory beside the model.
     """

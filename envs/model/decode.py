@@ -11,32 +11,33 @@ from torch import Tensor
 from envs.model.experts import spread_top_k
 from envs.model.language import Block, Language, Prefilled, attend
 
+ROOM_STEP = 16
+
 
 class DecodeBatch:
     """Rows being decoded. Dropped blocks hold no cache. Rows may be cut out (`keep`) and others appended (`extend`).
 
     Args:
         language: the model's language part.
-        prefilled: prompts after prefill.
-        rows: which of its rows to take.
-        room: new tokens to hold at most.
+        parts: prefilled prompts, and which of their rows to take.
     """
 
-    def __init__(self, language: Language, prefilled: Prefilled, rows: Sequence[int], room: int) -> None:
+    def __init__(self, language: Language, parts: Sequence[tuple[Prefilled, Sequence[int]]]) -> None:
         self.language = language
-        self.lengths = [prefilled.lengths[prefilled.prompts[row]] for row in rows]
-        self.top_k = [prefilled.top_k[row] for row in rows]
-        self.limits = [length + room for length in self.lengths]
-        self.capacity = max(self.limits)
+        chosen = [(prefilled, row) for prefilled, rows in parts for row in rows]
+        self.lengths = [prefilled.lengths[prefilled.prompts[row]] for prefilled, row in chosen]
+        self.top_k = [prefilled.top_k[row] for prefilled, row in chosen]
+        # Grown in steps, as most answers are far shorter than the limit.
+        self.capacity = max(self.lengths) + ROOM_STEP
         self.keys: list[Tensor | None] = []
         self.values: list[Tensor | None] = []
         self.members: list[list[int]] = []
         for block in range(len(language.blocks)):
-            members = [i for i, row in enumerate(rows) if prefilled.top_k[row][block]]
+            members = [i for i, (prefilled, row) in enumerate(chosen) if prefilled.top_k[row][block]]
             self.members.append(members)
-            chosen = [rows[i] for i in members]
-            self.keys.append(self._gather(prefilled, block, chosen, "keys"))
-            self.values.append(self._gather(prefilled, block, chosen, "values"))
+            kept = [chosen[i] for i in members]
+            self.keys.append(self._gather(kept, block, "keys"))
+            self.values.append(self._gather(kept, block, "values"))
         self._index()
 
     def __len__(self) -> int:
@@ -47,23 +48,24 @@ class DecodeBatch:
         """For each row, how many blocks hold a cache."""
         return [sum(row in members for members in self.members) for row in range(len(self))]
 
-    def _gather(self, prefilled: Prefilled, block: int, rows: Sequence[int], part: str) -> Tensor | None:
-        """Keys or values (R, capacity, H, d) of `rows` in one block, from this prefill or from its prefix."""
+    def _gather(self, rows: Sequence[tuple[Prefilled, int]], block: int, part: str) -> Tensor | None:
+        """Keys or values (R, capacity, H, d) of `rows` in one block, each from its prefill or the prefix before it."""
         if not rows:
             return None
-        cache, prefix = prefilled.caches[block], prefilled.prefix
-        fresh = [(i, cache.places[row]) for i, row in enumerate(rows) if cache is not None and cache.places[row] >= 0]
-        sources: list[tuple[Tensor, list[int], list[int]]] = []
-        if fresh and cache is not None:
-            sources.append((getattr(cache, part), [i for i, _ in fresh], [place for _, place in fresh]))
-        if len(fresh) < len(rows):
-            assert prefix is not None
-            have = {i for i, _ in fresh}
-            rest = [i for i in range(len(rows)) if i not in have]
-            sources.append((getattr(prefix, part)[block], rest, [prefilled.prompts[rows[i]] for i in rest]))
-        first = sources[0][0]
-        out = first.new_empty(len(rows), self.capacity, *first.shape[2:])
-        for tensor, targets, places in sources:
+        sources: dict[int, tuple[Tensor, list[int], list[int]]] = {}
+        for i, (prefilled, row) in enumerate(rows):
+            cache = prefilled.caches[block]
+            if cache is not None and cache.places[row] >= 0:
+                tensor, place = getattr(cache, part), cache.places[row]
+            else:
+                tensor, place = getattr(prefilled.prefix, part)[block], prefilled.prompts[row]
+            _, targets, places = sources.setdefault(id(tensor), (tensor, [], []))
+            targets.append(i)
+            places.append(place)
+        first = next(iter(sources.values()))[0]
+        # Zeros, as a masked slot still counts if it holds NaN.
+        out = first.new_zeros(len(rows), self.capacity, *first.shape[2:])
+        for tensor, targets, places in sources.values():
             tokens = min(tensor.shape[1], self.capacity)
             if len(rows) == 1:
                 out[:, :tokens] = tensor[places[0] : places[0] + 1, :tokens]
@@ -87,6 +89,8 @@ class DecodeBatch:
     def step(self, token_ids: Sequence[int], experts: str = "auto") -> Tensor:
         """Feed one token per row; logits (B, vocabulary) of the next."""
         language, device = self.language, self.language.wte.device
+        if max(self.lengths) >= self.capacity:
+            self._grow(self.capacity + ROOM_STEP + self.capacity // 8)
         even = len(set(self.lengths)) == 1
         longest = max(self.lengths)
         lengths_B = torch.tensor(self.lengths, device=device)
@@ -129,20 +133,23 @@ class DecodeBatch:
             index = torch.tensor(kept, device=keys.device)
             self.keys[block], self.values[block] = keys[index], values[index]
         self.lengths = [self.lengths[row] for row in rows]
-        self.limits = [self.limits[row] for row in rows]
         self.top_k = [self.top_k[row] for row in rows]
         self._index()
+
+    def _grow(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.keys = [_stack(keys, None, capacity) for keys in self.keys]
+        self.values = [_stack(values, None, capacity) for values in self.values]
 
     def extend(self, other: "DecodeBatch") -> None:
         """Append the rows of `other`, which is used up."""
         offset = len(self)
-        self.capacity = max([*self.limits, *other.limits])
+        self.capacity = max(self.capacity, other.capacity)
         for block in range(len(self.members)):
             self.keys[block] = _stack(self.keys[block], other.keys[block], self.capacity)
             self.values[block] = _stack(self.values[block], other.values[block], self.capacity)
             self.members[block] = [*self.members[block], *(offset + row for row in other.members[block])]
         self.lengths += other.lengths
-        self.limits += other.limits
         self.top_k += other.top_k
         self._index()
 
@@ -151,7 +158,7 @@ def _stack(mine: Tensor | None, theirs: Tensor | None, capacity: int) -> Tensor 
     parts = [part for part in (mine, theirs) if part is not None]
     if not parts:
         return None
-    out = parts[0].new_empty(sum(len(part) for part in parts), capacity, *parts[0].shape[2:])
+    out = parts[0].new_zeros(sum(len(part) for part in parts), capacity, *parts[0].shape[2:])
     start = 0
     for part in parts:
         tokens = min(part.shape[1], capacity)

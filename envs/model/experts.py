@@ -2,8 +2,8 @@
 
 Letters: N tokens, D model width, E experts, H hidden width of an expert, K most experts any token of the call uses.
 `grouped` sorts (token, expert) pairs by expert and multiplies group by group: cost in proportion to the experts used.
-`dense` runs every expert on every token as two wide products: cheaper where calls cost more than arithmetic (few tokens,
-small experts), and fast to differentiate. Both give the same numbers within rounding.
+`dense` runs every expert on every token as two wide products: cheaper where calls cost more than arithmetic (few
+tokens, small experts), and fast to differentiate. Both give the same numbers within rounding.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _DENSE_WEIGHTS = 2**19
 class TopK:
     """How many experts each token gets, where tokens differ.
 
-    `per_token` (N,) may hold 0, for padding. `maximum` and `pairs` (its sum) are known to the caller without asking the device.
+    `per_token` (N,) may hold 0, for padding. `maximum` and `pairs` (its sum) come from the host, not the device.
     """
 
     per_token: Tensor

@@ -19,7 +19,7 @@ MAX_INSERTION = max(INSERTIONS)
 
 
 class Block(nn.Module):
-    """One pre-norm block. Rotary pairs lie side by side here (see `checkpoint`), so that rotating is one complex product."""
+    """One pre-norm block. Rotary pairs lie side by side (see `checkpoint`), so that rotating is one complex product."""
 
     def __init__(self, config: MolmoEConfig) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def attend(
 
 @dataclass(frozen=True)
 class BlockCache:
-    """Keys and values (M, T, H, d) of one block for M computed prompts, and where each row's lie (-1: block dropped)."""
+    """Keys and values (M, T, H, d) of one block for M computed prompts, and each row's place (-1: block dropped)."""
 
     keys: Tensor
     values: Tensor
@@ -125,7 +125,7 @@ class Prefix:
 class Prefilled:
     """What decoding starts from: each row's last hidden state (rows, D) before the final norm, caches, prompt lengths.
 
-    `caches[b]` is None where no row ran block b after the prefix; rows that took it from the prefix find it in `prefix`.
+    `caches[b]` is None where no row ran block b after the prefix; rows that took it from the prefix find it there.
     """
 
     last: Tensor
@@ -146,18 +146,18 @@ class Language(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = nn.Parameter(torch.ones(config.d_model))
         self.lm_head = nn.Parameter(torch.empty(config.embedding_size, config.d_model))
-        self._rope: Tensor | None = None
+        self._rope_table: Tensor | None = None
 
     def rope(self, tokens: int) -> Tensor:
         """Rotations (>= tokens, 1, 1, d/2), complex64, for positions 0, 1, ...; grown when needed."""
-        if self._rope is None or len(self._rope) < tokens or self._rope.device != self.wte.device:
+        if self._rope_table is None or len(self._rope_table) < tokens or self._rope_table.device != self.wte.device:
             count = 1 << max(9, (tokens - 1).bit_length())
             half = self.config.head_dim // 2
             exponents = torch.arange(half, dtype=torch.float32) * (2.0 / self.config.head_dim)
             angles = torch.outer(torch.arange(count, dtype=torch.float32), 1.0 / self.config.rope_theta**exponents)
             table = torch.polar(torch.ones_like(angles), angles)
-            self._rope = table.to(self.wte.device)[:, None, None]
-        return self._rope
+            self._rope_table = table.to(self.wte.device)[:, None, None]
+        return self._rope_table
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Word embeddings (..., D); ids of -1 (padding) give those of id 0."""
@@ -199,11 +199,9 @@ class Language(nn.Module):
         mask = None if attention_mask_BTT is None else attention_mask_BTT.unsqueeze(1)
         all_lengths = (tokens,) * rows if lengths is None else tuple(lengths)
         x = x_BTD
-        for block, level in zip(
-            self.blocks, build_schedule(range(rows), per_row(plans, rows), last_only=False), strict=True
-        ):
-            if level.enter and len(level.enter) < rows:
-                raise RuntimeError("rows without sharing enter together")
+        row_top_k = per_row(plans, rows)
+        levels = build_schedule(tuple(range(rows)), row_top_k, last_only=False)
+        for block, level in zip(self.blocks, levels, strict=True):
             if not level.run.sources:
                 continue
             picked, source = level.run.prompts, _take(x, level.run.sources)
@@ -212,7 +210,7 @@ class Language(nn.Module):
             top_k = spread_top_k(level.run.top_k, [all_lengths[i] for i in picked], tokens, x.device)
             out = block(source, rope_R, mask_R, top_k, experts)[0]
             x = torch.cat((out, _take(x, level.skip))) if level.skip else out
-        return self.final_norm(_in_prompt_order(x, rows, per_row(plans, rows)))
+        return self.final_norm(_in_prompt_order(x, rows, row_top_k))
 
     def run_prefix(
         self, x_BTD: Tensor, lengths: Sequence[int], depth: int = MAX_INSERTION, experts: str = "auto"
@@ -232,7 +230,7 @@ class Language(nn.Module):
     def read_latency_tokens(self, tokens_BLD: Tensor, prefix: Prefix, experts: str = "auto") -> Tensor:
         """States (B, depth, L, D) of L alternative last tokens after each block of `prefix`.
 
-        Each attends to its prompt and itself, never to the others; nothing attends to it, and it leaves no key or value.
+        Each attends to its prompt and itself, never to the others; nothing attends to it, and no key or value is left.
         """
         rows, count, _ = tokens_BLD.shape
         device = tokens_BLD.device
@@ -245,6 +243,7 @@ class Language(nn.Module):
         )
         x, states = tokens_BLD, []
         for block, key_BTHd, value_BTHd in zip(self.blocks, prefix.keys, prefix.values, strict=False):
+            assert isinstance(block, Block)
             query, key, value = block.project(x, rope)
             mixed = attend(query, torch.cat((key_BTHd, key), 1), torch.cat((value_BTHd, value), 1), mask)
             x = block.finish(x, mixed, FULL_TOP_K, experts)
@@ -273,7 +272,7 @@ class Language(nn.Module):
         given = 0 if prefix is None else prefix.depth
         states = prefix.hidden if prefix is not None else (x_BTD,)
         run = _PrefillRun(self, tuple(lengths), len(top_k), experts)
-        for block, level in enumerate(build_schedule(prompts, top_k, given=given)):
+        for block, level in enumerate(build_schedule(tuple(prompts), tuple(top_k), given=given)):
             run.enter(states[block] if level.enter else None, level)
             run.block(block, level)
         return Prefilled(run.last(), tuple(run.caches), prefix, tuple(prompts), tuple(lengths), tuple(top_k))

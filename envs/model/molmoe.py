@@ -24,9 +24,9 @@ SHARD_BYTES = 5 * 10**9
 class AdaptiveMolmoE(nn.Module):
     """The model: `vision` turns crops into image tokens, `language` reads them and the prompt under a plan.
 
-    Inputs are a mapping, batch first, with the published names: `input_ids` (B, T) right-padded with -1 and, with images,
-    `images` (B, crops, patches, pixels), `image_masks` (B, crops, patches), `image_input_idx` (B, crops, tokens a crop;
-    negative where the crop or token is not used). Plans are one `ExecutionPlan`, or one per row.
+    Inputs are a mapping, batch first, with the published names: `input_ids` (B, T) right-padded with -1 and, with
+    images, `images` (B, crops, patches, pixels), `image_masks` (B, crops, patches) and `image_input_idx` (B, crops,
+    tokens a crop; negative where the crop or token is not used). Plans are one `ExecutionPlan`, or one per row.
 
     `experts` names the mixture-of-experts kernel used where a call does not: "auto", "dense" or "grouped".
     """
@@ -43,7 +43,7 @@ class AdaptiveMolmoE(nn.Module):
     def from_pretrained(
         cls, path_or_id: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> "AdaptiveMolmoE":
-        """Read a checkpoint in the published layout: a folder, a hub id, or "embedded". In eval mode, without gradients.
+        """Read a checkpoint in the published layout: a folder, a hub id, or "embedded". In eval mode, frozen.
 
         Raises:
             UserError: nothing there, or files that are corrupt or do not fit each other.
@@ -58,7 +58,7 @@ class AdaptiveMolmoE(nn.Module):
 
     @classmethod
     def initialise(cls, config: MolmoEConfig, seed: int = 0) -> "AdaptiveMolmoE":
-        """Fresh weights for training: normal with deviation 1/sqrt(fan-in), scaled down where a block adds to its input."""
+        """Fresh weights for training: normal, deviation 1/sqrt(fan-in), scaled down where a block adds to its input."""
         model = cls(config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -163,7 +163,7 @@ class AdaptiveMolmoE(nn.Module):
                 break
             rows = [rows[i] for i in going]
             if batch is None:
-                batch = DecodeBatch(self.language, prefilled, rows, max_new_tokens)
+                batch = DecodeBatch(self.language, [(prefilled, rows)])
             elif len(going) < len(tokens):
                 batch.keep(going)
             tokens = batch.step([tokens[i] for i in going], self.experts).argmax(-1).tolist()
@@ -235,7 +235,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _deviation(name: str, parameter: Tensor, config: MolmoEConfig) -> float:
-    """Deviation of fresh weights; parameters are (outputs, inputs), except stacked down projections (E, inputs, outputs)."""
+    """Deviation of fresh weights. Parameters are (outputs, inputs), stacked down projections (E, inputs, outputs)."""
     if name == "language.wte":
         return 1.0
     if name.endswith(("embedding", "pad_embed")):

@@ -7,6 +7,7 @@ Everything here is host-side arithmetic over small tuples; the tensors follow in
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from envs.knobs import MODEL_BLOCKS, TOP_KS, ExecutionPlan
 
@@ -15,7 +16,7 @@ FULL_TOP_K = max(TOP_KS)
 
 @dataclass(frozen=True)
 class Nodes:
-    """Some nodes of one level: where their state lies in the level's input, their prompt, and their experts per token."""
+    """Some nodes of one level: where their state lies in the level's input, their prompt, their experts per token."""
 
     sources: tuple[int, ...] = ()
     prompts: tuple[int, ...] = ()
@@ -26,9 +27,9 @@ class Nodes:
 class Level:
     """What happens at one block. Its input is the previous level's output followed by the entering prompts.
 
-    `run` nodes are computed whole; `final` nodes only at their last token, as no row goes on from them; `skip` nodes pass.
-    The output is `run` then `skip`. `row_nodes` gives each row's place in `run` then `final`, or -1 where it drops the block.
-    `ending` lists (row, place) pairs of rows for which this is the last kept block.
+    `run` nodes are computed whole; `final` nodes only at their last token, as no row goes on from them; `skip` nodes
+    pass. The output is `run` then `skip`. `row_nodes` gives each row's place in `run` then `final`, or -1 where it
+    drops the block. `ending` lists (row, place) pairs of rows for which this is the last kept block.
     """
 
     enter: tuple[int, ...]
@@ -56,9 +57,10 @@ def per_row(plan: ExecutionPlan | Sequence[ExecutionPlan], rows: int) -> tuple[t
     return tuple(single.top_k_per_block for single in plan)
 
 
+@lru_cache(maxsize=256)
 def build_schedule(
-    prompts: Sequence[int],
-    top_k: Sequence[tuple[int, ...]],
+    prompts: tuple[int, ...],
+    top_k: tuple[tuple[int, ...], ...],
     *,
     given: int = 0,
     last_only: bool = True,
@@ -118,7 +120,7 @@ def _entry(top_k: tuple[int, ...], given: int) -> int:
 
 
 def _children(nodes: Sequence[_Node], top_k: Sequence[tuple[int, ...]], block: int) -> list[_Node]:
-    children = []
+    children: list[_Node] = []
     for place, node in enumerate(nodes):
         split: dict[int, _Node] = {}
         for row in node.rows:
@@ -129,7 +131,7 @@ def _children(nodes: Sequence[_Node], top_k: Sequence[tuple[int, ...]], block: i
 
 
 def _survivors(run: list[_Node], skip: list[_Node], last: list[int], block: int, last_only: bool) -> list[_Node]:
-    """The level's output as the next level's input. Rows past their last block are dropped if only that one is wanted."""
+    """The level's output as the next level's input. Rows past their last block leave if only that one is wanted."""
     output = [_Node(node.prompt, node.top_k, 0, list(node.rows)) for node in [*run, *skip]]
     if last_only:
         for node in output:

@@ -96,7 +96,7 @@ class VisionBackbone(nn.Module):
         self.projector_out = nn.Linear(config.projector_hidden, config.d_model, bias=False)
 
     def vit_features(self, crops_NPX: Tensor) -> Tensor:
-        """Layer features (N, P, F) of crops (N, P, pixels). A crop holding an exact -1.0 is padding: zeros, not computed."""
+        """Layer features (N, P, F) of crops (N, P, pixels). A crop holding an exact -1.0 is padding and gives zeros."""
         real_N = (crops_NPX != PADDED_PIXEL).flatten(1).all(1)
         if bool(real_N.all()):
             return self.encoder(crops_NPX)
