@@ -184,10 +184,9 @@ class AdaptiveVQAVectorEnv(VectorEnv):
             )
         if self.num_envs % self.group_size:
             raise UserError(
-                f"groups of {self.group_size} do not divide {self.num_envs} environments: make the "
-                f"environments a multiple of the group size, "
-                f"{self.num_envs // self.group_size * self.group_size or self.group_size} for "
-                f"instance"
+                f"groups of {self.group_size} do not divide {self.num_envs} environments: make the environments a "
+                f"multiple of the group size, {self.num_envs // self.group_size * self.group_size or self.group_size} "
+                f"for instance"
             )
 
     def _training_schedule(self) -> TrainingSchedule:
@@ -251,8 +250,8 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         chosen = np.asarray(actions)
         if chosen.shape != self._choices.shape or not np.issubdtype(chosen.dtype, np.integer):
             raise UserError(
-                f"actions of shape {chosen.shape} and type {chosen.dtype} are not allowed: give "
-                f"whole numbers of shape {self._choices.shape}"
+                f"actions of shape {chosen.shape} and type {chosen.dtype} are not allowed: give whole numbers of shape "
+                f"{self._choices.shape}"
             )
         masks = self._observation["action_mask"]
         for head in _STAGE_HEADS[self._stage or 0]:
@@ -271,8 +270,8 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         allowed = [f"{index} ({options[index]})" for index in np.flatnonzero(mask).tolist()]
         meant = f" ({options[value]})" if 0 <= value < len(options) else ""
         return UserError(
-            f"action {value}{meant} of head {_HEADS[head]} is not allowed in environment {row}: "
-            f"choose one of {', '.join(allowed)}"
+            f"action {value}{meant} of head {_HEADS[head]} is not allowed in environment {row}: choose one of "
+            f"{', '.join(allowed)}"
         )
 
     def _take(self, actions: Array) -> None:

@@ -72,8 +72,8 @@ class BudgetDistribution:
         inside = edges[1:-1]
         if any(a >= b for a, b in pairwise(inside)) or sorted(edges) != edges:
             raise UserError(
-                f"held-out bands {self.bands} are not allowed: give rising intervals that do not "
-                f"touch, within {self.low_ms} to {self.high_ms} ms"
+                f"held-out bands {self.bands} are not allowed: give rising intervals that do not touch, within "
+                f"{self.low_ms} to {self.high_ms} ms"
             )
         if self._widths.sum() <= 0:
             raise UserError(f"held-out bands {self.bands} cover the whole range: leave budgets to train on")
@@ -101,8 +101,7 @@ class BudgetDistribution:
         return self.at(rng.random(n))
 
     def at(self, share: npt.ArrayLike) -> Array:
-        """Quantile function of the training budgets: share in [0, 1) of the mass outside the bands
-        -> ms."""
+        """Quantile function of the training budgets: share in [0, 1) of the mass outside the bands -> ms."""
         mass = np.asarray(share, dtype=np.float64) * self._widths.sum()
         ends = np.cumsum(self._widths)
         piece = np.minimum(np.searchsorted(ends, mass, side="right"), len(ends) - 1)
@@ -112,14 +111,12 @@ class BudgetDistribution:
         return np.clip(budgets, np.exp(self._starts[piece]), np.exp(self._starts[piece] + self._widths[piece]))
 
     def held_out(self) -> tuple[float, ...]:
-        """Budgets never trained on, rising, ms: one below the range, the middle of every band, one
-        above."""
+        """Budgets never trained on, rising, ms: one below the range, the middle of every band, one above."""
         middles = (math.sqrt(low * high) for low, high in self.bands)
         return (self.low_ms / _BEYOND, *middles, self.high_ms * _BEYOND)
 
     def bin_index(self, budget_ms: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Price bin 0 to bins - 1 of each budget; budgets beyond the range belong to the outermost
-        bins."""
+        """Price bin 0 to bins - 1 of each budget; budgets beyond the range belong to the outermost bins."""
         share = (np.log(np.asarray(budget_ms, dtype=np.float64)) - math.log(self.low_ms)) / self._log_width
         return np.clip(np.floor(share * self.bins), 0, self.bins - 1).astype(np.int64)
 

@@ -89,8 +89,7 @@ class ListedSchedule:
     contexts: tuple[Context, ...]
 
     def draw(self, round_index: int, groups: Sequence[int], total: int) -> list[Context]:
-        """The listed contexts whose turn it is; padding repeats the first context under the id
-        -1."""
+        """The listed contexts whose turn it is; padding repeats the first context under the id -1."""
         first = self.contexts[0]
         padding = Context(PADDING, first.sample, first.budget_ms)
         turns = (round_index * total + group for group in groups)

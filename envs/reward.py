@@ -53,8 +53,7 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class Reward:
-    """Rewards of B rollouts: `total` (B,) and its signed, weighted `terms`, each (B,), which add up
-    to it."""
+    """Rewards of B rollouts: `total` (B,) and its signed, weighted `terms`, each (B,), which add up to it."""
 
     total: Array
     terms: dict[str, Array]
@@ -108,8 +107,7 @@ def priced_return(
 
 
 def plan_share(plan: ExecutionPlan) -> float:
-    """Computation of `plan` as a share of the full plan's, 0 to 1: views encoded times experts run,
-    over all blocks."""
+    """Computation of `plan` as a share of the full plan's, 0 to 1: views encoded times experts run, over all blocks."""
     views = (TIER_CROPS[plan.tier] + 1) / (max(TIER_CROPS.values()) + 1)
     return views * sum(plan.top_k_per_block) / (MODEL_BLOCKS * max(TOP_KS))
 

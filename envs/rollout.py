@@ -73,8 +73,7 @@ def _plans(space: KnobSpace, choices: Array) -> tuple[list[ExecutionPlan], npt.N
 def _run(
     world: World, samples: Sequence[Sample], plans: Sequence[ExecutionPlan]
 ) -> tuple[list[Any], npt.NDArray[np.float64]]:
-    """Outcomes, and latencies in ms (B,): one batched call, or one measured request after
-    another."""
+    """Outcomes, and latencies in ms (B,): one batched call, or one measured request after another."""
     engine, clock = world.engine, world.clock
     if is_measuring(clock):
         pairs = [clock.measure(s, plan) for s, plan in zip(samples, plans, strict=True)]

@@ -108,8 +108,8 @@ class WorldConfig:
             raise UserError(f"dtype {self.dtype!r} is not known: choose one of {', '.join(DTYPES)}")
         if self.clock == "profiled" and self.table is None:
             raise UserError(
-                "the profiled clock needs a profile table: measure one with `ray-ctrl profile`, or "
-                "choose clock roofline or measured"
+                "the profiled clock needs a profile table: measure one with `ray-ctrl profile`, or choose clock "
+                "roofline or measured"
             )
 
     def build(self) -> World:
@@ -160,8 +160,7 @@ class WorldConfig:
 
 
 def importance_of(model: str) -> tuple[float, ...]:
-    """Importance of the model's 16 blocks: what lies beside its weights, else the published
-    scores."""
+    """Importance of the model's 16 blocks: what lies beside its weights, else the published scores."""
     from envs.model.importance import read_importance
 
     return read_importance(model)

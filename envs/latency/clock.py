@@ -39,14 +39,12 @@ class AnyClock(Protocol):
 
 
 class Clock(AnyClock, Protocol):
-    """A clock that knows a request's latency from its sizes, its plan and the length of its
-    answer."""
+    """A clock that knows a request's latency from its sizes, its plan and the length of its answer."""
 
     def latency(self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> LatencyRecord: ...
 
     def p95(self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> float:
-        """95th percentile of the request's latency, ms; the latency itself for a clock without
-        spread."""
+        """95th percentile of the request's latency, ms; the latency itself for a clock without spread."""
         ...
 
 
@@ -81,8 +79,7 @@ def image_tokens(config: "MolmoEConfig", tiling: tuple[int, int] | None) -> int:
 
 
 def reference_shape(config: "MolmoEConfig") -> RequestShape:
-    """The reference request of a model: 12 crops and the global view, a short question, an image of
-    the crops' area."""
+    """The reference request of a model: 12 crops and the global view, a short question, an image of the crops' area."""
     rows, columns = REFERENCE_TILING
     tokens = image_tokens(config, REFERENCE_TILING)
     return RequestShape(

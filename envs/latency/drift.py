@@ -27,8 +27,7 @@ class DriftWatch:
         self._ratios: deque[float] = deque(maxlen=window)
 
     def add(self, predicted_ms: float, measured_ms: float) -> str | None:
-        """Take one request; returns a warning once the window's median lies outside the profile's
-        spread, else None."""
+        """Take one request; returns a warning once the window's median lies outside the profile's spread, else None."""
         self._ratios.append(measured_ms / predicted_ms)
         if len(self._ratios) < (self._ratios.maxlen or 0):
             return None
@@ -36,7 +35,6 @@ class DriftWatch:
         if self._low <= middle <= self._high:
             return None
         return (
-            f"the last {len(self._ratios)} requests took {middle:.2f} times what the profile of "
-            f"{self._device} says (its spread is {self._low:.2f} to {self._high:.2f}): measure the "
-            f"device again with `ray-ctrl profile`"
+            f"the last {len(self._ratios)} requests took {middle:.2f} times what the profile of {self._device} says "
+            f"(its spread is {self._low:.2f} to {self._high:.2f}): measure the device again with `ray-ctrl profile`"
         )

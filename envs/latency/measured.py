@@ -34,8 +34,7 @@ class MeasuredClock:
 
     @cached_property
     def reference_ms(self) -> float:
-        """Latency of the full plan on a drawn 4:3 image with 12 crops, its decoding scaled to 4 new
-        tokens, ms."""
+        """Latency of the full plan on a drawn 4:3 image with 12 crops, its decoding scaled to 4 new tokens, ms."""
         sample = reference_sample(self.engine.model.config.vision.crop_size)
         totals = []
         for turn in range(self.repeats + 2):
@@ -73,8 +72,7 @@ class _DrawnImage(ImageRef):
 
 
 def reference_sample(crop_size: int) -> Sample:
-    """The reference request as a sample: an image that every model of this kind cuts into 3 x 4
-    crops."""
+    """The reference request as a sample: an image that every model of this kind cuts into 3 x 4 crops."""
     rows, columns = REFERENCE_TILING
     image = _DrawnImage(width=columns * crop_size, height=rows * crop_size)
     return Sample(id=image.digest[:16], image=image, question=_REFERENCE_QUESTION, answers=("",))

@@ -8,6 +8,7 @@ between and beyond what was measured.
 
 from collections.abc import Sequence
 from functools import cached_property
+from operator import mul
 from typing import Any, Final
 
 import numpy as np
@@ -66,22 +67,19 @@ class ProfiledClock:
         if new_tokens < 0:
             raise UserError(f"{new_tokens!r} new tokens are not allowed: give 0 or more")
         rows = quantities(shape, plan, new_tokens)
-        return LatencyRecord(**{stage: float(rows[stage] @ self._costs[stage]) for stage in STAGES})
+        return LatencyRecord(*(sum(map(mul, rows[stage], self._costs[stage])) for stage in STAGES))
 
     def p95(self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> float:
-        """95th percentile of the request's latency, ms: the median times the table's relative
-        spread."""
+        """95th percentile of the request's latency, ms: the median times the table's relative spread."""
         return self.latency(shape, plan, new_tokens).total * max(1.0, self.quantile(0.95))
 
     def quantile(self, share: float) -> float:
-        """Quantile of measured over predicted latency in the table: noise of the device and misfit
-        of the clock."""
+        """Quantile of measured over predicted latency in the table: noise of the device and misfit of the clock."""
         return float(np.quantile(self._ratios, share))
 
     @cached_property
     def median_error(self) -> float:
-        """Median absolute relative error on the table's own cells: how well the stage models
-        fit."""
+        """Median absolute relative error on the table's own cells: how well the stage models fit."""
         errors = [abs(self._predict(c) / float(np.median(c.totals_ms)) - 1.0) for c in self.table.cells]
         return float(np.median(errors))
 
@@ -93,43 +91,42 @@ class ProfiledClock:
         return self.latency(cell.shape, cell.plan, cell.new_tokens).total
 
 
-def quantities(shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> dict[str, Array]:
+def quantities(shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> dict[str, tuple[float, ...]]:
     """What each stage has to do, in units near 1: one vector of costed things per stage."""
     thousands, first = shape.prompt_tokens / 1000, plan.insertion
     rest, top_k = len(plan.blocks) - first, plan.top_k / 8
     context = (shape.prompt_tokens + new_tokens / 2) / 1000
     image = float(shape.crops > 0)
     crops = shape.crops / 10
-    rows = {
-        "processor": [1.0, image, crops, shape.pixels / 1e6, thousands],
-        "vision": [image, crops, crops**2],
-        "prefix": [1.0, first, first * thousands, first * thousands**2],
-        "suffix": [
+    return {
+        "processor": (1.0, image, crops, shape.pixels / 1e6, thousands),
+        "vision": (image, crops, crops**2),
+        "prefix": (1.0, first, first * thousands, first * thousands**2),
+        "suffix": (
             1.0,
             rest,
             rest * top_k,
             rest * thousands,
             rest * thousands * top_k,
             rest * thousands**2,
-        ],
-        "decode": [
+        ),
+        "decode": (
             new_tokens,
             new_tokens * (first + rest),
             new_tokens * (first + rest * top_k),
             new_tokens * (first + rest) * context,
-        ],
-        "controller": [1.0],
+        ),
+        "controller": (1.0,),
     }
-    return {stage: np.array(row, dtype=np.float64) for stage, row in rows.items()}
 
 
-def _fit(stage: str, cells: Sequence[Cell]) -> Array:
+def _fit(stage: str, cells: Sequence[Cell]) -> tuple[float, ...]:
     """Non-negative costs of one stage that minimise the squared relative error over the cells."""
-    rows = np.stack([quantities(cell.shape, cell.plan, cell.new_tokens)[stage] for cell in cells])
+    rows = np.array([quantities(cell.shape, cell.plan, cell.new_tokens)[stage] for cell in cells])
     times = np.array([getattr(cell.median, stage) for cell in cells])
     if stage == "controller":
-        return np.array([float(np.median(times))])
+        return (float(np.median(times)),)
     floor = np.array([_FLOOR * cell.median.total for cell in cells])
     scale = np.sqrt([cell.weight for cell in cells]) / np.maximum(times, floor)
     costs, _ = nnls(rows * scale[:, None], times * scale)
-    return np.asarray(costs, dtype=np.float64)
+    return tuple(map(float, costs))

@@ -81,8 +81,8 @@ def profile(
     """
     if not samples or repeats < 1 or per_tiling < 1:
         raise UserError(
-            f"nothing to profile with {len(samples)} samples, {repeats} repeats and {per_tiling} "
-            f"cells per tiling: give 1 or more of each"
+            f"nothing to profile with {len(samples)} samples, {repeats} repeats and {per_tiling} cells per tiling: "
+            f"give 1 or more of each"
         )
     rng = np.random.default_rng(seed)
     cells = _cells(engine, samples, per_tiling, rng)
@@ -112,16 +112,15 @@ def recalibrate(
     """
     if not 8 <= requests <= MOST_RECALIBRATION_REQUESTS or not samples:
         raise UserError(
-            f"recalibration with {requests} requests over {len(samples)} samples is not allowed: "
-            f"give 8 to {MOST_RECALIBRATION_REQUESTS} requests and a sample at least"
+            f"recalibration with {requests} requests over {len(samples)} samples is not allowed: give 8 to "
+            f"{MOST_RECALIBRATION_REQUESTS} requests and a sample at least"
         )
     here = Identity.of(engine)
     for what in ("model", "dtype"):
         if getattr(table.identity, what) != getattr(here, what):
             raise UserError(
                 f"the profile table is of {what} {getattr(table.identity, what)}, this engine runs "
-                f"{getattr(here, what)}: a table is carried over between devices only; run "
-                f"`ray-ctrl profile`"
+                f"{getattr(here, what)}: a table is carried over between devices only; run `ray-ctrl profile`"
             )
     rng = np.random.default_rng(seed)
     cells = _cells(engine, samples, requests, rng)
@@ -188,8 +187,7 @@ def _cells(engine: Any, samples: Sequence[Any], per_tiling: int, rng: np.random.
 
 
 def _spread(count: int, rng: np.random.Generator) -> list[tuple[int, int, int]]:
-    """(insertion, top-k, blocks) `count` times: both extremes, then every option of a knob about
-    equally often."""
+    """(insertion, top-k, blocks) `count` times: both extremes, then every option of a knob about equally often."""
     extremes = [(1, max(TOP_KS), max(BLOCK_COUNTS)), (1, min(TOP_KS), min(BLOCK_COUNTS))]
     insertions = np.resize(rng.permutation(INSERTIONS), count)
     top_ks = np.resize(rng.permutation(TOP_KS), count)
@@ -211,8 +209,7 @@ def _measure(
     progress: Progress | None,
     controller: Any,
 ) -> list[Cell]:
-    """Run every request `repeats` times in shuffled passes, after a warm-up over every tier's first
-    request."""
+    """Run every request `repeats` times in shuffled passes, after a warm-up over every tier's first request."""
     first = {plan.tier: (sample, plan) for sample, plan in reversed(requests)}
     for _ in range(_WARM_UP):
         for sample, plan in first.values():

@@ -88,6 +88,6 @@ class RequestShape:
             raise UserError(f"request {self} is not allowed: sizes are 0 or more, and a prompt has a token at least")
         if self.image_tokens > self.prompt_tokens:
             raise UserError(
-                f"request {self} is not allowed: its {self.image_tokens} image tokens are part of "
-                f"the {self.prompt_tokens} prompt tokens"
+                f"request {self} is not allowed: its {self.image_tokens} image tokens are part of the "
+                f"{self.prompt_tokens} prompt tokens"
             )

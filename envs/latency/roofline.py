@@ -136,8 +136,7 @@ class RooflineClock:
         return tower + connector
 
     def _blocks(self, blocks: int, tokens: int, context: int, top_k: int) -> float:
-        """Milliseconds of `blocks` language blocks on `tokens` new positions that attend to
-        `context` ones."""
+        """Milliseconds of `blocks` language blocks on `tokens` new positions that attend to `context` ones."""
         width, experts = self.config.d_model, self.config.n_experts
         dense = 4 * width * width + width * experts
         expert = 3 * width * self.config.expert_hidden
@@ -153,8 +152,7 @@ class RooflineClock:
         return self._piece(2 * vocabulary, vocabulary, _HEAD_KERNELS)
 
     def _decode(self, plan: ExecutionPlan, prompt: int, new_tokens: int) -> float:
-        """One step for every new token: the prompt gives the first, the last step finds the end of
-        the answer."""
+        """One step for every new token: the prompt gives the first, the last step finds the end of the answer."""
         if new_tokens < 0:
             raise UserError(f"{new_tokens!r} new tokens are not allowed: give 0 or more")
         context = prompt + (new_tokens + 1) // 2

@@ -57,8 +57,7 @@ class Identity:
         )
 
     def difference(self, other: "Identity") -> str | None:
-        """The first thing in which `other` differs, as `what: ours, theirs`; None where nothing
-        does."""
+        """The first thing in which `other` differs, as `what: ours, theirs`; None where nothing does."""
         for what in ("device", "model", "dtype", "threads"):
             if getattr(self, what) != getattr(other, what):
                 return f"{what}: {_short(getattr(self, what))} against {_short(getattr(other, what))}"
@@ -125,13 +124,12 @@ class ProfileTable:
         difference = self.identity.difference(identity)
         if difference is not None:
             raise UserError(
-                f"the profile table was measured elsewhere ({difference} here): measure this "
-                f"device with `ray-ctrl profile`, or recalibrate the table on it"
+                f"the profile table was measured elsewhere ({difference} here): measure this device with `ray-ctrl "
+                f"profile`, or recalibrate the table on it"
             )
 
     def save(self, path: str | Path) -> None:
-        """Write JSON to `path`: written aside, then renamed, so that a reader never sees half a
-        table."""
+        """Write JSON to `path`: written aside, then renamed, so that a reader never sees half a table."""
         target = Path(path)
         body = {"format_version": FORMAT_VERSION, **asdict(self)}
         target.parent.mkdir(parents=True, exist_ok=True)

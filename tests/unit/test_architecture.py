@@ -1,0 +1,109 @@
+"""The house has four rooms and one direction: which package may import which."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("envs", "policies", "ray_ctrl", "cluster")
+SHARED = ("envs.errors",)
+"""The one error family belongs to everyone."""
+ALLOWED = {
+    "envs": ("envs",),
+    "policies": ("policies", "envs.knobs", *SHARED),
+    "cluster": ("cluster", *SHARED),
+    "ray_ctrl": ROOMS,
+}
+RAY = ("ray",)
+RAY_FREE = [
+    "envs.knobs",
+    "envs.errors",
+    "envs.budgets",
+    "envs.reward",
+    "envs.contexts",
+    "envs.latency",
+    "envs.latency_token",
+    "envs.rollout",
+    "envs.world",
+    "envs.model",
+    "envs.engine",
+    "envs.tasks",
+    "policies.controller",
+    "policies.stage1",
+    "policies.stage2",
+    "policies.grpo.advantages",
+    "policies.grpo.losses",
+    "policies.grpo.prices",
+]
+
+
+def modules(room):
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imported(path):
+    """Absolute names imported anywhere in a file, `from a import b` as a.b."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = path.relative_to(ROOT).with_suffix("").parts[: -node.level]
+                base = ".".join((*parts, base)).rstrip(".")
+            names += [f"{base}.{alias.name}" for alias in node.names]
+    return names
+
+
+def within(name, packages):
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_in_one_direction(room):
+    assert modules(room)
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in modules(room)
+        for name in imported(path)
+        if within(name, ROOMS) and not within(name, ALLOWED[room])
+    ]
+    assert wrong == []
+
+
+def test_the_world_knows_no_ray_and_gymnasium_in_one_file():
+    uses_ray = [str(p) for p in modules("envs") if any(within(n, RAY) for n in imported(p))]
+    uses_gym = [p.name for p in modules("envs") if any(within(n, ("gymnasium", "gym")) for n in imported(p))]
+    assert uses_ray == []
+    assert uses_gym == ["adaptive_vqa.py"]
+
+
+def test_the_walk_sees_every_form_of_import(tmp_path):
+    file = tmp_path / "sample.py"
+    file.write_text("import ray.tune as t\nfrom ray import data\ndef f():\n    from policies.grpo import losses\n")
+    assert imported(file) == ["ray.tune", "ray.data", "policies.grpo.losses"]
+
+
+def test_files_stay_short():
+    long = {str(p.relative_to(ROOT)): n for r in ROOMS for p in modules(r) if (n := len(p.open().readlines())) > 500}
+    assert long == {}
+
+
+def test_ray_free_parts_import_without_ray_and_gymnasium():
+    code = f"""
+import importlib, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("ray", "gymnasium"):
+            raise ModuleNotFoundError(f"{{name}} is blocked here")
+sys.meta_path.insert(0, Blocked())
+for name in {RAY_FREE!r}:
+    importlib.import_module(name)
+assert not {{"ray", "gymnasium"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
