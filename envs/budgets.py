@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from envs.errors import UserError
-from envs.knobs import KnobSpace
+from envs.knobs import ExecutionPlan, KnobSpace
 from envs.latency.clock import Clock, MeasuringClock, is_measuring
 
 Array = npt.NDArray[np.float64]
@@ -19,8 +19,8 @@ _BAND_SHARE: Final = 0.08
 """Width of one held-out band as a share of the logarithmic range."""
 _BEYOND: Final = 1.15
 """Held-out budgets beyond the ends lie this factor outside the range."""
-_TYPICAL_NEW_TOKENS: Final = 4
-_MEASURED_SAMPLES: Final = 16
+_LOOKED_AT: Final = 16
+"""Samples run to find the usual answer length, or both latencies under a measured clock."""
 
 
 def check_budget(budget_ms: float) -> float:
@@ -147,18 +147,18 @@ def budget_range(
     clock: Clock | MeasuringClock,
     space: KnobSpace,
     samples: Sequence[Any],
-    new_tokens: int = _TYPICAL_NEW_TOKENS,
+    new_tokens: int | None = None,
 ) -> tuple[float, float]:
     """The device's range over training samples, ms: p95 of the cheapest plan to p95 of the dearest.
 
     At the lower end 95 % of requests can be served at all, at the upper end 95 % of them in full.
 
     Args:
-        engine: gives a sample's sizes.
+        engine: gives a sample's sizes, and runs 16 samples for the usual answer length.
         clock: profiled or roofline; a measured clock runs up to 16 samples under both plans.
         space: whose cheapest and full knobs count.
         samples: training samples.
-        new_tokens: answer length assumed where requests are not run.
+        new_tokens: answer length assumed for all; None takes the median of those 16 under the full plan.
 
     Raises:
         UserError: no samples.
@@ -166,12 +166,17 @@ def budget_range(
     if not samples:
         raise UserError("a budget range needs training samples: the task has none")
     cheapest, full = space.plan(space.cheapest), space.plan(space.full)
+    spread = samples[:: max(1, len(samples) // _LOOKED_AT)][:_LOOKED_AT]
     if is_measuring(clock):
-        spread = samples[:: max(1, len(samples) // _MEASURED_SAMPLES)][:_MEASURED_SAMPLES]
         times = [[clock.measure(s, plan)[1].total for s in spread] for plan in (cheapest, full)]
     else:
-        times = [
-            [clock.p95(engine.shape(s, plan.tier), plan, new_tokens) for s in samples] for plan in (cheapest, full)
-        ]
+        length = _usual_length(engine, spread, full) if new_tokens is None else new_tokens
+        times = [[clock.p95(engine.shape(s, plan.tier), plan, length) for s in samples] for plan in (cheapest, full)]
     low, high = (float(np.quantile(row, 0.95)) for row in times)
     return low, high
+
+
+def _usual_length(engine: Any, samples: Sequence[Any], plan: ExecutionPlan) -> int:
+    """Median answer length, tokens; one at least."""
+    outcomes = engine.outcomes(samples, [plan] * len(samples))
+    return max(1, round(float(np.median([outcome.n_tokens for outcome in outcomes]))))

@@ -147,7 +147,7 @@ class WorldConfig:
         if self.clock == "roofline":
             return RooflineClock(engine.model.config, self.clock_device)
         if self.clock == "measured":
-            return MeasuredClock(engine)
+            return _measured(engine)
         return ProfiledClock.for_engine(ProfileTable.load(self.table or ""), engine)
 
     def _budgets(
@@ -182,6 +182,10 @@ def resolve_device(device: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {device!r} cannot be used ({reason}): choose `auto` or `cpu`") from None
     return found
+
+
+# One measured clock per engine: its reference latency is measured once and stays put.
+_measured = lru_cache(maxsize=2)(MeasuredClock)
 
 
 @lru_cache(maxsize=2)

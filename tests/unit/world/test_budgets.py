@@ -108,7 +108,7 @@ def test_draws_are_a_function_of_the_generator(seed):
 
 def test_the_device_range_serves_most_requests_at_either_end():
     world = make_world(40)
-    low, high = budget_range(world.engine, world.clock, world.space, world.samples)
+    low, high = budget_range(world.engine, world.clock, world.space, world.samples, new_tokens=4)
     cheapest, full = world.space.plan(world.space.cheapest), world.space.plan(world.space.full)
 
     def served(plan, budget):
@@ -127,6 +127,15 @@ def test_the_device_range_of_a_measured_clock_runs_few_requests():
     low, high = budget_range(engine, MeasuredClock(engine), world.space, world.samples)
     assert 0 < low < high
     assert engine.calls["measured"] == 32
+
+
+def test_the_device_range_counts_on_the_usual_answer_length():
+    world = make_world(40)
+    lengths = [world.engine.outcome(s, world.space.plan(world.space.full)).n_tokens for s in world.samples[::2][:16]]
+    usual = round(float(np.median(lengths)))
+    found = budget_range(world.engine, world.clock, world.space, world.samples)
+    assert found == budget_range(world.engine, world.clock, world.space, world.samples, new_tokens=usual)
+    assert found[1] < budget_range(world.engine, world.clock, world.space, world.samples, new_tokens=usual + 1)[1]
 
 
 def test_a_range_needs_samples():
