@@ -19,7 +19,7 @@ class Baseline(Protocol):
     """A way to choose knobs without a controller; picklable, since it runs on evaluation runners."""
 
     def start(self, seed: tuple[int, ...]) -> Act:
-        """The act function for one chunk of contexts: observations (B, ...) to actions (B, 4). `seed` names the chunk."""
+        """How to act in one chunk of contexts, which `seed` names: observations (B, ...) to actions (B, 4)."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 BUDGET_WIDTH: Final = 256
 # Wavelengths in units of the log ratio. The shortest resolves budgets 4 % apart (a quarter of an e-fold has 90 degrees
 # per 6 %), the longest spans every budget a device could be given, so neighbouring budgets stay neighbours.
-SHORTEST_WAVE: Final = 0.25
+SHORTEST_WAVE: Final = 3.0
 LONGEST_WAVE: Final = 32.0
 
 
@@ -17,10 +17,10 @@ def budget_feature(log_ratio: Tensor) -> Tensor:
     """Sinusoidal encoding of a budget.
 
     Args:
-        log_ratio: (B,) or (B, 1), log(budget in ms / latency in ms of the full plan on this device's reference request).
+        log_ratio: (B,) or (B, 1), log(budget / latency of the full plan on this device's reference request).
 
     Returns:
-        (B, 256) float: 128 sines, then 128 cosines, wavelengths spaced geometrically (Vaswani et al. 2017, section 3.5).
+        (B, 256) float: 128 sines, then 128 cosines, wavelengths in geometric steps (Vaswani et al. 2017, 3.5).
     """
     ratio_B = log_ratio.reshape(log_ratio.shape[0], -1)[:, 0].to(torch.float32)
     half = BUDGET_WIDTH // 2

@@ -64,7 +64,7 @@ class Controller(nn.Module):
         """Export to `folder` as safetensors + JSON, written aside and renamed, so a reader sees all of it or none.
 
         Args:
-            metadata: JSON-able facts about the training run; `fingerprint` names the model the controller was trained on.
+            metadata: JSON-able facts about the run; `fingerprint` names the model the controller was trained on.
             overwrite: replace an existing export.
 
         Raises:
@@ -114,8 +114,8 @@ class Controller(nn.Module):
         weights = _read(source / WEIGHTS_FILE)
         if hashlib.sha256(weights).hexdigest() != card["sha256"]:
             raise UserError(
-                f"{source / WEIGHTS_FILE} is corrupt: its {len(weights)} bytes do not match the checksum in {CARD_FILE}; "
-                "export the controller again"
+                f"{source / WEIGHTS_FILE} is corrupt: its {len(weights)} bytes do not match the checksum in "
+                f"{CARD_FILE}; export the controller again"
             )
         if d_model is not None and card["d_model"] != d_model:
             raise UserError(

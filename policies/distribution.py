@@ -1,7 +1,7 @@
-"""The controller's distribution: four masked categoricals (tier, insertion, top-k, blocks) side by side, in plain torch.
+"""The controller's distribution: four masked categoricals (tier, insertion, top-k, blocks) side by side.
 
-Masked logits are a large finite negative, not -inf: their probability is exactly 0 in float32, while entropy, divergence
-and gradients stay finite. A head with one legal option has log-probability 0 and entropy 0.
+Masked logits are a large finite negative, not -inf: their probability is exactly 0 in float32, while
+entropy, divergence and gradients stay finite. A head with one legal option has log-probability 0 and entropy 0.
 """
 
 from dataclasses import dataclass

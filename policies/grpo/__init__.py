@@ -1,1 +1,1 @@
-"""GRPO: pure arithmetic (`advantages`, `losses`, `prices`), then RLlib (`rl_module`, `learner`, `runner`, `algorithm`)."""
+"""GRPO: pure arithmetic (`advantages`, `losses`, `prices`, `minibatches`), then RLlib; `algorithm` is the loop."""

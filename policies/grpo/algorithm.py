@@ -1,8 +1,8 @@
 """GRPO on RLlib, the whole loop in one file.
 
-One iteration: sample whole chunks -> complete groups -> returns at current prices -> advantages within groups -> epochs of
-minibatches on the learners -> prices -> reference. Everything random is derived from (seed, round), where the round counter
-is part of the checkpoint, so a resumed run repeats what the undisturbed one would have done.
+One iteration: sample whole chunks -> complete groups -> returns at current prices -> advantages within
+groups -> epochs of minibatches on the learners -> prices -> reference. Everything random is derived from
+(seed, round), and the round is part of the checkpoint, so a resumed run repeats the undisturbed one.
 """
 
 import time
@@ -28,40 +28,63 @@ from policies.grpo.advantages import GroupAdvantages, complete_groups, group_adv
 from policies.grpo.evaluation import EvaluationRequest, Row, evaluate_with_runners
 from policies.grpo.learner import WEIGHTS, GRPOLearner
 from policies.grpo.metrics import learner_metrics, rollout_metrics
+from policies.grpo.minibatches import minibatches
 from policies.grpo.prices import Prices, PriceSettings
 from policies.grpo.rl_module import ControllerModule
 from policies.grpo.runner import MAX_ATTEMPTS, RolloutRunner, Rollouts, run_jobs
 
 STATE: Final = "grpo"
+OWN_SETTINGS: Final = (
+    "group_size",
+    "groups_per_iteration",
+    "divide_by_spread",
+    "drop_equal_groups",
+    "clip_low",
+    "clip_high",
+    "kl_coeff",
+    "reference_interval",
+    "entropy_coeff",
+    "prices",
+    "hidden",
+    "runner_threads",
+)
 
 
 class GRPOConfig(AlgorithmConfig):
     """RLlib's configuration plus GRPO's own settings, given to `.training(...)`.
 
-    group_size: rollouts that share one (sample, budget). groups_per_iteration: groups sampled before each update.
-    divide_by_spread: advantages over the group's standard deviation. drop_equal_groups: leave groups of equal returns out
-    of the batch. clip_low, clip_high: bounds of the ratio below and above 1. kl_coeff: weight of the KL to a frozen
-    reference (0: no reference is kept). reference_interval: iterations between refreshes of it (0: never).
-    entropy_coeff: weight of the entropy bonus. prices: constrained mode (None: the environment's fixed-price reward).
-    hidden: width of the controller's MLPs. runner_threads: torch threads of each remote env runner.
-    RLlib's own num_epochs, minibatch_size (decisions over all learners; two a rollout), lr and grad_clip hold as usual.
+    Attributes:
+        group_size: rollouts that share one (sample, budget).
+        groups_per_iteration: groups sampled before each update.
+        divide_by_spread: advantages over the group's standard deviation. Off by default: it blows up
+            groups in which only small change is at stake.
+        drop_equal_groups: leave groups of equal returns out of the batch.
+        clip_low, clip_high: bounds of the ratio below and above 1.
+        kl_coeff: weight of the KL to a frozen reference; 0 keeps no reference.
+        reference_interval: iterations between refreshes of the reference; 0 never.
+        entropy_coeff: weight of the entropy bonus, per nat.
+        prices: the constrained mode; None takes the environment's fixed-price reward.
+        hidden: width of the controller's MLPs.
+        runner_threads: torch threads of each remote env runner.
+        num_epochs, minibatch_size, lr, grad_clip: RLlib's own; a minibatch counts decisions (two a
+            rollout) over all learners.
     """
 
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class=algo_class or GRPO)
         self.group_size: int = 8
         self.groups_per_iteration: int = 32
-        self.divide_by_spread: bool = True
+        self.divide_by_spread: bool = False
         self.drop_equal_groups: bool = False
         self.clip_low: float = 0.2
         self.clip_high: float = 0.28
         self.kl_coeff: float = 0.0
         self.reference_interval: int = 0
-        self.entropy_coeff: float = 0.005
+        self.entropy_coeff: float = 0.01
         self.prices: PriceSettings | None = None
         self.hidden: int = 256
         self.runner_threads: int = 1
-        self.lr = 1e-3
+        self.lr = 5e-4
         self.num_epochs = 4
         self.minibatch_size = 256
         self.grad_clip = 1.0
@@ -79,9 +102,8 @@ class GRPOConfig(AlgorithmConfig):
         self.evaluation_runners: bool = False
 
     def training(self, **settings: Any) -> "GRPOConfig":
-        own = ("group_size", "groups_per_iteration", "divide_by_spread", "drop_equal_groups", "clip_low")
-        own += ("clip_high", "kl_coeff", "reference_interval", "entropy_coeff", "prices", "hidden", "runner_threads")
-        for name in own:
+        """RLlib's settings, plus those named in the class."""
+        for name in OWN_SETTINGS:
             value = settings.pop(name, NotProvided)
             if value is not NotProvided:
                 setattr(self, name, value)
@@ -106,14 +128,14 @@ class GRPOConfig(AlgorithmConfig):
         envs, group, groups = self.num_envs_per_env_runner, self.group_size, self.groups_per_iteration
         if group < 2:
             raise UserError(f"group size {group} is not allowed: advantages compare at least 2 rollouts")
-        if envs % group:
+        if not self.in_evaluation and envs % group:
             raise UserError(f"group size {group} does not divide the {envs} environments of a runner")
-        if groups < 1 or groups * group % envs:
+        if not self.in_evaluation and (groups < 1 or groups * group % envs):
             raise UserError(
                 f"{groups} groups of {group} rollouts an iteration do not fill whole runners of {envs} environments: "
                 f"give a multiple of {envs // group} groups"
             )
-        if not (0 < self.clip_low < 1 and 0 < self.clip_high and self.kl_coeff >= 0 and self.entropy_coeff >= 0):
+        if not (0 < self.clip_low < 1 and self.clip_high > 0 and self.kl_coeff >= 0 and self.entropy_coeff >= 0):
             raise UserError(
                 f"clip_low {self.clip_low}, clip_high {self.clip_high}, kl_coeff {self.kl_coeff}, entropy_coeff "
                 f"{self.entropy_coeff} are not allowed: 0 < clip_low < 1, 0 < clip_high, both coefficients >= 0"
@@ -132,7 +154,7 @@ class GRPOConfig(AlgorithmConfig):
 
 
 class GRPO(Algorithm):
-    """The training loop. `train()` adds one flat dict `result["grpo"]` of this iteration's numbers to RLlib's result."""
+    """The training loop. `train()` adds a flat dict of this iteration's numbers, `result["grpo"]`, to RLlib's."""
 
     config: GRPOConfig
 
@@ -298,26 +320,6 @@ class GRPO(Algorithm):
         with checkpoint.explained(Path(path)):
             super().restore_from_path(path, *args, **kwargs)
         checkpoint.check_runners(self)
-
-
-def minibatches(
-    rows: int, size: int, learners: int, generator: np.random.Generator
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], int]:
-    """One epoch's row order, cut so that several learners together see the same minibatches as one.
-
-    Rows are shuffled and padded to equal minibatches of about `size`; padding repeats rows at weight 0, and the other
-    weights make the epoch's mean weight 1. Learner l gets the l-th contiguous share, holding its slice of each minibatch.
-
-    Returns:
-        Row indices (P,), weights (P,) and the size of a minibatch over all learners.
-    """
-    count = max(1, round(rows / size))
-    size = -(-rows // (count * learners)) * learners
-    padded = count * size
-    order = np.resize(generator.permutation(rows), padded)
-    weights = np.where(np.arange(padded) < rows, padded / rows, 0.0).astype(np.float32)
-    spread = np.arange(padded).reshape(count, learners, size // learners).transpose(1, 0, 2).reshape(-1)
-    return order[spread], weights[spread], size
 
 
 def _columns(rollouts: Rollouts, advantages: npt.NDArray[np.float64]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Checkpoints of a run: written aside and renamed, complete or refused, and runners that really hold the weights.
 
-They are RLlib's own (pickle): load only those of your own runs. For anything else there is `Controller.save` and `load`.
+They are RLlib's own (pickle): load only those of your own runs. To pass a controller on, use `Controller.save`.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The learner: RLlib's torch learner with the GRPO loss. It draws nothing at random: minibatches come cut from the driver."""
+"""The learner: RLlib's torch learner with the GRPO loss. Nothing is drawn here: the driver cuts the minibatches."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -30,7 +30,7 @@ def rollout_metrics(
     groups: GroupAdvantages,
     prices: Prices | None,
 ) -> dict[str, float]:
-    """Means over this iteration's rollouts: reward at fixed prices, return at current prices, outcome, knobs, prices."""
+    """Means over this iteration's rollouts: reward (fixed prices), return (current prices), outcome, knobs, prices."""
     infos = rollouts.infos
     row = {
         "rollouts": float(len(rollouts)),

@@ -1,8 +1,8 @@
 """Rollouts: what an env runner does with one chunk of work, and how chunks are spread over runners that may die.
 
-A chunk is one reset of all of a runner's environments. Its contexts and its random draws are a function of (seed, round,
-chunk) and of the weights that come with the request, never of the runner or its past: a chunk lost with a dead runner is
-simply run again, anywhere, with the same result.
+A chunk is one reset of all of a runner's environments. Its contexts and its random draws are a function
+of (seed, round, chunk) and of the weights that come with the request, never of the runner or its past:
+a chunk lost with a dead runner is simply run again, anywhere, with the same result.
 """
 
 import logging
@@ -47,23 +47,28 @@ class Rollouts:
 
     def take(self, rows: Array) -> "Rollouts":
         """Rows of these rollouts, in the order given."""
+        return self._map(lambda array: array[rows])
+
+    def _map(self, change: Callable[[Array], Array]) -> "Rollouts":
         return Rollouts(
-            {key: value[rows] for key, value in self.obs.items()},
-            *(array[rows] for array in (self.actions, self.log_probs, self.logits, self.rewards)),
-            {key: value[rows] for key, value in self.infos.items()},
+            obs={key: change(value) for key, value in self.obs.items()},
+            actions=change(self.actions),
+            log_probs=change(self.log_probs),
+            logits=change(self.logits),
+            rewards=change(self.rewards),
+            infos={key: change(value) for key, value in self.infos.items()},
         )
 
     @staticmethod
     def concatenate(parts: Sequence["Rollouts"]) -> "Rollouts":
         """All parts in one, in order."""
-        first = parts[0]
         return Rollouts(
-            {key: np.concatenate([part.obs[key] for part in parts]) for key in first.obs},
-            *(
-                np.concatenate([getattr(part, name) for part in parts])
-                for name in ("actions", "log_probs", "logits", "rewards")
-            ),
-            {key: np.concatenate([part.infos[key] for part in parts]) for key in first.infos},
+            obs={key: np.concatenate([part.obs[key] for part in parts]) for key in parts[0].obs},
+            actions=np.concatenate([part.actions for part in parts]),
+            log_probs=np.concatenate([part.log_probs for part in parts]),
+            logits=np.concatenate([part.logits for part in parts]),
+            rewards=np.concatenate([part.rewards for part in parts]),
+            infos={key: np.concatenate([part.infos[key] for part in parts]) for key in parts[0].infos},
         )
 
 
@@ -78,6 +83,8 @@ class Failure:
 
 class RolloutRunner(SingleAgentEnvRunner):
     """RLlib's env runner, working in chunks."""
+
+    module: Any
 
     def __init__(self, *, config: Any, **kwargs: Any) -> None:
         if kwargs.get("worker_index"):
@@ -134,7 +141,11 @@ def _seed(*parts: int | None) -> int:
 
 
 def _pack(episodes: Sequence[Any], metrics: Any, *, with_logits: bool = True) -> Rollouts:
-    """RLlib's episodes as arrays; numeric scalars of the final infos are kept."""
+    """RLlib's episodes as arrays; numeric scalars of the final infos are kept.
+
+    Raises:
+        RuntimeError: episodes that have not ended, or not after the same number of steps.
+    """
     steps = {len(episode) for episode in episodes}
     if len(steps) != 1 or not all(episode.is_terminated for episode in episodes):
         raise RuntimeError(f"episodes of {sorted(steps)} steps: every rollout must end after the same number of steps")

@@ -34,8 +34,16 @@ def latency_ms(tier: int, insertion: int, top_k: int, blocks: int) -> float:
     return 10.0 + 20.0 * tier + 2.0 * insertion + 4.0 * top_k + 3.5 * (blocks - 12)
 
 
+def penalty(latency: np.ndarray, budget: np.ndarray) -> np.ndarray:
+    """Smooth step at the budget, growing beyond it."""
+    overrun = (latency - budget) / budget
+    return 1.0 / (1.0 + np.exp(-np.clip(overrun * 20, -50, 50))) + np.minimum(np.maximum(overrun, 0.0), 2.0) * 0.5
+
+
 class ToyVectorEnv(gym.vector.VectorEnv):
-    """Settings: num_envs, group_size, seed, samples, and for the tests of failures `die_once` (a file), `fail`, `stall`."""
+    """Settings: num_envs, group_size, seed, samples, and for the tests of failures `die_once` (a file), `fail`,
+    `stall`.
+    """
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
 
@@ -97,9 +105,10 @@ class ToyVectorEnv(gym.vector.VectorEnv):
         knobs = list(zip(self.tier, self.insertion, top_k, blocks, strict=True))
         latency = np.array([latency_ms(*knob) for knob in knobs])
         accuracy = np.where(self.tier >= self.needed[self.sample], 1.0, 0.3) - 0.02 * (16 - blocks) - 0.01 * (8 - top_k)
-        reward = accuracy - 1.0 * (latency > self.budget)
+        reward = accuracy - penalty(latency, self.budget)
         infos = {
-            "accuracy": accuracy, "latency_ms": latency, "budget_ms": self.budget, "context": self.context.astype(np.int64),
+            "accuracy": accuracy, "latency_ms": latency, "budget_ms": self.budget,
+            "context": self.context.astype(np.int64),
             "sample": self.sample, "tier": self.tier, "insertion": self.insertion, "top_k": top_k, "blocks": blocks,
             "reward_accuracy": accuracy,
         }  # fmt: skip
