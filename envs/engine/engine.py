@@ -1,0 +1,316 @@
+"""RolloutEngine: (sample, plan) in, outcomes out; latency tokens for the second stage; and nothing computed twice.
+
+What is known comes from memory or the store; what is not is run in shared, mixed batches (see `executor`).
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from envs.engine.bounded import Bounded
+from envs.engine.executor import Executor, Job
+from envs.engine.keys import PromptKey, Setting, latency_key, outcome_key
+from envs.engine.measured import Steering, measure
+from envs.engine.memory import plan_memory
+from envs.engine.prefix_cache import PrefixCache
+from envs.engine.prompts import Prompt, Prompts, Tiling, tensor_bytes
+from envs.engine.store import OutcomeStore, StoredOutcome, StoredStates
+from envs.errors import UserError
+from envs.knobs import ExecutionPlan
+from envs.latency.record import LatencyRecord, RequestShape
+from envs.latency_token import LEVELS, level_token
+from envs.model.importance import PUBLISHED_IMPORTANCE
+from envs.model.language import MAX_INSERTION
+from envs.model.molmoe import AdaptiveMolmoE
+from envs.model.processor import MolmoEProcessor
+from envs.tasks.sample import Sample
+from envs.tasks.scoring import score
+
+# Answers are short and latency tokens few; these hold a large training set before the store is asked again.
+_OUTCOMES_KEPT = 1 << 20
+_STATES_BYTES = 256 * 2**20
+_STORE_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A greedy answer: its token ids without end-of-text, and whether it ended before the token limit."""
+
+    token_ids: tuple[int, ...]
+    finished: bool = True
+
+    @property
+    def n_tokens(self) -> int:
+        """Answer tokens, end-of-text not counted."""
+        return len(self.token_ids)
+
+
+class RolloutEngine:
+    """Runs requests of one frozen model.
+
+    Args:
+        model: in eval mode; its `device` and `experts` decide where and how things run.
+        processor: of the same model.
+        store: a store, the path of one, or None to keep results in memory only.
+        importance: block scores, for whoever builds a KnobSpace; the published ones where None.
+        encoder_seed: seed of the encoder from budget level to latency token.
+        max_new_tokens: token limit of an answer.
+        batch_tokens: padded prompt tokens of one prefill; computed from free memory where None.
+        device: move the model there first.
+
+    Raises:
+        UserError: a limit below 1, or a processor of another model.
+    """
+
+    def __init__(
+        self,
+        model: AdaptiveMolmoE,
+        processor: MolmoEProcessor,
+        *,
+        store: OutcomeStore | str | Path | None = None,
+        importance: Sequence[float] | None = None,
+        encoder_seed: int = 0,
+        max_new_tokens: int = 64,
+        batch_tokens: int | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}: give at least 1")
+        if batch_tokens is not None and batch_tokens < 1:
+            raise UserError(f"batch_tokens is {batch_tokens}: give at least 1, or null to compute it")
+        _check_fit(model, processor)
+        self.model = model if device is None else model.to(device)
+        self.processor = processor
+        self.store = OutcomeStore(store) if isinstance(store, str | Path) else store
+        self.importance = tuple(importance or PUBLISHED_IMPORTANCE)
+        self.encoder_seed = encoder_seed
+        self.max_new_tokens = max_new_tokens
+        self.memory = plan_memory(model.config, model.dtype, model.device, batch_tokens)
+        crops = self.memory.batch_tokens // max(1, model.config.vision.patches // 4)
+        self.prompts = Prompts(model, processor, self.memory.feature_bytes, crops)
+        self.prefixes = PrefixCache(self.memory.prefix_bytes)
+        self.executor = Executor(model, self.prompts, self.prefixes, self.memory, max_new_tokens)
+        self.setting = Setting.of(model, processor, max_new_tokens).to_json()
+        self._tokens_LD = self._level_tokens()
+        norm = float(self._tokens_LD[0].norm())
+        self._encoder = {"seed": encoder_seed, "levels": LEVELS, "norm": round(norm, 4)}
+        self._known: dict[tuple[PromptKey, tuple[int, ...]], tuple[Outcome, float]] = {}
+        self._states: Bounded[PromptKey, Tensor] = Bounded(_STATES_BYTES, tensor_bytes)
+        self._features: dict[str, Tensor] = {}
+        self._accuracy = lru_cache(maxsize=1 << 18)(self._score)
+        names = ("outcome_hits", "outcome_misses", "executed", "latency_token_hits", "latency_token_misses")
+        self._stats = dict.fromkeys((*names, "seconds", "seconds_saved"), 0.0)
+
+    def tiling(self, sample: Sample, tier: str) -> Tiling | None:
+        """Rows and columns of crops that `sample` gets at `tier`; None for a text-only request."""
+        return self.prompts.tiling(sample, tier)
+
+    def shape(self, sample: Sample, tier: str) -> RequestShape:
+        """Sizes of the request, without decoding its image."""
+        return self.prompts.shape(sample, tier)
+
+    @torch.inference_mode()
+    def language_features(self, samples: Sequence[Sample]) -> Tensor:
+        """Mean word embedding of each question (B, D), float32 on the CPU."""
+        for sample in samples:
+            if sample.question not in self._features:
+                ids = self.processor.question_ids(sample.question)
+                self._features[sample.question] = self.model.language_feature(ids).float().cpu()
+        return torch.stack([self._features[sample.question] for sample in samples])
+
+    def latency_tokens(self, samples: Sequence[Sample], tiers: Sequence[str], levels: Sequence[int]) -> Tensor:
+        """The latency token of each request after blocks 1..5, (B, 5, D) float32 on the CPU.
+
+        One pass over a prompt gives all levels and positions, and leaves its prefix for `outcomes`.
+
+        Raises:
+            UserError: a level or tier that does not exist.
+        """
+        bad = [level for level in levels if not 0 <= level < LEVELS]
+        if bad:
+            raise UserError(f"budget level {bad[0]!r} is not allowed: levels are 0 to {LEVELS - 1}")
+        prompts = [self.prompts.prompt(sample, tier) for sample, tier in zip(samples, tiers, strict=True)]
+        states = self._load_states({prompt.key for prompt in prompts})
+        missing = {prompt.key: prompt for prompt in prompts if prompt.key not in states}
+        if missing:
+            states.update(self._run_states(list(missing.values())))
+        self._count("latency_token_misses", sum(prompt.key in missing for prompt in prompts))
+        self._count("latency_token_hits", sum(prompt.key not in missing for prompt in prompts))
+        found = [states[prompt.key][:, level] for prompt, level in zip(prompts, levels, strict=True)]
+        return torch.stack(found).float()
+
+    def outcomes(self, samples: Sequence[Sample], plans: Sequence[ExecutionPlan]) -> list[Outcome]:
+        """The answer of each sample under its plan. Equal executions run once; what is known is not run."""
+        keys = [
+            (self.prompts.prompt(sample, plan.tier), _top_k(plan)) for sample, plan in zip(samples, plans, strict=True)
+        ]
+        known = self._known
+        unknown = {
+            (prompt.key, top_k): Job(prompt, top_k) for prompt, top_k in keys if (prompt.key, top_k) not in known
+        }
+        missing = self._load_outcomes(unknown) if unknown else set()
+        if missing:
+            self._run([unknown[key] for key in unknown if key in missing])
+        found = []
+        for prompt, top_k in keys:
+            outcome, seconds = known[prompt.key, top_k]
+            found.append(outcome)
+            if (prompt.key, top_k) not in missing:
+                self._stats["seconds_saved"] += seconds
+        misses = sum((prompt.key, top_k) in missing for prompt, top_k in keys)
+        self._count("outcome_misses", misses)
+        self._count("outcome_hits", len(keys) - misses)
+        if len(known) > _OUTCOMES_KEPT:
+            known.clear()
+        return found
+
+    def text(self, outcome: Outcome) -> str:
+        """The answer as text."""
+        return self.processor.decode(outcome.token_ids)
+
+    def accuracy(self, sample: Sample, outcome: Outcome) -> float:
+        """How right the answer is, 0 to 1, by the sample's metric."""
+        return self._accuracy(sample.metric, sample.answers, outcome.token_ids)
+
+    def run_measured(
+        self, sample: Sample, plan: ExecutionPlan, controller: Steering | None = None
+    ) -> tuple[Outcome, LatencyRecord]:
+        """Run one request at batch 1 under `plan`, stages timed, nothing reused; `controller` only costs its time."""
+        done = measure(
+            self.model, self.processor, sample, plan, controller, self._tokens_LD, self.max_new_tokens
+        )  # fmt: skip
+        return Outcome(done.token_ids, done.finished), done.record
+
+    def run_steered(self, sample: Sample, controller: Steering) -> tuple[Outcome, LatencyRecord, ExecutionPlan]:
+        """Serve one request as `controller` decides, stages timed."""
+        done = measure(
+            self.model, self.processor, sample, None, controller, self._tokens_LD, self.max_new_tokens
+        )  # fmt: skip
+        return Outcome(done.token_ids, done.finished), done.record, done.plan
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start: requests served from memory or store (hits), run (misses), seconds spent, saved."""
+        found = {f"engine/{name}": value for name, value in self._stats.items()}
+        found["engine/images_encoded"] = float(self.prompts.images_encoded)
+        found["engine/disagreements"] = float(self.store.disagreements if self.store else 0)
+        return found
+
+    def _level_tokens(self) -> Tensor:
+        """The latency token of every level (16, D), as long as the model's average word embedding."""
+        norm = float(self.model.language.wte.detach().float().norm(dim=-1).mean())
+        tokens = [level_token(level, self.model.config.d_model, self.encoder_seed, norm) for level in range(LEVELS)]
+        return torch.stack(tokens).to(self.model.device, self.model.dtype)
+
+    def _score(self, metric: str, answers: tuple[str, ...], token_ids: tuple[int, ...]) -> float:
+        return score(metric, self.processor.decode(token_ids), answers)
+
+    def _count(self, name: str, by: float) -> None:
+        self._stats[name] += by
+
+    def _load_outcomes(
+        self, unknown: dict[tuple[PromptKey, tuple[int, ...]], Job]
+    ) -> set[tuple[PromptKey, tuple[int, ...]]]:
+        """Bring what the store holds into memory; what it does not hold."""
+        if self.store is None:
+            return set(unknown)
+        digests = {outcome_key(self.setting, *key): key for key in unknown}
+        stored = self.store.get_outcomes(list(digests))
+        for digest, value in stored.items():
+            self._known[digests[digest]] = (Outcome(value.token_ids, value.finished), value.seconds)
+        return {key for digest, key in digests.items() if digest not in stored}
+
+    def _run(self, jobs: Sequence[Job]) -> None:
+        """Execute jobs, chunk by chunk into memory and store, so that an interruption loses little."""
+        ordered = sorted(jobs, key=lambda job: (job.prompt.key in self.prefixes, job.prompt.tokens))
+        for start in range(0, len(ordered), _STORE_CHUNK):
+            chunk = ordered[start : start + _STORE_CHUNK]
+            began = time.perf_counter()
+            with torch.inference_mode():
+                finished = self.executor.run(chunk)
+            spent = time.perf_counter() - began
+            self._count("seconds", spent)
+            self._count("executed", len(chunk))
+            each = spent / len(chunk)
+            results = {
+                (done.job.prompt.key, done.job.top_k): StoredOutcome(done.token_ids, done.complete, each)
+                for done in finished
+            }
+            for key, value in self._keep_outcomes(results).items():
+                self._known[key] = (Outcome(value.token_ids, value.finished), value.seconds)
+
+    def _keep_outcomes(
+        self, results: dict[tuple[PromptKey, tuple[int, ...]], StoredOutcome]
+    ) -> dict[tuple[PromptKey, tuple[int, ...]], StoredOutcome]:
+        """Store results; what counts from now on (another process may have been first)."""
+        if self.store is None:
+            return results
+        digests = {outcome_key(self.setting, *key): key for key in results}
+        entries = {
+            digest: (json.dumps(asdict(key[0])), json.dumps(key[1]), results[key]) for digest, key in digests.items()
+        }
+        canonical = self.store.put_outcomes(self.setting, entries)
+        return {key: canonical.get(digest, results[key]) for digest, key in digests.items()}
+
+    def _load_states(self, keys: set[PromptKey]) -> dict[PromptKey, Tensor]:
+        """Latency tokens (5, 16, D) of the prompts that memory or store hold."""
+        held = {key: state for key in keys if (state := self._states.get(key)) is not None}
+        if self.store is None or len(held) == len(keys):
+            return held
+        digests = {latency_key(self.setting, key, self._encoder): key for key in keys if key not in held}
+        for digest, value in self.store.get_states(list(digests)).items():
+            held[digests[digest]] = self._from_bytes(value.states)
+            self._states.put(digests[digest], held[digests[digest]])
+            self._count("seconds_saved", value.seconds)
+        return held
+
+    def _run_states(self, prompts: Sequence[Prompt]) -> dict[PromptKey, Tensor]:
+        """Latency tokens (5, 16, D) of prompts, run, stored and kept."""
+        began = time.perf_counter()
+        with torch.inference_mode():
+            states = {
+                prompt.key: state.cpu() for prompt, state in self.executor.read_latency_tokens(prompts, self._tokens_LD)
+            }
+        spent = time.perf_counter() - began
+        self._count("seconds", spent)
+        if self.store is not None:
+            digests = {latency_key(self.setting, key, self._encoder): key for key in states}
+            encoder, each = json.dumps(self._encoder, sort_keys=True), spent / len(states)
+            entries = {
+                digest: (json.dumps(asdict(key)), encoder, StoredStates(_to_bytes(states[key]), each))
+                for digest, key in digests.items()
+            }
+            for digest, stored in self.store.put_states(self.setting, entries).items():
+                states[digests[digest]] = self._from_bytes(stored.states)
+        for key, state in states.items():
+            self._states.put(key, state)
+        return states
+
+    def _from_bytes(self, raw: bytes) -> Tensor:
+        flat = torch.frombuffer(bytearray(raw), dtype=self.model.dtype)
+        return flat.view(MAX_INSERTION, LEVELS, self.model.config.d_model)
+
+
+def _to_bytes(states: Tensor) -> bytes:
+    return states.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@lru_cache(maxsize=4096)
+def _top_k(plan: ExecutionPlan) -> tuple[int, ...]:
+    return plan.top_k_per_block
+
+
+def _check_fit(model: AdaptiveMolmoE, processor: MolmoEProcessor) -> None:
+    vision, geometry = model.config.vision, processor.geometry
+    expected = (vision.crop_size, vision.patch_size)
+    given = (geometry.crop, geometry.patch)
+    if expected != given:
+        raise UserError(
+            f"the processor cuts crops of {given[0]} px with patches of {given[1]}, the model reads {expected[0]} and "
+            f"{expected[1]}: use the processor of the same model"
+        )

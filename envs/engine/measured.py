@@ -1,0 +1,159 @@
+"""One request at batch 1, timed stage by stage; nothing shared with other requests, nothing reused."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from envs.knobs import ExecutionPlan
+from envs.latency.record import STAGES, LatencyRecord
+from envs.model.decode import DecodeBatch
+from envs.model.language import Prefilled, Prefix
+from envs.model.molmoe import AdaptiveMolmoE
+from envs.model.processor import MolmoEProcessor
+from envs.tasks.sample import Sample
+
+
+class Steering(Protocol):
+    """A controller at work on one request under one budget. `policies` has none of this; whoever serves writes it.
+
+    `level` is the budget's level of the latency token.
+    """
+
+    level: int
+
+    def first(self, language_feature_D: Tensor, has_image: bool) -> tuple[str, int]:
+        """Tier and insertion position."""
+        ...
+
+    def second(self, latency_token_D: Tensor, insertion: int) -> tuple[int, tuple[int, ...]]:
+        """Top-k and kept blocks, from the latency token's state (D,) float32 after block `insertion`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one timed request gave: answer ids, whether it ended by itself, the plan that ran, milliseconds by stage."""
+
+    token_ids: tuple[int, ...]
+    finished: bool
+    plan: ExecutionPlan
+    record: LatencyRecord
+
+
+@dataclass
+class _Stopwatch:
+    """Sums milliseconds by stage, waiting for the device at each boundary."""
+
+    device: torch.device
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    _since: float = 0.0
+
+    def start(self) -> None:
+        self._wait()
+        self._since = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Book the time since the last boundary on `stage`."""
+        self._wait()
+        now = time.perf_counter()
+        self.spent[stage] += (now - self._since) * 1e3
+        self._since = now
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@torch.inference_mode()
+def measure(
+    model: AdaptiveMolmoE,
+    processor: MolmoEProcessor,
+    sample: Sample,
+    plan: ExecutionPlan | None,
+    steering: Steering | None,
+    latency_tokens_LD: Tensor,
+    max_new_tokens: int,
+) -> Measured:
+    """Run and time one request from decoded image to answer text.
+
+    With a plan, `steering` only costs its time; without one, it decides. The latency token always runs along with the
+    prefix, as it does in serving.
+
+    Args:
+        latency_tokens_LD: the token of every budget level, on the model's device.
+    """
+    watch = _Stopwatch(model.device)
+    image = None if sample.image is None else sample.image.load()
+    watch.start()
+    tier, insertion = _decide_first(model, processor, sample, plan, steering)
+    watch.lap("controller")
+    inputs = processor(image, sample.question, tier, sample.style)
+    watch.lap("processor")
+    features = model.encode_images(inputs["images"], inputs["image_masks"]) if "images" in inputs else None
+    watch.lap("vision")
+    token_D = latency_tokens_LD[len(latency_tokens_LD) // 2 if steering is None else steering.level]
+    x = torch.cat((model.embed(inputs, features), token_D[None, None].to(model.dtype)), 1)
+    # As the last token of a causal sequence it sees the prompt and itself, and cutting it off leaves no trace.
+    run = model.language.run_prefix(x, [x.shape[1]], insertion, model.experts)
+    state_D = run.hidden[-1][0, -1].float()
+    prefix = _without_last(run)
+    watch.lap("prefix")
+    if steering is not None:
+        top_k, blocks = steering.second(state_D, insertion)
+        chosen = plan or ExecutionPlan(tier, insertion, top_k, blocks)
+        watch.lap("controller")
+    else:
+        assert plan is not None
+        chosen = plan
+    prefilled = model.language.prefill(
+        None, prefix.lengths, [0], [chosen.top_k_per_block], prefix=prefix, experts=model.experts
+    )
+    token = _best(model, prefilled.last)
+    watch.lap("suffix")
+    ids, finished = _decode(model, prefilled, token, max_new_tokens)
+    processor.decode(ids)
+    watch.lap("decode")
+    return Measured(tuple(ids), finished, chosen, LatencyRecord(**watch.spent))
+
+
+def _decide_first(
+    model: AdaptiveMolmoE,
+    processor: MolmoEProcessor,
+    sample: Sample,
+    plan: ExecutionPlan | None,
+    steering: Steering | None,
+) -> tuple[str, int]:
+    if steering is None:
+        assert plan is not None
+        return plan.tier, plan.insertion
+    feature = model.language_feature(processor.question_ids(sample.question)).float()
+    tier, insertion = steering.first(feature, sample.image is not None)
+    return (tier, insertion) if plan is None else (plan.tier, plan.insertion)
+
+
+def _without_last(run: Prefix) -> Prefix:
+    return Prefix(
+        tuple(state[:, :-1] for state in run.hidden),
+        tuple(keys[:, :-1] for keys in run.keys),
+        tuple(values[:, :-1] for values in run.values),
+        tuple(length - 1 for length in run.lengths),
+    )
+
+
+def _best(model: AdaptiveMolmoE, last_BD: Tensor) -> int:
+    return int(model.logits(model.language.final_norm(last_BD)).argmax(-1)[0])
+
+
+def _decode(model: AdaptiveMolmoE, prefilled: Prefilled, token: int, limit: int) -> tuple[list[int], bool]:
+    ids: list[int] = []
+    batch: DecodeBatch | None = None
+    while token != model.config.eos_token_id:
+        ids.append(token)
+        if len(ids) >= limit:
+            return ids, False
+        batch = batch or DecodeBatch(model.language, [(prefilled, [0])])
+        token = int(batch.step([token], model.experts).argmax(-1)[0])
+    return ids, True

@@ -1,0 +1,166 @@
+"""From samples to prompts: what identifies them, and their embeddings with each image encoded once.
+
+Letters: T tokens, D model width, C crops, P patches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from envs.engine.bounded import Bounded
+from envs.engine.keys import PromptKey
+from envs.latency.record import RequestShape
+from envs.model.molmoe import AdaptiveMolmoE
+from envs.model.processor import MolmoEProcessor
+from envs.tasks.sample import Sample
+
+Tiling = tuple[int, int]
+_VIEWS = 1  # the global view comes before the crops
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample at one tiling. Equal keys mean equal computation, whatever the sample's id or answers."""
+
+    key: PromptKey
+    sample: Sample
+    tier: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a tiling alone decides: the token ids before the text, and the place of each image token (C, t)."""
+
+    head_ids: Tensor
+    image_input_idx: Tensor
+
+
+class Prompts:
+    """Prepares prompts for one model and processor; keeps image features and layouts.
+
+    Args:
+        feature_bytes: bound of kept image features.
+        crops: most crops encoded in one pass.
+    """
+
+    def __init__(self, model: AdaptiveMolmoE, processor: MolmoEProcessor, feature_bytes: int, crops: int) -> None:
+        self.model = model
+        self.processor = processor
+        self.crops = max(1, crops)
+        self.images_encoded = 0
+        self._features: Bounded[tuple[str, Tiling], Tensor] = Bounded(feature_bytes, tensor_bytes)
+        self._layouts: dict[Tiling, _Layout] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._text_ids = lru_cache(maxsize=1 << 16)(lambda q, style: tuple(processor.prompt_ids(q, style)))
+        self._prompts: dict[tuple[str | None, str, str | None, str], Prompt] = {}
+
+    def size(self, sample: Sample) -> tuple[int, int] | None:
+        """Width and height of a sample's image; None without one."""
+        if sample.image is None:
+            return None
+        digest = sample.image.digest
+        if digest not in self._sizes:
+            self._sizes[digest] = sample.image.size
+        return self._sizes[digest]
+
+    def tiling(self, sample: Sample, tier: str) -> Tiling | None:
+        """Rows and columns of crops a sample gets at a tier; None without an image."""
+        size = self.size(sample)
+        return None if size is None else self.processor.tiling(size, tier)
+
+    def shape(self, sample: Sample, tier: str) -> RequestShape:
+        """Sizes of a request, without decoding its image."""
+        size = self.size(sample)
+        counts = self.processor.shape(size, tier, sample.question, sample.style)
+        pixels = 0 if size is None else size[0] * size[1]
+        return RequestShape(counts.crops, counts.image_tokens, counts.prompt_tokens, pixels)
+
+    def prompt(self, sample: Sample, tier: str) -> Prompt:
+        """The prompt of a sample at a tier, its image untouched."""
+        digest = None if sample.image is None else sample.image.digest
+        known = (digest, sample.question, sample.style, tier)
+        if known not in self._prompts:
+            text = self._text_ids(sample.question, sample.style)
+            key = PromptKey(digest, self.tiling(sample, tier), text)
+            self._prompts[known] = Prompt(key, sample, tier, self.shape(sample, tier).prompt_tokens)
+        return self._prompts[known]
+
+    def embed(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """Embeddings (T, D) of each prompt, image features added. Each (image, tiling) is encoded once."""
+        features = self._encode(prompts)
+        out = []
+        for prompt in prompts:
+            text = torch.tensor(prompt.key.text_ids, device=self.model.device)
+            tiling = prompt.key.tiling
+            if tiling is None:
+                head = torch.tensor([self.processor.eos_id], device=self.model.device)
+                out.append(self.model.language.embed(torch.cat((head, text))))
+                continue
+            layout = self._layouts[tiling]
+            inputs = {
+                "input_ids": torch.cat((layout.head_ids, text)).unsqueeze(0),
+                "image_input_idx": layout.image_input_idx.unsqueeze(0),
+            }
+            out.append(self.model.embed(inputs, features[_image_key(prompt)].unsqueeze(0)).squeeze(0))
+        return out
+
+    def _encode(self, prompts: Sequence[Prompt]) -> dict[tuple[str, Tiling], Tensor]:
+        """Features (C, t, D) of every image at its tiling, from memory or encoded together."""
+        found: dict[tuple[str, Tiling], Tensor] = {}
+        waiting: dict[tuple[str, Tiling], Prompt] = {}
+        for prompt in prompts:
+            if prompt.key.tiling is None or _image_key(prompt) in found:
+                continue
+            kept = self._features.get(_image_key(prompt))
+            if kept is None:
+                waiting[_image_key(prompt)] = prompt
+            else:
+                found[_image_key(prompt)] = kept
+        pending = list(waiting.items())
+        while pending:
+            take, crops = 0, 0
+            while take < len(pending) and (not take or crops + _crops(pending[take][0][1]) <= self.crops):
+                crops += _crops(pending[take][0][1])
+                take += 1
+            found.update(self._encode_together(dict(pending[:take])))
+            pending = pending[take:]
+        return found
+
+    def _encode_together(self, waiting: dict[tuple[str, Tiling], Prompt]) -> dict[tuple[str, Tiling], Tensor]:
+        images, masks, counts = [], [], []
+        for (_, tiling), prompt in waiting.items():
+            sample = prompt.sample
+            inputs = self.processor(sample.image, sample.question, prompt.tier, sample.style)
+            images.append(inputs["images"][0])
+            masks.append(inputs["image_masks"][0])
+            counts.append(len(images[-1]))
+            if tiling not in self._layouts:
+                text = len(prompt.key.text_ids)
+                ids = inputs["input_ids"][0]
+                head, index = ids[: len(ids) - text], inputs["image_input_idx"][0]
+                self._layouts[tiling] = _Layout(head.to(self.model.device), index.to(self.model.device))
+        encoded = self.model.encode_images(torch.cat(images).unsqueeze(0), torch.cat(masks).unsqueeze(0))[0]
+        self.images_encoded += len(waiting)
+        found = {key: part.clone() for key, part in zip(waiting, encoded.split(counts), strict=True)}
+        for key, part in found.items():
+            self._features.put(key, part)
+        return found
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's numbers."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _image_key(prompt: Prompt) -> tuple[str, Tiling]:
+    assert prompt.key.image is not None
+    assert prompt.key.tiling is not None
+    return prompt.key.image, prompt.key.tiling
+
+
+def _crops(tiling: Tiling) -> int:
+    return _VIEWS + tiling[0] * tiling[1]
