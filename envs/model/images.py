@@ -7,9 +7,10 @@ import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from envs.errors import UserError
@@ -51,11 +52,7 @@ def image_size(source: str | Path | bytes, name: str | None = None) -> tuple[int
 def oriented_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of an opened image after its EXIF orientation; decodes no pixels."""
     width, height = image.size
-    return (
-        (height, width)
-        if image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
-        else (width, height)
-    )
+    return (height, width) if image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8) else (width, height)
 
 
 def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
@@ -85,9 +82,7 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on broken data
-        raise UserError(
-            f"cannot read {name}: {error}; give a whole image file that opens in a viewer"
-        ) from None
+        raise UserError(f"cannot read {name}: {error}; give a whole image file that opens in a viewer") from None
 
 
 def check_size(size_wh: tuple[int, int], name: str = "the image") -> None:
@@ -96,10 +91,7 @@ def check_size(size_wh: tuple[int, int], name: str = "the image") -> None:
     if width < 1 or height < 1:
         raise UserError(f"{name} is {width}x{height} pixels: give an image of at least 1x1")
     if width * height > MAX_PIXELS:
-        raise UserError(
-            f"{name} is {width}x{height} pixels, above the limit of {MAX_PIXELS:,}: give a "
-            "smaller image"
-        )
+        raise UserError(f"{name} is {width}x{height} pixels, above the limit of {MAX_PIXELS:,}: give a smaller image")
 
 
 def _opened(source: str | Path | bytes, name: str | None, read: Callable[[Image.Image], T]) -> T:
@@ -116,18 +108,10 @@ def _opened(source: str | Path | bytes, name: str | None, read: Callable[[Image.
     except FileNotFoundError:
         raise UserError(f"no image at {name}: check the path") from None
     except Image.DecompressionBombError:
-        raise UserError(
-            f"{name} is above the limit of {MAX_PIXELS:,} pixels: give a smaller image"
-        ) from None
+        raise UserError(f"{name} is above the limit of {MAX_PIXELS:,} pixels: give a smaller image") from None
     except Exception as error:
-        reason = (
-            "not an image in a known format"
-            if isinstance(error, Image.UnidentifiedImageError)
-            else str(error)
-        )
-        raise UserError(
-            f"cannot read {name}: {reason}; give a whole image file that opens in a viewer"
-        ) from None
+        reason = "not an image in a known format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise UserError(f"cannot read {name}: {reason}; give a whole image file that opens in a viewer") from None
 
 
 def _name(source: str | Path | bytes) -> str:
@@ -136,7 +120,7 @@ def _name(source: str | Path | bytes) -> str:
 
 def _wide_grey(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits scaled to 8. Pillow's own conversion clips it to white."""
-    values = np.asarray(image).astype(np.float32)
+    values: npt.NDArray[Any] = np.asarray(image).astype(np.float32)
     values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     if image.mode == "F":
         values = values * 255 if values.min() >= 0 and values.max() <= 1 else values

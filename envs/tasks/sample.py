@@ -52,6 +52,7 @@ class FileImage(ImageRef):
 
     path: str
     digest: str
+    known_size: tuple[int, int] | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> "FileImage":
@@ -64,8 +65,7 @@ class FileImage(ImageRef):
                 return cls(str(path), hashlib.file_digest(file, "sha256").hexdigest())
         except OSError as error:
             raise UserError(
-                f"cannot read image {path}: {error.strerror or error}; give the path of an image "
-                "file"
+                f"cannot read image {path}: {error.strerror or error}; give the path of an image file"
             ) from None
 
     def load(self) -> Image.Image:
@@ -77,7 +77,7 @@ class FileImage(ImageRef):
     def size(self) -> tuple[int, int]:
         from envs.model.images import image_size
 
-        return image_size(self.path)
+        return self.known_size or image_size(self.path)
 
 
 @dataclass(frozen=True)

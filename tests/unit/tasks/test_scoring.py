@@ -9,9 +9,7 @@ import pytest
 from envs.errors import UserError
 from envs.tasks import scoring
 
-GOLDEN = json.loads(
-    (Path(__file__).parents[2] / "golden" / "text" / "text_scores.json").read_text()
-)
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "text" / "text_scores.json").read_text())
 
 
 @pytest.mark.parametrize("pair", GOLDEN["pairs"], ids=range(len(GOLDEN["pairs"])))
@@ -71,9 +69,7 @@ def test_score(metric: str, prediction: str, answers: list[str], expected: float
     assert scoring.score(metric, prediction, answers) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    "metric", ["bleu", "multiple_choice", "multiple_choice:1", "multiple_choice:x"]
-)
+@pytest.mark.parametrize("metric", ["bleu", "multiple_choice", "multiple_choice:1", "multiple_choice:x"])
 def test_unknown_metric(metric: str) -> None:
     with pytest.raises(UserError, match=f"unknown metric '{metric}': choose one of vqa, a_okvqa"):
         scoring.score(metric, "x", ["x"])
