@@ -62,9 +62,7 @@ class MolmoEProcessor:
         eos: the end-of-text token's text; its id also opens every prompt.
     """
 
-    def __init__(
-        self, geometry: ImageGeometry, tokenizer: Tokenizer, eos: str = "<|endoftext|>"
-    ) -> None:
+    def __init__(self, geometry: ImageGeometry, tokenizer: Tokenizer, eos: str = "<|endoftext|>") -> None:
         self.geometry = geometry
         self.tokenizer = tokenizer
         # A question that spells "<im_patch>" or "<|endoftext|>" is text, not a command to the
@@ -77,9 +75,7 @@ class MolmoEProcessor:
         self._layout = lru_cache(maxsize=256)(self._make_layout)
 
     @classmethod
-    def from_pretrained(
-        cls, path_or_id: str | Path, revision: str | None = None
-    ) -> "MolmoEProcessor":
+    def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> "MolmoEProcessor":
         """The processor of a model folder, a hub id or `embedded`. Weights are neither needed nor
         fetched.
 
@@ -88,18 +84,14 @@ class MolmoEProcessor:
                 together.
         """
         folder = processor_folder(path_or_id, revision)
-        geometry = ImageGeometry.from_config(
-            _read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE)
-        )
+        geometry = ImageGeometry.from_config(_read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
         settings = _read_json(folder / TOKENIZER_CONFIG_FILE)
         eos = settings.get("eos_token") or "<|endoftext|>"
         path = folder / TOKENIZER_FILE
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers library raises bare Exception
-            raise UserError(
-                f"cannot read {path}: {error}; give a folder with the published tokenizer files"
-            ) from None
+            raise UserError(f"cannot read {path}: {error}; give a folder with the published tokenizer files") from None
         return cls(geometry, tokenizer, eos["content"] if isinstance(eos, dict) else str(eos))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -109,9 +101,7 @@ class MolmoEProcessor:
             self.tokenizer.id_to_token(self.eos_id),
         )
 
-    def __call__(
-        self, image: ImageLike | None, question: str, tier: str = "high", style: str | None = None
-    ) -> Inputs:
+    def __call__(self, image: ImageLike | None, question: str, tier: str = "high", style: str | None = None) -> Inputs:
         """Model inputs of one request, batch size 1.
 
         Args:
@@ -154,9 +144,7 @@ class MolmoEProcessor:
         check_size(size_wh)
         return select_tiling(self.geometry, (int(size_wh[0]), int(size_wh[1])), TIER_CROPS[tier])
 
-    def shape(
-        self, size_wh: tuple[int, int] | None, tier: str, question: str, style: str | None = None
-    ) -> PromptShape:
+    def shape(self, size_wh: tuple[int, int] | None, tier: str, question: str, style: str | None = None) -> PromptShape:
         """Counts of a request without decoding its image.
 
         `size_wh` is None for a text-only request.
@@ -196,17 +184,12 @@ class MolmoEProcessor:
     def _make_layout(self, tiling: tuple[int, int]) -> ImageLayout:
         layout = make_layout(self.geometry, tiling, self.image_token_ids)
         # Positions count from the start of the prompt, which the end-of-text token opens.
-        return ImageLayout(
-            layout.ids, np.where(layout.input_idx < 0, layout.input_idx, layout.input_idx + 1)
-        )
+        return ImageLayout(layout.ids, np.where(layout.input_idx < 0, layout.input_idx, layout.input_idx + 1))
 
     def _token_id(self, token: str) -> int:
         token_id = self.tokenizer.token_to_id(token)
         if token_id is None:
-            raise UserError(
-                f"the tokenizer has no token {token!r}: give a folder with the published "
-                "tokenizer files"
-            )
+            raise UserError(f"the tokenizer has no token {token!r}: give a folder with the published tokenizer files")
         return int(token_id)
 
 
@@ -247,9 +230,7 @@ def collate(requests: Sequence[Mapping[str, Tensor]]) -> Inputs:
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenates along the batch, padding the second dimension with -1."""
     longest = max(tensor.shape[1] for tensor in tensors)
-    out = tensors[0].new_full(
-        (sum(t.shape[0] for t in tensors), longest, *tensors[0].shape[2:]), PAD_ID
-    )
+    out = tensors[0].new_full((sum(t.shape[0] for t in tensors), longest, *tensors[0].shape[2:]), PAD_ID)
     row = 0
     for tensor in tensors:
         out[row : row + tensor.shape[0], : tensor.shape[1]] = tensor
@@ -258,34 +239,43 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def processor_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """Local folder holding the processor's files.
+    """Local folder holding the processor's files; see `small_files`."""
+    return small_files(path_or_id, revision, (CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE))
 
-    A hub id's small files are fetched, `embedded` is packaged.
+
+def small_files(path_or_id: str | Path, revision: str | None, names: Sequence[str]) -> Path:
+    """Folder of a model: a local one as it stands, `embedded`, or, of a hub id, the files named.
+
+    Raises:
+        UserError: no such folder or hub model, or the hub cannot be reached.
     """
     name = str(path_or_id)
     if name == "embedded":
         from envs.model.embedded import folder
 
         return folder()
-    if Path(name).is_dir():
-        return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not is_hub_id(name):
         raise UserError(
-            f"no model folder at {name}: give a folder, a hub id such as allenai/MolmoE-1B-0924, "
-            "or embedded"
+            f"no model folder at {name}: give a folder, a hub id such as allenai/MolmoE-1B-0924, or embedded"
         )
     from huggingface_hub import snapshot_download
 
     try:
-        files = [CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(names)))
     except Exception as error:  # HTTP, cache and naming errors share no base class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         at = f" at revision {revision}" if revision else ""
         raise UserError(
-            f"cannot fetch the processor of {name}{at}: {reason}; check the id and the network, "
-            "or give a local folder"
+            f"cannot fetch {name}{at} from the hub: {reason}; check the id and the network, or give a local folder"
         ) from None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/model."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -293,14 +283,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"cannot read {path}: {reason}; give a folder with the published processor files"
-        ) from None
+        raise UserError(f"cannot read {path}: {reason}; give a folder with the published processor files") from None
     if not isinstance(content, dict):
-        raise UserError(
-            f"{path} holds a {type(content).__name__}: give a folder with the published processor "
-            "files"
-        )
+        raise UserError(f"{path} holds a {type(content).__name__}: give a folder with the published processor files")
     return content
 
 
