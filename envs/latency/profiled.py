@@ -92,29 +92,33 @@ class ProfiledClock:
 
 
 def quantities(shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> dict[str, tuple[float, ...]]:
-    """What each stage has to do, in units near 1: one vector of costed things per stage."""
-    thousands, first = shape.prompt_tokens / 1000, plan.insertion
-    rest, top_k = len(plan.blocks) - first, plan.top_k / 8
+    """What each stage has to do, in units near 1: one vector of costed things per stage.
+
+    The last block of the prompt pass runs for the last position alone, beyond its keys and values.
+    """
+    thousands, first, top_k = shape.prompt_tokens / 1000, plan.insertion, plan.top_k / 8
+    blocks = len(plan.blocks)
+    whole = max(blocks - first - 1, 0)
     context = (shape.prompt_tokens + new_tokens / 2) / 1000
-    image = float(shape.crops > 0)
-    crops = shape.crops / 10
+    image, crops = float(shape.crops > 0), shape.crops / 10
     return {
         "processor": (1.0, image, crops, shape.pixels / 1e6, thousands),
         "vision": (image, crops, crops**2),
-        "prefix": (1.0, first, first * thousands, first * thousands**2),
+        "prefix": (1.0, thousands, first, first * thousands, first * thousands**2),
         "suffix": (
             1.0,
-            rest,
-            rest * top_k,
-            rest * thousands,
-            rest * thousands * top_k,
-            rest * thousands**2,
+            thousands,
+            whole,
+            whole * top_k,
+            whole * thousands,
+            whole * thousands * top_k,
+            whole * thousands**2,
         ),
         "decode": (
             new_tokens,
-            new_tokens * (first + rest),
-            new_tokens * (first + rest * top_k),
-            new_tokens * (first + rest) * context,
+            new_tokens * blocks,
+            new_tokens * (first + (blocks - first) * top_k),
+            new_tokens * blocks * context,
         ),
         "controller": (1.0,),
     }

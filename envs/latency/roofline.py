@@ -102,7 +102,7 @@ class RooflineClock:
             vision=self._vision(shape.crops),
             # The latency token rides along through the prefix and is dropped after it.
             prefix=self._blocks(plan.insertion, tokens + 1, tokens + 1, 8),
-            suffix=self._blocks(len(plan.blocks) - plan.insertion, tokens, tokens, plan.top_k) + self._head(),
+            suffix=self._suffix(plan, tokens) + self._head(),
             decode=self._decode(plan, tokens, new_tokens),
             controller=self.device.controller * 1e3,
         )
@@ -146,6 +146,15 @@ class RooflineClock:
         cache = 2 * context * width
         block = self._piece(operations, dense + loaded * expert + cache, _BLOCK_KERNELS)
         return blocks * (block + loaded * self.device.expert_launch * 1e3)
+
+    def _suffix(self, plan: ExecutionPlan, tokens: int) -> float:
+        """The kept blocks after p on the prompt; the last of them runs for the last position, keys and values aside."""
+        rest = len(plan.blocks) - plan.insertion
+        if rest == 0:
+            return 0.0
+        projections = 2 * self.config.d_model**2
+        last = self._piece(2 * tokens * projections, projections, 2) + self._blocks(1, 1, tokens, plan.top_k)
+        return self._blocks(rest - 1, tokens, tokens, plan.top_k) + last
 
     def _head(self) -> float:
         vocabulary = self.config.d_model * self.config.vocab_size
