@@ -8,20 +8,19 @@ from typing import Any
 
 import torch
 
-from envs.adaptive_vqa import AdaptiveVQAVectorEnv
-from envs.budgets import BudgetDistribution, check_budget
+from envs.budgets import check_budget
 from envs.errors import UserError
 from envs.knobs import TIERS, Knobs, KnobSpace
 from envs.latency import Identity, LatencyRecord, MeasuredClock
-from envs.reward import RewardConfig
 from envs.tasks.sample import FileImage, Sample, content_id
-from envs.world import World, importance_of
+from envs.world import importance_of
 from policies.controller import Controller
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, table
 from ray_ctrl.evaluate import controller_config, find_controller
 from ray_ctrl.runs import newest_run
 from ray_ctrl.setting import world_config
+from ray_ctrl.steering import Steering
 
 RUNS = Path("runs")
 
@@ -107,36 +106,12 @@ def answer(
     _check_model(engine, metadata)
     reference_ms = _reference(engine, metadata)
     space = KnobSpace(importance_of(config.model.name))
-    knobs = choose(engine, space, controller, sample, budget_ms, reference_ms)
+    steering = Steering(controller, space, budget_ms, reference_ms)
     for _ in range(max(1, repeats)):
-        outcome, record = engine.run_measured(sample, space.plan(knobs), controller)
-    return Answer(engine.text(outcome), knobs, budget_ms, reference_ms, record, outcome.n_tokens)
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """A clock of which only the reference is needed."""
-
-    reference_ms: float
-    name: str = "reference"
-    deterministic: bool = True
-
-
-def choose(
-    engine: Any, space: KnobSpace, controller: Controller, sample: Sample, budget_ms: float, reference_ms: float
-) -> Knobs:
-    """The controller's most likely knobs, through the very observations it was trained on."""
-    clock: Any = _Reference(reference_ms)
-    budgets = BudgetDistribution(budget_ms, 2 * budget_ms)
-    world = World(engine, (sample,), clock, budgets, RewardConfig(), space)
-    environment = AdaptiveVQAVectorEnv({"world": world, "num_envs": 1, "contexts": [(0, budget_ms)]})
-    first = _act(controller, environment.reset()[0])
-    second = _act(controller, environment.step(first)[0])
-    return space.decode((*first[0, :2].tolist(), *second[0, 2:].tolist()))
-
-
-def _act(controller: Controller, observation: Mapping[str, Any]) -> Any:
-    return controller.act({key: torch.as_tensor(value) for key, value in observation.items()}).numpy()
+        outcome, record, _ = engine.run_steered(sample, steering)
+    if steering.knobs is None:
+        raise RuntimeError("the engine ended a request without asking the controller")
+    return Answer(engine.text(outcome), steering.knobs, budget_ms, reference_ms, record, outcome.n_tokens)
 
 
 def _check_model(engine: Any, metadata: Mapping[str, Any]) -> None:

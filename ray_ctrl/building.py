@@ -61,9 +61,10 @@ def build_algorithm(setting: Setting, envs: int, contexts: int) -> GRPO:
 
 def build_evaluator(setting: Setting, controller: Controller, contexts: int) -> GRPO:
     """An algorithm that holds `controller` and is only evaluated: its own training runner is a vector of one group."""
+    size = setting.config.grpo.group_size
     settings = _common(setting, "test", contexts)
-    settings.env_runners(num_env_runners=0, num_envs_per_env_runner=2)
-    settings.training(group_size=2, groups_per_iteration=1, hidden=controller.hidden)
+    settings.env_runners(num_env_runners=0, num_envs_per_env_runner=size)
+    settings.training(group_size=size, groups_per_iteration=1, hidden=controller.hidden)
     algorithm = settings.build_algo()
     state = controller.state_dict()
 

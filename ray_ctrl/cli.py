@@ -75,7 +75,8 @@ def train(
     from ray_ctrl import train as room
 
     given = _with_seed(overrides, seed)
-    room.run(preset, config, given, run_dir=run_dir, resume=resume, dry_run=dry_run)
+    status = room.run(preset, config, given, run_dir=run_dir, resume=resume, dry_run=dry_run)
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -143,6 +144,41 @@ def inspect(
     from ray_ctrl import inspect as room
 
     room.run(path)
+
+
+StorePath = Annotated[Path, typer.Argument(help="File of the store.")]
+
+
+@store_app.command("inspect")
+def store_inspect(path: StorePath) -> None:
+    """Say how much a store holds, and under which settings it was computed."""
+    from ray_ctrl import store as room
+
+    room.inspect(path)
+
+
+@store_app.command("prune")
+def store_prune(
+    path: StorePath,
+    max_gb: Annotated[float | None, typer.Option(help="Largest size, GB.", min=0)] = None,
+    unused_days: Annotated[float | None, typer.Option(help="Delete what was unused for so many days.", min=0)] = None,
+) -> None:
+    """Delete entries unused for long, then the longest unused until the store is small enough."""
+    from ray_ctrl import store as room
+
+    room.prune(path, max_gb, unused_days)
+
+
+@store_app.command("export")
+def store_export(
+    path: StorePath,
+    out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
+    table: Annotated[str, typer.Option(help="outcomes or latency_tokens.")] = "outcomes",
+) -> None:
+    """Write a table of the store as Parquet."""
+    from ray_ctrl import store as room
+
+    room.export(path, out, table)
 
 
 def _with_seed(overrides: list[str] | None, seed: int | None) -> list[str]:

@@ -121,7 +121,7 @@ class StoreConfig(Section):
 
     path: str | None = Field(
         default=None,
-        description="Folder of the store, shared by runners and runs; `null` keeps outcomes in the run folder.",
+        description="File of the store, shared by runners and runs; `null` keeps outcomes in each process's memory.",
     )
 
 

@@ -1,15 +1,18 @@
 """What the user sees while something runs: one line an iteration, a bar where there is a terminal."""
 
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-console = Console(highlight=False, soft_wrap=True)
+# Without a terminal, tables keep their own width rather than the 80 columns that rich assumes.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def progress_bar() -> Progress:
@@ -65,9 +68,9 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds_left:02}" if hours else f"{minutes}:{seconds_left:02}"
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]], title: str) -> Table:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
     """A table for the terminal, numbers to the right."""
-    grid = Table(title=title, title_justify="left")
+    grid = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for index, name in enumerate(header):
         grid.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:

@@ -199,6 +199,6 @@ def _page(origin: Mapping[str, Any], budget_rows: Any, method_rows: Any, correla
         + report.markdown(report.BUDGET_HEADER, budget_rows)
         + "\n"
         + report.markdown(report.METHOD_HEADER, method_rows)
-        + f"\nRank correlation of budget and chosen latency: {correlation:.3f}. Reward: mean ± standard error over "
-        "samples, at the fixed weights of the configuration.\n"
+        + f"\nRank correlation of budget and chosen latency: {correlation:.3f}. Tiers: low/medium/high, %. Over: share "
+        "of requests slower than their budget. Reward: mean ± standard error over samples.\n"
     )

@@ -191,19 +191,8 @@ def rollouts_csv(methods: Sequence[Rollouts]) -> str:
     return out.getvalue()
 
 
-BUDGET_HEADER = (
-    "budget ms",
-    "accuracy",
-    "latency ms",
-    "p95 ms",
-    "violations",
-    "low/med/high",
-    "p",
-    "top-k",
-    "blocks",
-    "reward",
-)
-METHOD_HEADER = ("method", "reward", "accuracy", "latency ms", "p95 ms", "violations")
+BUDGET_HEADER = ("budget ms", "accuracy", "mean ms", "p95 ms", "over", "tiers %", "p", "top-k", "blocks", "reward")
+METHOD_HEADER = ("method", "reward", "accuracy", "mean ms", "p95 ms", "over")
 
 
 def budget_rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from envs.budgets import BudgetDistribution
 from envs.errors import UserError
+from envs.knobs import KnobSpace
 from envs.latency import Identity, ProfiledClock, ProfileTable, profile
 from envs.reward import RewardConfig as RewardWeights
 from envs.tasks import load_task
@@ -20,6 +21,7 @@ from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted
 from ray_ctrl.provenance import hardware, versions
 from ray_ctrl.runs import write_json
+from ray_ctrl.steering import Steering
 
 TABLE_FILE = "profile.json"
 BUDGETS_FILE = "budgets.json"
@@ -162,7 +164,9 @@ def engine_threads() -> int:
 def measure_table(config: Config, engine: Any) -> ProfileTable:
     """Measures this device on training samples, with a bar and a line of what it found."""
     samples = load_task(config.task.name, "train", config.task.train_samples, config.task.seed)
+    # An untrained controller costs the time of a trained one, and time is all that is asked of it here.
     controller = Controller(int(engine.model.config.d_model), config.controller.hidden).eval()
+    steering = Steering(controller, KnobSpace(engine.importance), budget_ms=1.0, reference_ms=1.0)
     with counted("profiling this device") as report:
         table = profile(
             engine,
@@ -171,7 +175,7 @@ def measure_table(config: Config, engine: Any) -> ProfileTable:
             per_tiling=config.clock.profile_samples,
             seed=config.run.seed,
             progress=report,
-            controller=controller,
+            controller=steering,
         )
     clock = ProfiledClock(table)
     console.print(

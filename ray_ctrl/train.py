@@ -1,5 +1,6 @@
 """`ray-ctrl train`: one run from settings to controller, learning curve and held-out table."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,10 +46,7 @@ def run(
         UserError: settings, folders or files that do not do.
     """
     folder = _find(run_dir, preset, config_file, overrides) if resume else None
-    if folder is not None:
-        config = resumed_config(folder, overrides)
-    else:
-        config = load_config(preset, config_file, overrides)
+    config = resumed_config(folder, overrides) if folder else load_config(preset, config_file, overrides)
     layout = plan_layout(config)
     if dry_run:
         _show_plan(config, layout)
@@ -187,7 +185,8 @@ class Trainer:
         numbers = self.algorithm.train()["grpo"]
         self.done += 1
         row: Metrics = {"iteration": self.done}
-        row |= {RENAMED.get(key, key): value for key, value in numbers.items()}
+        # What was not seen (a price bin without rollouts) is NaN there and left out here: JSON has no NaN.
+        row |= {RENAMED.get(key, key): value for key, value in numbers.items() if math.isfinite(value)}
         if self._validates():
             row |= self._validate()
         row |= self._engine_stats()

@@ -1,0 +1,53 @@
+"""A trained controller at work on one request, as the engine's timed runs take it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from envs.knobs import INSERTIONS, TIERS, TOP_KS, Knobs, KnobSpace
+from envs.latency_token import budget_level
+from policies.controller import Controller
+
+
+class Steering:
+    """Decides both stages by argmax, from the observations that the environment shows in training.
+
+    Args:
+        space: of the model being steered.
+        budget_ms, reference_ms: the request's budget, and the device's reference latency it is seen relative to.
+    """
+
+    def __init__(self, controller: Controller, space: KnobSpace, budget_ms: float, reference_ms: float) -> None:
+        self.controller, self.space = controller, space
+        log_ratio = math.log(budget_ms / reference_ms)
+        self.level = budget_level(log_ratio)
+        self.budget = torch.tensor([[log_ratio]], dtype=torch.float32)
+        self.none = torch.zeros(1, controller.d_model)
+        self.knobs: Knobs | None = None
+        self._first = ("", 0)
+
+    def first(self, language_feature_D: Tensor, has_image: bool) -> tuple[str, int]:
+        """Tier and insertion position."""
+        mask = self.space.stage1_mask(has_image=has_image)
+        action = self._act(language_feature_D[None].float().cpu(), self.none, 0, mask)
+        self._first = (TIERS[action[0]], INSERTIONS[action[1]])
+        return self._first
+
+    def second(self, latency_token_D: Tensor, insertion: int) -> tuple[int, tuple[int, ...]]:
+        """Top-k and kept blocks."""
+        action = self._act(self.none, latency_token_D[None].float().cpu(), insertion, self.space.stage2_mask(insertion))
+        tier = self._first[0] or TIERS[0]
+        self.knobs = self.space.decode((TIERS.index(tier), INSERTIONS.index(insertion), action[2], action[3]))
+        return TOP_KS[action[2]], self.space.plan(self.knobs).blocks
+
+    def _act(self, language: Tensor, token: Tensor, insertion: int, mask: object) -> list[int]:
+        observation = {
+            "budget": self.budget,
+            "language_feature": language,
+            "latency_token": token,
+            "insertion": torch.tensor([[float(insertion)]]),
+            "action_mask": torch.as_tensor(mask, dtype=torch.float32)[None],
+        }
+        chosen: list[int] = self.controller.act(observation)[0].tolist()
+        return chosen

@@ -1,0 +1,45 @@
+"""Runs the command line and kills its own process at a chosen place: `crash.py PLACE CALL ARGUMENTS...`.
+
+PLACE is where (`sampling`, `update`, `checkpoint`), CALL which call of it, counted from 1. The work of that call is
+done first, so that half an iteration is lost and half a checkpoint left behind.
+"""
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from policies.grpo.algorithm import GRPO
+from policies.grpo.runner import RolloutRunner
+from ray_ctrl.cli import main
+
+PLACES = {
+    "sampling": (RolloutRunner, "sample_chunk"),
+    "update": (GRPO, "_learn"),
+    "checkpoint": (GRPO, "save_to_path"),
+}
+
+
+def deadly(method: Callable[..., Any], fatal: int) -> Callable[..., Any]:
+    """`method`, whose call number `fatal` is the last thing this process does."""
+    calls = 0
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = method(*args, **kwargs)
+        if calls == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return call
+
+
+if __name__ == "__main__":
+    place, count, *arguments = sys.argv[1:]
+    owner, name = PLACES[place]
+    setattr(owner, name, deadly(getattr(owner, name), int(count)))
+    sys.exit(main(arguments))

@@ -1,0 +1,119 @@
+"""Every mistake a user can make: one clear line, exit status 2, nothing overwritten."""
+
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import LIMIT_S, finish, refused, snapshot, start
+from PIL import Image
+
+SMOKE = ("train", "--preset", "smoke")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["grpo.grup_size=4"], "the nearest valid key is 'grpo.group_size'"),
+        (["grpo.group_size=4", "runners.envs=6"], "does not divide runners.envs = 6"),
+        (["runners.count=999"], "999 CPUs wanted"),
+        (["model.name=/no/such/model"], "/no/such/model"),
+        (["task.name=nothing"], "nothing"),
+        (["clock.device=abacus"], "abacus"),
+        (["clock.kind=profiled", "clock.table=/no/table.json"], "/no/table.json"),
+        (["budgets.low=50"], "empty or inverted"),
+        (["runners.address=127.0.0.1:1"], "no Ray cluster answers"),
+    ],
+)
+def test_settings_that_do_not_do(tmp_path: Path, overrides: list[str], words: str) -> None:
+    assert words in refused(*SMOKE, "--run-dir", tmp_path / "run", *overrides)
+
+
+def test_existing_run_folder_is_not_overwritten(trained: Path) -> None:
+    before = snapshot(trained)
+    assert "exists already: continue it with --resume" in refused(*SMOKE, "--run-dir", trained)
+    assert "exists already" in refused("evaluate", trained, "--out", trained / "evaluation")
+    assert snapshot(trained) == before
+
+
+@pytest.mark.parametrize("budget", ["0", "-5", "nan", "inf", "soon"])
+def test_impossible_budgets(trained: Path, tmp_path: Path, budget: str) -> None:
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    message = refused("answer", picture, "what?", f"--budget-ms={budget}", "--controller", trained)
+    assert "budget" in message
+
+
+def test_images_that_cannot_be_read(trained: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.jpg"
+    Image.effect_noise((300, 300), 50).convert("RGB").save(whole)
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    text = tmp_path / "text.png"
+    text.write_text("no picture", encoding="utf-8")
+    for image in (cut, text, tmp_path / "none.png", tmp_path):
+        assert image.name in refused("answer", image, "what?", "-b", "50", "--controller", trained)
+    assert "question is empty" in refused("answer", whole, " ", "-b", "50", "--controller", trained)
+
+
+def test_controllers_that_cannot_be_used(trained: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained / "controller", damaged)
+    weights = damaged / "controller.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert "corrupt" in refused("evaluate", damaged)
+    assert "corrupt" in refused("answer", "-", "what?", "-b", "50", "--controller", damaged)
+    assert "no run folder or exported controller" in refused("evaluate", tmp_path / "none")
+    assert "cannot be read" in refused("evaluate", tmp_path)
+    assert "is no run folder" in refused("inspect", tmp_path)
+
+
+def test_checkpoint_of_another_shape(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    settings = run / "config.yaml"
+    settings.write_text(settings.read_text("utf-8").replace("hidden: 16", "hidden: 24"), encoding="utf-8")
+    message = refused("train", "--resume", "--run-dir", run, "run.iterations=6")
+    assert "does not fit this run" in message
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    assert "not a run folder" in refused("train", "--resume", "--run-dir", tmp_path)
+    assert "no run folder under" in refused("train", "--resume", f"run.folder={tmp_path}")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the runner in /proc")
+def test_all_runners_dead(tmp_path: Path) -> None:
+    """The only runner is killed whenever it comes back, until the run gives up."""
+    process = start([*SMOKE, "--run-dir", tmp_path / "run", "runners.count=1", "run.iterations=100000"])
+    deadline = time.monotonic() + LIMIT_S
+    metrics = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.is_file():
+            for child in _descendants(process.pid):
+                with suppress(OSError):
+                    if b"RolloutRunner" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        os.kill(child, signal.SIGKILL)
+        time.sleep(0.2)
+    done = finish(process)
+    assert done.status == 2, done.err
+    assert done.err.count("\n") == 1
+    assert "runner" in done.err
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes below `pid`, by /proc."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError):
+            fields = stat.read_text("utf-8", errors="replace").rpartition(")")[2].split()
+            parents[int(stat.parent.name)] = int(fields[1])
+    found, layer = [], [pid]
+    while layer:
+        layer = [child for child, parent in parents.items() if parent in layer]
+        found += layer
+    return found

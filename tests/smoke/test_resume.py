@@ -1,0 +1,70 @@
+"""A run that is killed or stopped and then resumed equals the one left alone."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import LIMIT_S, fine, finish, refused, stable_metrics, start
+
+CRASH = Path(__file__).with_name("crash.py")
+
+
+def _same(run: Path, undisturbed: Path) -> None:
+    assert stable_metrics(run) == stable_metrics(undisturbed)
+    for name in ("controller/controller.safetensors", "evaluation/rollouts.csv"):
+        assert (run / name).read_bytes() == (undisturbed / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("place", "call"), [("sampling", 4), ("update", 3), ("checkpoint", 2)])
+def test_killed_and_resumed_equals_undisturbed(trained: Path, tmp_path: Path, place: str, call: int) -> None:
+    run = tmp_path / "run"
+    died = finish(start([place, str(call), "train", "-p", "smoke", "--run-dir", run], program=(CRASH,)))
+    assert died.status == -signal.SIGKILL, died.err
+    assert not (run / "controller").exists()
+    done = fine("train", "--resume", "--run-dir", run)
+    assert "resumed after iteration 2" in done.out
+    _same(run, trained)
+
+
+def test_killed_before_the_first_checkpoint_starts_over(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finish(start(["update", "1", "train", "-p", "smoke", "--run-dir", run], program=(CRASH,)))
+    fine("train", "--resume", "--run-dir", run)
+    _same(run, trained)
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fine("train", "-p", "smoke", "--run-dir", run)
+    weights = max((run / "checkpoints/iteration_000004").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+    weights.write_bytes(weights.read_bytes()[:-7])
+    done = fine("train", "--resume", "--run-dir", run)
+    assert "iteration_000004 is left out" in done.out + done.err
+    assert stable_metrics(run) == stable_metrics(trained)
+    for folder in (run / "checkpoints").glob("iteration_*"):
+        (folder / "manifest.json").unlink()
+    assert "every checkpoint" in refused("train", "--resume", "--run-dir", run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_wish_to_stop_leaves_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    process = start(["train", "-p", "smoke", "run.iterations=2000", "--run-dir", run])
+    deadline = time.monotonic() + LIMIT_S
+    metrics = run / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text("utf-8").count("\n") >= 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(number)
+    done = finish(process)
+    assert done.status == 128 + number, done.err
+    assert "go on with: ray-ctrl train --resume" in done.out
+    last = max((run / "checkpoints").glob("iteration_*"))
+    assert int(last.name.rpartition("_")[2]) == len(stable_metrics(run))
+
+
+def test_resuming_refuses_what_would_make_another_run(trained: Path) -> None:
+    message = refused("train", "--resume", "--run-dir", trained, "grpo.lr=0.5")
+    assert "grpo.lr cannot change" in message
