@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 BUDGET_WIDTH: Final = 256
-# Wavelengths in units of the log ratio. The shortest resolves budgets 4 % apart (a quarter of an e-fold has 90 degrees
-# per 6 %), the longest spans every budget a device could be given, so neighbouring budgets stay neighbours.
+# Wavelengths in units of the log ratio, so that the budgets a device is given (about five e-folds) fill the encoding
+# without wrapping round it: much shorter waves make neighbouring budgets look unrelated, and training slower and worse.
 SHORTEST_WAVE: Final = 3.0
 LONGEST_WAVE: Final = 32.0
 

@@ -56,5 +56,5 @@ def group_advantages(
     centred = returns_NG - returns_NG.mean(axis=1, keepdims=True)
     spread_N1 = returns_NG.std(axis=1, keepdims=True)
     equal_N = spread_N1[:, 0] <= epsilon
-    values = centred / (spread_N1 + epsilon) if divide_by_spread else centred
-    return GroupAdvantages(np.where(equal_N[:, None], 0.0, values), equal_N)
+    scale = np.where(equal_N[:, None], np.inf, spread_N1 + epsilon if divide_by_spread else 1.0)
+    return GroupAdvantages(centred / scale, equal_N)

@@ -5,6 +5,8 @@ groups -> epochs of minibatches on the learners -> prices -> reference. Everythi
 (seed, round), and the round is part of the checkpoint, so a resumed run repeats the undisturbed one.
 """
 
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +33,7 @@ from policies.grpo.metrics import learner_metrics, rollout_metrics
 from policies.grpo.minibatches import minibatches
 from policies.grpo.prices import Prices, PriceSettings
 from policies.grpo.rl_module import ControllerModule
-from policies.grpo.runner import MAX_ATTEMPTS, RolloutRunner, Rollouts, run_jobs
+from policies.grpo.runner import MAX_ATTEMPTS, RolloutRunner, Rollouts, run_jobs, startup_errors
 
 STATE: Final = "grpo"
 OWN_SETTINGS: Final = (
@@ -173,7 +175,20 @@ class GRPO(Algorithm):
         self.evaluation_request: EvaluationRequest | None = None
         self.evaluation_rows: list[Row] = []
         self._row: dict[str, float] = {}
-        super().setup(config)
+        with startup_errors():
+            super().setup(config)
+
+    def _setup_logdir(self) -> None:
+        # RLlib would leave an empty folder in the user's home for every algorithm built.
+        if self._storage:
+            super()._setup_logdir()
+        else:
+            self._logdir = tempfile.mkdtemp(prefix="grpo-")
+
+    def cleanup(self) -> None:
+        super().cleanup()
+        if not self._storage:
+            shutil.rmtree(self._logdir, ignore_errors=True)
 
     def step(self) -> dict[str, Any]:
         result: dict[str, Any] = super().step()

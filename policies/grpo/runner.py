@@ -9,7 +9,8 @@ import logging
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -317,6 +318,36 @@ class _Spread:
         )
 
 
+@contextmanager
+def startup_errors() -> Iterator[None]:
+    """Say why no runner could start: RLlib only logs it, then stumbles over the empty group.
+
+    Raises:
+        UserError: with the first cause RLlib logged.
+    """
+    causes: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            causes.append(record.getMessage())
+
+    listener = Listener(logging.ERROR)
+    sources = [logging.getLogger(f"ray.rllib.{name}") for name in ("utils.actor_manager", "env.env_runner_group")]
+    for source in sources:
+        source.addHandler(listener)
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not causes:
+            raise
+        raise UserError(f"no env runner could start: {_last_line(causes[0])}") from error
+    finally:
+        for source in sources:
+            source.removeHandler(listener)
+
+
 def _guarded(runner: Any, method: str, job: Mapping[str, Any]) -> Any:
     """Run a job inside a runner and send exceptions home as values."""
     try:
@@ -325,6 +356,12 @@ def _guarded(runner: Any, method: str, job: Mapping[str, Any]) -> Any:
         return Failure(error, str(error), "")
     except Exception as error:
         return Failure(None, f"{type(error).__name__}: {_first_line(error)}", traceback.format_exc())
+
+
+def _last_line(text: str) -> str:
+    """The line of a Ray error that names the exception, without Ray's trailing remark."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1].split("), taking actor")[0]
 
 
 def _first_line(error: BaseException) -> str:

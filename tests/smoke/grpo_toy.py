@@ -4,7 +4,9 @@ Each sample needs a tier that its language feature shows; latency is the sum of 
 takes the sample's tier where the budget allows it and cheap knobs elsewhere.
 """
 
+import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from gymnasium.vector import AutoresetMode
 
 from envs.errors import UserError
 from envs.knobs import HEAD_SIZES, KnobSpace
+
+ENVIRONMENT = "grpo-toy"
 
 WIDTH = 12
 SAMPLES = 30
@@ -55,6 +59,8 @@ class ToyVectorEnv(gym.vector.VectorEnv):
         self.single_observation_space, self.single_action_space = spaces()
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, self.num_envs)
+        if not isinstance(settings.get("samples", SAMPLES), int):
+            raise UserError(f"samples must be a number, not {settings['samples']!r}")
         table = np.random.default_rng(7)
         self.features = table.normal(size=(int(settings.get("samples", SAMPLES)), WIDTH)).astype(np.float32)
         self.needed = np.digitize(self.features[:, 0], (-0.4, 0.4))
@@ -151,3 +157,70 @@ class ToyVectorEnv(gym.vector.VectorEnv):
         if kind == "user_error":
             raise UserError("image scene-3 is truncated: replace it")
         raise ValueError("a bug in the environment")
+
+
+def start_ray() -> None:
+    """A small local Ray of our own, and the environment made known to it."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+    import torch
+    from ray.tune import register_env
+
+    torch.set_num_threads(1)
+    # Runners cannot import a module that lies among the tests.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[ToyVectorEnv.__module__])
+    ray.init(
+        address="local",
+        num_cpus=3,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=80_000_000,
+        configure_logging=False,
+    )
+    register_env(ENVIRONMENT, ToyVectorEnv)
+
+
+def configuration(runners: int = 0, *, broken: dict[str, Any] | None = None, **training: Any) -> Any:
+    """Two chunks of 16 environments in groups of 4."""
+    from policies.grpo.algorithm import GRPOConfig
+
+    settings = {"group_size": 4, "groups_per_iteration": 8, "num_epochs": 2, "minibatch_size": 32, "hidden": 32}
+    return (
+        GRPOConfig()
+        .environment(ENVIRONMENT, env_config={"group_size": 4, "seed": 1, **(broken or {})})
+        .env_runners(num_env_runners=runners, num_envs_per_env_runner=16, sample_timeout_s=60)
+        .training(**(settings | training))
+        .debugging(seed=1)
+    )
+
+
+def resumable(runners: int) -> Any:
+    """Everything a checkpoint must hold: optimizer, a reference that moves, prices that move."""
+    from policies.grpo.prices import PriceSettings
+
+    return configuration(runners, kl_coeff=0.1, reference_interval=2, prices=PriceSettings(edges=(-1.0, -0.5)))
+
+
+def numbers(result: dict[str, Any]) -> dict[str, float]:
+    """An iteration's numbers without wall times and what depends on who died."""
+    return {
+        key: value for key, value in result["grpo"].items() if not key.startswith("seconds_") and key != "chunks_rerun"
+    }
+
+
+def main() -> None:
+    """`grpo_toy.py FOLDER RUNNERS...`: restore FOLDER/RUNNERS and print the numbers of two more iterations each."""
+    start_ray()
+    from policies.grpo.checkpoint import restore_checkpoint
+
+    rows = {}
+    for runners in sys.argv[2:]:
+        algorithm = resumable(int(runners)).build_algo()
+        restore_checkpoint(algorithm, Path(sys.argv[1]) / runners)
+        rows[runners] = [numbers(algorithm.train()) for _ in range(2)]
+        algorithm.stop()
+    print("RESULT", json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""GRPO on RLlib learns, repeats itself, and goes on from a checkpoint as if nothing had happened."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpo_toy
+import numpy as np
+import pytest
+import ray
+from grpo_toy import configuration, numbers, resumable
+
+from envs.errors import UserError
+from policies.baselines import FixedKnobs, RandomKnobs
+from policies.controller import Controller
+from policies.grpo.checkpoint import fingerprint, restore_checkpoint, save_checkpoint
+from policies.grpo.evaluation import evaluate_contexts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_session() -> Iterator[None]:
+    grpo_toy.start_ray()
+    yield
+    ray.shutdown()
+
+
+def train(algorithm: Any, iterations: int) -> list[dict[str, float]]:
+    return [numbers(algorithm.train()) for _ in range(iterations)]
+
+
+def test_reward_rises_above_every_baseline(tmp_path: Path) -> None:
+    algorithm = (
+        configuration(group_size=8, groups_per_iteration=32, minibatch_size=256, num_epochs=4, hidden=64, lr=1e-3)
+        .environment(grpo_toy.ENVIRONMENT, env_config={"group_size": 8})
+        .env_runners(num_envs_per_env_runner=128)
+        .evaluation(evaluation_config={"env_config": {"group_size": 1}})
+        .build_algo()
+    )
+    rows = train(algorithm, 30)
+    rewards = [row["reward_mean"] for row in rows]
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.2
+    assert rows[-1]["entropy_tier"] < rows[0]["entropy_tier"]
+    contexts = [(sample, budget) for sample in range(grpo_toy.SAMPLES) for budget in (30.0, 50.0, 70.0, 90.0, 120.0)]
+
+    def reward(baseline: Any = None) -> float:
+        return float(np.mean([row["reward"] for row in evaluate_contexts(algorithm, contexts, baseline=baseline)]))
+
+    trained = reward()
+    assert (
+        trained > max(reward(FixedKnobs((2, 0, 4, 4))), reward(FixedKnobs((0, 0, 0, 0))), reward(RandomKnobs())) + 0.1
+    )
+
+    # The exported controller acts as the evaluation did, without Ray.
+    folder = algorithm.controller().save(tmp_path / "controller", {"fingerprint": "toy"})
+    controller, _ = Controller.load(folder, d_model=grpo_toy.WIDTH)
+    assert abs(act_alone(controller, contexts) - trained) < 1e-9
+    algorithm.stop()
+
+
+def act_alone(controller: Controller, contexts: list[tuple[int, float]]) -> float:
+    import torch
+
+    env = grpo_toy.ToyVectorEnv({"num_envs": len(contexts)})
+    env.set_contexts(contexts)
+    observation, _ = env.reset()
+    for _ in range(2):
+        action = controller.act({key: torch.as_tensor(value) for key, value in observation.items()})
+        observation, reward, *_ = env.step(action.numpy())
+    return float(reward.mean())
+
+
+def test_resumed_runs_equal_uninterrupted_ones(tmp_path: Path) -> None:
+    expected, first = {}, {}
+    for runners in (0, 1, 2):
+        algorithm = resumable(runners).build_algo()
+        first[runners] = train(algorithm, 2)
+        save_checkpoint(algorithm, tmp_path / str(runners))
+        expected[str(runners)] = train(algorithm, 2)
+        algorithm.stop()
+    # One thread each: chunks make the numbers independent of how many runners there are.
+    assert first[0] == first[1] == first[2]
+    assert expected["0"] == expected["1"] == expected["2"]
+    assert first[0] != expected["0"]
+    command = [sys.executable, grpo_toy.__file__, str(tmp_path), "0", "1", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=env, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout + done.stderr
+    assert json.loads(lines[0].removeprefix("RESULT ")) == expected
+
+
+def test_an_older_checkpoint_is_taken_back_to_by_learner_and_runners(tmp_path: Path) -> None:
+    algorithm = resumable(1).build_algo()
+    train(algorithm, 1)
+    save_checkpoint(algorithm, tmp_path / "one")
+    expected = train(algorithm, 2)
+    restore_checkpoint(algorithm, tmp_path / "one")
+    wanted = fingerprint(ray.get(algorithm.weights()))
+    held = algorithm.env_runner_group.foreach_env_runner(lambda runner: fingerprint(runner.module.get_state()))
+    assert held == [wanted] * len(held)
+    assert train(algorithm, 2) == expected
+    algorithm.stop()
+
+
+@pytest.mark.slow
+def test_two_learners_give_the_update_of_one() -> None:
+    weights = []
+    for learners in (0, 2):
+        algorithm = configuration(kl_coeff=0.1).learners(num_learners=learners, num_gpus_per_learner=0).build_algo()
+        train(algorithm, 2)
+        weights.append(algorithm.controller().state_dict())
+        algorithm.stop()
+    for name, value in weights[0].items():
+        np.testing.assert_allclose(value, weights[1][name], atol=2e-5, err_msg=name)
+
+
+def test_checkpoints_are_whole_or_refused(tmp_path: Path) -> None:
+    algorithm = resumable(0).build_algo()
+    train(algorithm, 1)
+    folder = save_checkpoint(algorithm, tmp_path / "good")
+    with pytest.raises(UserError, match="exists already"):
+        save_checkpoint(algorithm, folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good"]
+    before = fingerprint(ray.get(algorithm.weights()))
+
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        for damaged in (content[: len(content) // 2], content[:-1] + bytes([content[-1] ^ 1])):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError) as caught:
+                restore_checkpoint(algorithm, folder)
+            assert "\n" not in caught.value.message
+        path.unlink()
+        with pytest.raises(UserError):
+            restore_checkpoint(algorithm, folder)
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="not a complete checkpoint"):
+        restore_checkpoint(algorithm, tmp_path / "nowhere")
+    assert fingerprint(ray.get(algorithm.weights())) == before
+    restore_checkpoint(algorithm, folder)
+
+    # Another shape, other price bins: refused as well.
+    for other in (resumable(0).training(hidden=16), configuration(0)):
+        foreign = other.build_algo()
+        with pytest.raises(UserError, match=r"does not fit|price bins"):
+            restore_checkpoint(foreign, folder)
+        foreign.stop()
+    algorithm.stop()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = resumable(0).build_algo()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("policies.grpo.checkpoint.write_manifest", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        save_checkpoint(algorithm, tmp_path / "full")
+    assert list(tmp_path.iterdir()) == []
+    algorithm.stop()
+
+
+def test_equal_groups_can_be_dropped_and_everything_equal_is_survived() -> None:
+    # One environment step decides everything equally: accuracy less a price of 0 is still graded, so fix the knobs.
+    algorithm = configuration(drop_equal_groups=True).build_algo()
+    row = train(algorithm, 1)[0]
+    assert row["groups"] == 8.0
+    sampled, _ = algorithm._sample()
+    from policies.grpo.advantages import group_advantages
+
+    before = fingerprint(ray.get(algorithm.weights()))
+    algorithm._learn(sampled, group_advantages(np.ones((8, 4))))
+    assert fingerprint(ray.get(algorithm.weights())) == before
+    algorithm.stop()
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        ({"group_size": 1}, "group size 1"),
+        ({"group_size": 6}, "does not divide the 16 environments"),
+        ({"groups_per_iteration": 6}, "multiple of 4 groups"),
+        ({"clip_low": 1.5}, "clip_low 1.5"),
+        ({"entropy_coeff": -1.0}, "entropy_coeff -1.0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_starts(training: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        configuration(**training).build_algo()

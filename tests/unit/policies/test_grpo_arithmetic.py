@@ -1,0 +1,225 @@
+"""Advantages, losses, prices and minibatches: pure arithmetic, checked by hand or by enumeration."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from envs.errors import UserError
+from envs.knobs import KnobSpace
+from policies.distribution import LOGITS_WIDTH, KnobDistribution, mask_logits
+from policies.grpo.advantages import complete_groups, group_advantages
+from policies.grpo.losses import LossInputs, LossSettings, clipped_surrogate, grpo_loss, kl_estimate
+from policies.grpo.minibatches import minibatches
+from policies.grpo.prices import Prices, PriceSettings
+
+RETURNS = arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(2, 8)), elements=st.floats(-5, 5))
+
+
+@given(RETURNS)
+def test_advantages_are_relative_to_the_group(returns: np.ndarray) -> None:
+    plain = group_advantages(returns, divide_by_spread=False)
+    divided = group_advantages(returns, divide_by_spread=True)
+    shifted = group_advantages(returns + 3.0, divide_by_spread=True)
+    spread = returns.std(axis=1)
+    assert np.abs(plain.values.sum(axis=1)).max() < 1e-9
+    assert (plain.values[plain.equal] == 0).all()
+    assert (divided.values[divided.equal] == 0).all()
+    wide = spread > 1e-3
+    np.testing.assert_allclose(plain.values[wide], (returns - returns.mean(1, keepdims=True))[wide])
+    np.testing.assert_allclose(divided.values[wide].std(axis=1), 1.0, rtol=2e-3)
+    np.testing.assert_allclose(shifted.values[wide], divided.values[wide], rtol=1e-5, atol=1e-6)
+
+
+def test_advantages_by_hand() -> None:
+    result = group_advantages([[1.0, 3.0], [2.0, 2.0]], divide_by_spread=True, epsilon=0.0)
+    assert result.values.tolist() == [[-1.0, 1.0], [0.0, 0.0]]
+    assert result.equal.tolist() == [False, True]
+    assert result.equal_share == 0.5
+
+
+def test_only_complete_groups_are_kept() -> None:
+    rows, left_over = complete_groups([7, 5, 7, 9, 5, 9, 9, 4], group_size=2)
+    assert rows.tolist() == [[0, 2], [1, 4]]
+    assert left_over == 4
+    rows, left_over = complete_groups([1, 2, 3], group_size=2)
+    assert rows.shape == (0, 2)
+    assert left_over == 3
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "slope"),
+    [
+        (1.0, 2.0, 2.0, 2.0),
+        (1.25, 2.0, 2.5, 2.0),  # below the upper bound 1.3
+        (1.5, 2.0, 2.6, 0.0),  # above it: no gradient
+        (0.5, 2.0, 1.0, 2.0),  # a good action grown rare is pulled back in full
+        (0.85, -2.0, -1.7, -2.0),  # above the lower bound 0.8
+        (0.5, -2.0, -1.6, 0.0),  # below it: no gradient
+        (1.5, -2.0, -3.0, -2.0),  # a bad action grown common is pushed down in full
+    ],
+)
+def test_clipping_has_separate_bounds(ratio: float, advantage: float, value: float, slope: float) -> None:
+    r = torch.tensor([ratio], requires_grad=True)
+    surrogate = clipped_surrogate(r, torch.tensor([advantage]), clip_low=0.2, clip_high=0.3)
+    surrogate.sum().backward()
+    assert surrogate.item() == pytest.approx(value)
+    assert r.grad is not None
+    assert r.grad.item() == pytest.approx(slope)
+
+
+def distributions() -> tuple[KnobDistribution, KnobDistribution, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.as_tensor(KnobSpace.stage1_mask()).float()[None]
+    p, q = (mask_logits(torch.randn(1, LOGITS_WIDTH, generator=generator), mask) for _ in range(2))
+    actions = torch.tensor([[tier, position, 0, 0] for tier in range(3) for position in range(5)])
+    return KnobDistribution(p.expand(15, -1)), KnobDistribution(q.expand(15, -1)), actions
+
+
+def test_kl_estimate_is_unbiased_and_never_negative() -> None:
+    p, q, actions = distributions()
+    log_p, log_q = p.log_prob(actions), q.log_prob(actions)
+    estimates = kl_estimate(log_p, log_q)
+    assert estimates.min() >= 0
+    assert (log_p.exp() * estimates).sum().item() == pytest.approx(p.kl(q)[0].item(), abs=1e-5)
+
+
+def inputs(rows: int = 8, **changes: torch.Tensor) -> LossInputs:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.as_tensor(KnobSpace.stage2_mask(1)).float().expand(rows, -1)
+    logits = mask_logits(torch.randn(rows, LOGITS_WIDTH, generator=generator), mask)
+    policy = KnobDistribution(logits)
+    actions = policy.sample(generator)
+    values = {
+        "old_logits": logits,
+        "actions": actions,
+        "old_log_prob": policy.log_prob(actions),
+        "advantages": torch.randn(rows, generator=generator),
+        "weights": torch.ones(rows),
+    }
+    return LossInputs(**(values | changes))
+
+
+def test_first_step_is_the_policy_gradient() -> None:
+    batch = inputs()
+    logits = batch.old_logits.clone().requires_grad_()
+    loss, metrics = grpo_loss(logits, batch, LossSettings(entropy_coeff=0.0))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    again = batch.old_logits.clone().requires_grad_()
+    objective = (KnobDistribution(again).log_prob(batch.actions) * batch.advantages).mean()
+    (expected,) = torch.autograd.grad(-objective, again)
+    torch.testing.assert_close(gradient, expected)
+    assert metrics["loss"].item() == pytest.approx(-batch.advantages.mean().item(), abs=1e-6)
+    assert metrics["kl_old"].item() == 0
+    assert metrics["clip_low_share"].item() == metrics["clip_high_share"].item() == 0
+
+
+def test_loss_is_the_sum_of_its_terms() -> None:
+    reference = inputs().old_logits + torch.linspace(0, 1, LOGITS_WIDTH)
+    batch = inputs(reference_logits=reference)
+    shares = LossSettings(0.2, 0.3, kl_coeff=0.7, entropy_coeff=0.1)
+    loss, metrics = grpo_loss(batch.old_logits, batch, shares)
+    entropy = KnobDistribution(batch.old_logits).entropy().mean()
+    expected = metrics["loss_policy"] + 0.7 * metrics["kl_reference"] - 0.1 * entropy
+    torch.testing.assert_close(loss, expected)
+    assert metrics["kl_reference"] > 0
+
+
+def test_padding_changes_nothing() -> None:
+    batch = inputs(8)
+    keep = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1])
+    padded = LossInputs(
+        *(getattr(batch, name)[keep] for name in ("old_logits", "actions", "old_log_prob", "advantages")),
+        weights=torch.tensor([8 / 6] * 6 + [0.0] * 2),
+    )
+    plain = LossInputs(
+        *(getattr(batch, name)[:6] for name in ("old_logits", "actions", "old_log_prob", "advantages")),
+        weights=torch.ones(6),
+    )
+    shift = torch.linspace(0, 0.5, LOGITS_WIDTH)
+    loss_a, metrics_a = grpo_loss(padded.old_logits + shift, padded, LossSettings())
+    loss_b, metrics_b = grpo_loss(plain.old_logits + shift, plain, LossSettings())
+    torch.testing.assert_close(loss_a, loss_b)
+    for name, value in metrics_b.items():
+        torch.testing.assert_close(metrics_a[name], value)
+
+
+def test_entropies_count_only_rows_that_decide() -> None:
+    first = mask_logits(torch.zeros(1, LOGITS_WIDTH), torch.as_tensor(KnobSpace.stage1_mask()).float()[None])
+    second = mask_logits(torch.zeros(1, LOGITS_WIDTH), torch.as_tensor(KnobSpace.stage2_mask(2)).float()[None])
+    logits = torch.cat((first, second))
+    batch = LossInputs(
+        logits, torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]), torch.zeros(2), torch.zeros(2), torch.ones(2)
+    )
+    _, metrics = grpo_loss(logits, batch, LossSettings())
+    for name, options in {"tier": 3, "insertion": 5, "top_k": 5, "blocks": 4}.items():
+        assert metrics[f"entropy_{name}"].item() == pytest.approx(np.log(options), abs=1e-5)
+
+
+def test_prices_move_until_each_bin_meets_its_target() -> None:
+    rng = np.random.default_rng(0)
+    prices = Prices.start(PriceSettings(edges=(-1.0, 0.0), target=0.1, step=0.3))
+    needed = np.array([2.0, 1.0, 0.2])  # price at which half of a bin's rollouts stop overrunning
+    for _ in range(400):
+        ratio = rng.uniform(-2, 1, 300)
+        bins = prices.bin_of(ratio)
+        chance = 1 / (1 + np.exp(4 * (prices.of(ratio) - needed[bins])))
+        prices = prices.updated(ratio, rng.random(300) < chance)
+    np.testing.assert_allclose(prices.rates, 0.1, atol=0.05)
+    np.testing.assert_allclose(prices.values, needed + np.log(9) / 4, atol=0.15)
+
+
+def test_prices_stay_within_bounds_and_move_smoothly() -> None:
+    prices = Prices.start(PriceSettings(edges=(0.0,), target=0.05, step=0.2, initial=0.5, maximum=1.0))
+    for _ in range(50):
+        before = prices
+        prices = prices.updated([-1.0, 1.0], [1, 0])
+        assert np.abs(prices.values - before.values).max() <= 0.2
+    assert prices.values.tolist() == [1.0, 0.0]
+
+
+def test_bins_without_rollouts_keep_their_price() -> None:
+    prices = Prices.start(PriceSettings(edges=(0.0,))).updated([1.0], [1])
+    assert prices.values[0] == 0.5
+    assert np.isnan(prices.rates[0])
+    assert prices.rates[1] == 1.0
+
+
+def test_prices_survive_a_checkpoint_and_refuse_other_bins() -> None:
+    prices = Prices.start(PriceSettings(edges=(-1.0, 0.0))).updated([-2.0, 0.5], [1, 0])
+    again = Prices.start(PriceSettings(edges=(-1.0, 0.0))).restored(prices.state())
+    np.testing.assert_array_equal(again.values, prices.values)
+    np.testing.assert_array_equal(again.rates, prices.rates)
+    with pytest.raises(UserError, match="price bins"):
+        Prices.start(PriceSettings(edges=(-1.0,))).restored(prices.state())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"edges": (1.0, 0.0)}, {"edges": (np.nan,)}, {"target": 1.5}, {"memory": 1.0}, {"step": -1.0}, {"initial": 9.0}],
+)
+def test_price_settings_are_checked(bad: dict) -> None:
+    with pytest.raises(UserError, match="not allowed"):
+        PriceSettings(**bad)
+
+
+@settings(deadline=None)
+@given(rows=st.integers(1, 300), size=st.integers(1, 120), learners=st.integers(1, 3), seed=st.integers(0, 9))
+def test_minibatches_cover_every_row_once_whatever_the_learners(rows: int, size: int, learners: int, seed: int) -> None:
+    order, weights, actual = minibatches(rows, size, learners, np.random.default_rng(seed))
+    assert sorted(order[weights > 0].tolist()) == list(range(rows))
+    assert weights.mean() == pytest.approx(1.0, rel=1e-5)
+    assert len(order) % actual == 0
+    assert actual % learners == 0
+    assert actual <= 2 * size + learners
+
+
+def test_learners_together_see_the_minibatches_of_one() -> None:
+    one, _, size = minibatches(96, 24, 1, np.random.default_rng(4))
+    two, _, size_two = minibatches(96, 24, 2, np.random.default_rng(4))
+    assert size == size_two == 24
+    shares = two.reshape(2, 4, 12)
+    for index, minibatch in enumerate(one.reshape(4, 24)):
+        assert set(shares[:, index].reshape(-1).tolist()) == set(minibatch.tolist())
