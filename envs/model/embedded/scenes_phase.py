@@ -1,0 +1,48 @@
+"""The main phase: vision and language together on captions and packed questions."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from envs.knobs import ExecutionPlan
+from envs.model.embedded.loop import Metrics
+from envs.model.embedded.packing import FAMILY_NAMES, IGNORE, PackedBatch
+from envs.model.molmoe import AdaptiveMolmoE
+
+_WORD_SCALE = 0.5
+
+
+@torch.no_grad()
+def match_scales(model: AdaptiveMolmoE, batch: PackedBatch) -> None:
+    """Brings image tokens to unit deviation and words below it, so that the fresh language part hears the image.
+
+    A warmed-up tower was read through a normalising layer, which leaves its own scale to chance.
+    """
+    features = model.encode_images(batch.inputs["images"], batch.inputs["image_masks"])
+    model.vision.projector_out.weight.div_(features.std())
+    model.language.wte.mul_(_WORD_SCALE)
+
+
+def scenes_loss(model: AdaptiveMolmoE, batch: PackedBatch) -> tuple[Tensor, Metrics]:
+    """Mean cross entropy of answer tokens, and under the full plan the share of answers predicted right, by family."""
+    hidden = model.language(
+        model.embed(batch.inputs),
+        plans=batch.plan,
+        position_ids_BT=batch.position_ids,
+        attention_mask_BTT=batch.attention_mask,
+        experts="dense",
+    )
+    asked = batch.labels != IGNORE
+    logits = model.logits(hidden[asked]).float()
+    labels = batch.labels[asked]
+    loss = F.cross_entropy(logits, labels)
+    if batch.plan != ExecutionPlan():
+        return loss, {"random_plan_loss": float(loss.detach())}
+    metrics = {"full_plan_loss": float(loss.detach())}
+    right, families = (logits.argmax(-1) == labels).float(), batch.families[asked]
+    for number, name in enumerate(FAMILY_NAMES):
+        chosen = right[families == number]
+        metrics[name] = float(chosen.mean()) if len(chosen) else math.nan
+    return loss, metrics

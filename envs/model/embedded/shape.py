@@ -1,0 +1,139 @@
+"""Shape of the embedded model, its tokenizer and the files that describe both, in the published MolmoE layout."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from envs.model.config import MolmoEConfig, VisionConfig
+from envs.model.image_processor import ImageGeometry
+from envs.model.processor import IMAGE_TOKENS, MolmoEProcessor, prompt_text
+from envs.tasks.scenes import all_questions, caption, make_scene
+
+END: Final = "<|endoftext|>"
+PADDING: Final = "<|padding|>"
+EMBEDDINGS: Final = 512
+_CORPUS_SCENES: Final = 1500
+
+GEOMETRY: Final = ImageGeometry(
+    crop=56,
+    patch=7,
+    # One-sided: the overlap costs two patches in eight, and an object cut by one crop is whole in the next.
+    margins=(2, 0),
+    tokens=(4, 4),
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+)
+
+
+def build_config(vocabulary: int) -> MolmoEConfig:
+    """A MolmoE of 16 blocks and top-k 8 whose experts are a visible share of its time on a laptop CPU.
+
+    12 experts of hidden size 96 rather than 16 of 64: as many weights to train, but with 8 of them in use more work
+    for the top-k to save.
+    """
+    return MolmoEConfig(
+        d_model=64,
+        n_heads=4,
+        n_layers=16,
+        n_experts=12,
+        expert_hidden=96,
+        vocab_size=vocabulary,
+        embedding_size=EMBEDDINGS,
+        additional_vocab_size=0,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        max_sequence_length=4096,
+        eos_token_id=0,
+        pad_token_id=1,
+        projector_hidden=96,
+        max_crops=12,
+        overlap_margins=GEOMETRY.margins,
+        vision=VisionConfig(
+            crop_size=GEOMETRY.crop,
+            patch_size=GEOMETRY.patch,
+            width=96,
+            layers=5,
+            heads=3,
+            head_dim=32,
+            mlp_dim=192,
+            norm_eps=1e-5,
+            feature_layers=(-1, -3),
+            pooling=(2, 2),
+        ),
+    )
+
+
+def build_tokenizer() -> Tokenizer:
+    """The model's tokenizer, a new object at every call."""
+    return Tokenizer.from_str(_tokenizer_json())
+
+
+@cache
+def _tokenizer_json() -> str:
+    """A byte-level BPE in which every word of the scenes' language is one token and any other text still encodes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=EMBEDDINGS - len(IMAGE_TOKENS),
+        special_tokens=[END, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = []
+    for seed in range(_CORPUS_SCENES):
+        scene = make_scene("corpus", seed)
+        questions = [*all_questions(scene), caption(scene)]
+        texts += [f"{prompt_text(q.text)} {q.answer}" for q in questions]
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(list(IMAGE_TOKENS))
+    return str(tokenizer.to_str())
+
+
+def build_processor() -> MolmoEProcessor:
+    """The processor of the embedded model, from its recipe rather than from files."""
+    return MolmoEProcessor(GEOMETRY, build_tokenizer(), END)
+
+
+def write_files(folder: Path) -> None:
+    """Writes everything but the weights: config.json, preprocessor_config.json and the tokenizer's files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    added = {token: tokenizer.token_to_id(token) for token in (END, PADDING, *IMAGE_TOKENS)}
+    files = {
+        "config.json": build_config(tokenizer.get_vocab_size()).to_published(),
+        "preprocessor_config.json": {
+            "base_image_input_size": [GEOMETRY.crop, GEOMETRY.crop],
+            "do_normalize": True,
+            "image_mean": list(GEOMETRY.mean),
+            "image_padding_mask": True,
+            "image_patch_size": GEOMETRY.patch,
+            "image_processor_type": "MolmoImageProcessor",
+            "image_std": list(GEOMETRY.std),
+            "image_token_length_h": GEOMETRY.tokens[0],
+            "image_token_length_w": GEOMETRY.tokens[1],
+            "max_crops": 12,
+            "overlap_margins": list(GEOMETRY.margins),
+            "processor_class": "MolmoProcessor",
+        },
+        "tokenizer_config.json": {
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "add_prefix_space": False,
+            "additional_special_tokens": list(IMAGE_TOKENS),
+            "bos_token": END,
+            "eos_token": END,
+            "pad_token": PADDING,
+            "unk_token": END,
+            "clean_up_tokenization_spaces": False,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+        "added_tokens.json": added,
+        "special_tokens_map.json": {"bos_token": END, "eos_token": END, "pad_token": PADDING},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,69 @@
+"""Questions about scenes, by family, with their answers.
+
+| family | asks | needs |
+|---|---|---|
+| color | the colour of a shape | few crops |
+| shape | which shape has a colour | few crops |
+| count | shapes, digits or one kind of shape | few crops |
+| digit | the digit of a colour | crops, where digits are small |
+| compare | the larger of two digits, by colour | two digits read |
+| match | the digit with a shape's colour | two steps: shape to colour, colour to digit |
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Final
+
+from envs.tasks.scenes.layout import COLORS, SHAPES, Scene
+
+FAMILIES: Final = ("color", "shape", "count", "digit", "compare", "match")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its one right answer and its family."""
+
+    family: str
+    text: str
+    answer: str
+
+
+def all_questions(scene: Scene) -> list[Question]:
+    """Every question that has exactly one right answer in the scene, in a fixed order."""
+    kinds = Counter(o.kind for o in scene.shapes)
+    by_color = {o.color: o for o in scene.digits}
+    lone = [o for o in scene.shapes if kinds[o.kind] == 1]
+    questions = [Question("color", f"What color is the {o.kind}?", o.color) for o in lone]
+    questions += [Question("shape", f"What shape is {o.color}?", o.kind) for o in scene.shapes]
+    questions.append(Question("count", "How many shapes are there?", str(len(scene.shapes))))
+    questions.append(Question("count", "How many digits are there?", str(len(scene.digits))))
+    # Of the kinds that are missing only one is asked for, or most counts would be 0.
+    missing = [kind for kind in SHAPES if not kinds[kind]]
+    counted = [*sorted(kinds), *missing[scene.noise_seed % len(missing) :][:1]] if missing else sorted(kinds)
+    questions += [Question("count", f"How many {_plural(kind)} are there?", str(kinds[kind])) for kind in counted]
+    questions += [Question("digit", f"What digit is {o.color}?", str(o.value)) for o in scene.digits]
+    for a in scene.digits:
+        for b in scene.digits:
+            if a.value is not None and b.value is not None and a.value > b.value:
+                for first, second in ((a, b), (b, a)):
+                    text = f"Which digit is larger, {first.color} or {second.color}?"
+                    questions.append(Question("compare", text, a.color))
+    for o in lone:
+        if o.color in by_color:
+            text = f"What digit has the color of the {o.kind}?"
+            questions.append(Question("match", text, str(by_color[o.color].value)))
+    return questions
+
+
+def caption(scene: Scene) -> Question:
+    """The whole scene as text: for every colour in turn the digit and the shape that have it, or none."""
+    digits, shapes = ({o.color: o for o in group} for group in (scene.digits, scene.shapes))
+    words = []
+    for color in COLORS:
+        digit = str(digits[color].value) if color in digits else "none"
+        words += [color, digit, shapes[color].kind if color in shapes else "none"]
+    return Question("caption", "Describe the scene.", " ".join(words))
+
+
+def _plural(kind: str) -> str:
+    return "crosses" if kind == "cross" else f"{kind}s"

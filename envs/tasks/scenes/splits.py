@@ -1,0 +1,101 @@
+"""The task "scenes": finite, fixed splits of questions about drawn scenes."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache, cached_property
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+from PIL import Image
+
+from envs.errors import UserError
+from envs.tasks.sample import ImageRef, Sample, content_id
+from envs.tasks.scenes.draw import draw_scene
+from envs.tasks.scenes.layout import STREAMS, VERSION, Scene, make_scene
+from envs.tasks.scenes.questions import FAMILIES, Question, all_questions
+
+ANNOTATORS: Final = 10
+
+
+@dataclass(frozen=True)
+class SplitSize:
+    """Scenes in a split and questions asked about each."""
+
+    scenes: int
+    questions: int
+
+
+SPLITS: Final = MappingProxyType(
+    {"train": SplitSize(5000, 4), "validation": SplitSize(1000, 2), "test": SplitSize(1000, 2)}
+)
+
+
+@dataclass(frozen=True)
+class SceneImage(ImageRef):
+    """A scene by name: nothing but its stream and seed is held or pickled, and it is drawn when loaded."""
+
+    stream: str
+    seed: int
+
+    @cached_property
+    def scene(self) -> Scene:
+        """What the picture shows."""
+        return make_scene(self.stream, self.seed)
+
+    @cached_property
+    def digest(self) -> str:  # type: ignore[override]
+        """Hash of everything the picture is drawn from."""
+        return hashlib.sha256(f"scenes {VERSION} {self.scene}".encode()).hexdigest()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.scene.width, self.scene.height
+
+    def load(self) -> Image.Image:
+        return Image.fromarray(draw_scene(self.scene))
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return SceneImage, (self.stream, self.seed)
+
+
+@cache
+def load_scenes(split: str) -> tuple[Sample, ...]:
+    """All samples of a split ("train", "validation", "test"), always the same ones.
+
+    Raises:
+        UserError: no such split.
+    """
+    if split not in SPLITS:
+        raise UserError(f"scenes has no split {split!r}: choose one of {', '.join(SPLITS)}")
+    size = SPLITS[split]
+    rng = np.random.default_rng([VERSION, STREAMS.index(split), 1])
+    samples: list[Sample] = []
+    for seed in range(size.scenes):
+        image = SceneImage(split, seed)
+        for question in pick_questions(image.scene, size.questions, rng):
+            answers = (question.answer,) * ANNOTATORS
+            identity = content_id(image.digest, question.text, answers)
+            samples.append(Sample(identity, image, question.text, answers, family=question.family))
+    return tuple(samples)
+
+
+def pick_questions(scene: Scene, count: int, rng: np.random.Generator) -> list[Question]:
+    """`count` different questions: families drawn evenly among those the scene allows, then one of the family.
+
+    `match` is possible in fewer scenes than the others, so it is taken first in half of those that allow it.
+    """
+    open_questions = all_questions(scene)
+    chosen: list[Question] = []
+    while len(chosen) < count and open_questions:
+        used = {q.family for q in chosen}
+        families = [f for f in FAMILIES if any(q.family == f for q in open_questions)]
+        fresh = [f for f in families if f not in used] or families
+        if "match" in fresh and not chosen and rng.random() < 0.3:
+            fresh = ["match"]
+        family = fresh[int(rng.integers(len(fresh)))]
+        pool = [q for q in open_questions if q.family == family]
+        question = pool[int(rng.integers(len(pool)))]
+        open_questions.remove(question)
+        chosen.append(question)
+    return chosen

@@ -1,0 +1,159 @@
+"""Scenes, their questions and their splits."""
+
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from envs.errors import UserError
+from envs.model.embedded.shape import GEOMETRY
+from envs.model.image_processor import select_tiling
+from envs.tasks.scenes import FAMILIES, all_questions, caption, load_scenes, make_scene
+from envs.tasks.scenes.draw import draw_scene
+from envs.tasks.scenes.layout import COLORS, DIGIT_BLOCKS, STREAMS, handwriting
+from envs.tasks.scenes.splits import SPLITS, SceneImage
+
+
+def test_a_scene_is_a_function_of_stream_and_seed() -> None:
+    assert make_scene("test", 3) == make_scene("test", 3)
+    assert make_scene("test", 3) != make_scene("test", 4)
+    assert make_scene("test", 3) != make_scene("validation", 3)
+    assert np.array_equal(draw_scene(make_scene("train", 5)), draw_scene(make_scene("train", 5)))
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_handwriting_stays_in_its_block(stream: str) -> None:
+    start, stop = DIGIT_BLOCKS[stream]
+    values = handwriting()[1]
+    for seed in range(200):
+        for digit in make_scene(stream, seed).digits:
+            assert digit.digit is not None
+            assert start <= digit.digit < stop
+            assert values[digit.digit] == digit.value
+
+
+def test_test_and_validation_share_no_handwriting_with_training() -> None:
+    for held_out in ("validation", "test"):
+        for other in set(STREAMS) - {held_out}:
+            a, b = DIGIT_BLOCKS[held_out], DIGIT_BLOCKS[other]
+            assert a[1] <= b[0] or b[1] <= a[0]
+
+
+def test_objects_lie_inside_and_apart() -> None:
+    for seed in range(300):
+        scene = make_scene("corpus", seed)
+        for index, item in enumerate(scene.objects):
+            assert 0 < item.x < scene.width
+            assert 0 < item.y < scene.height
+            for other in scene.objects[index + 1 :]:
+                assert max(abs(item.x - other.x), abs(item.y - other.y)) > 0.4 * (item.size + other.size)
+
+
+def test_colors_tell_digits_apart() -> None:
+    for seed in range(300):
+        scene = make_scene("corpus", seed)
+        for group in (scene.digits, scene.shapes):
+            colors = [item.color for item in group]
+            assert len(colors) == len(set(colors))
+
+
+def test_objects_show_in_their_color() -> None:
+    scene = next(s for s in (make_scene("test", i) for i in range(100)) if any(o.kind == "square" for o in s.objects))
+    square = next(o for o in scene.objects if o.kind == "square")
+    pixel = draw_scene(scene)[int(square.y), int(square.x)].astype(int)
+    assert np.abs(pixel - np.array(square.rgb)).max() <= 3
+    nearest = min(COLORS, key=lambda name: int(np.abs(pixel - np.array(COLORS[name])).sum()))
+    assert nearest == square.color
+
+
+def test_answers_are_true_of_the_scene() -> None:
+    for seed in range(200):
+        scene = make_scene("train", seed)
+        digits = {o.color: o for o in scene.digits}
+        shapes = {o.color: o for o in scene.shapes}
+        for question in all_questions(scene):
+            words = question.text.rstrip("?").replace(",", "").split()
+            match question.family:
+                case "color":
+                    assert shapes[question.answer].kind == words[-1]
+                    assert sum(o.kind == words[-1] for o in scene.shapes) == 1
+                case "shape":
+                    assert shapes[words[-1]].kind == question.answer
+                case "count":
+                    kind = {"crosses": "cross"}.get(words[2], words[2].removesuffix("s"))
+                    counted = {"shape": len(scene.shapes), "digit": len(scene.digits)}
+                    expected = counted.get(kind, sum(o.kind == kind for o in scene.shapes))
+                    assert int(question.answer) == expected
+                case "digit":
+                    assert digits[words[-1]].value == int(question.answer)
+                case "compare":
+                    values = {words[-3]: digits[words[-3]].value, words[-1]: digits[words[-1]].value}
+                    assert question.answer == max(values, key=lambda name: values[name] or 0)
+                case "match":
+                    lone = [o for o in scene.shapes if o.kind == words[-1]]
+                    assert len(lone) == 1
+                    assert digits[lone[0].color].value == int(question.answer)
+                case other:
+                    pytest.fail(f"unknown family {other}")
+
+
+def test_no_question_has_two_answers() -> None:
+    for seed in range(300):
+        answers: dict[str, str] = {}
+        for question in all_questions(make_scene("test", seed)):
+            assert answers.setdefault(question.text, question.answer) == question.answer
+
+
+def test_caption_names_every_object() -> None:
+    scene = make_scene("corpus", 1)
+    words = caption(scene).answer.split()
+    assert len(words) == 3 * len(COLORS)
+    for item in scene.digits:
+        assert words[words.index(item.color) + 1] == str(item.value)
+    for item in scene.shapes:
+        assert words[words.index(item.color) + 2] == item.kind
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_splits_are_fixed_and_their_ids_unique(split: str) -> None:
+    samples = load_scenes(split)
+    assert len(samples) == SPLITS[split].scenes * SPLITS[split].questions == 2000
+    assert len({s.id for s in samples}) == 2000
+    assert all(len(s.answers) == 10 and s.metric == "vqa" for s in samples)
+    load_scenes.cache_clear()
+    assert load_scenes(split) == samples
+    shares = Counter(s.family for s in samples)
+    assert set(shares) == set(FAMILIES)
+    assert min(shares.values()) >= 0.1 * len(samples)
+
+
+def test_training_split_is_large_enough() -> None:
+    assert SPLITS["train"].scenes * SPLITS["train"].questions >= 20_000
+
+
+def test_most_scenes_have_three_tilings_and_some_do_not() -> None:
+    counts = Counter(
+        len({select_tiling(GEOMETRY, s.image.size, crops) for crops in (3, 6, 12)})
+        for s in load_scenes("test")
+        if s.image is not None
+    )
+    assert counts[3] > 0.7 * sum(counts.values())
+    assert counts[1] > 0
+    assert counts[2] > 0
+
+
+def test_an_image_is_a_name_until_it_is_loaded() -> None:
+    image = SceneImage("test", 7)
+    digest = image.digest
+    copy = pickle.loads(pickle.dumps(image))
+    assert copy == image
+    assert copy.digest == digest
+    assert image.load().size == image.size
+    assert image.load().mode == "RGB"
+    assert len(pickle.dumps(image)) < 200
+
+
+def test_an_unknown_split_is_named() -> None:
+    with pytest.raises(UserError, match="'dev'.*train, validation, test"):
+        load_scenes("dev")
