@@ -1,9 +1,8 @@
 """The environment: two decisions about one request, then its answer, its latency and a reward.
 
-Step 1 picks tier and insertion position before the image is encoded, step 2 picks top-k and blocks
-from the latency token that the first blocks produced. The vector environment is the real one: all
-its episodes are in step, and every step makes one batched call to the engine. The single
-environment is a vector of one.
+Step 1 picks tier and insertion position before the image is encoded, step 2 picks top-k and blocks from the latency
+token that the first blocks produced. The vector environment is the real one: all its episodes are in step, and every
+step makes one batched call to the engine. The single environment is a vector of one.
 """
 
 import math
@@ -36,8 +35,7 @@ _STAGE_HEADS: Final = ((0, 1), (2, 3))
 class AdaptiveVQAVectorEnv(VectorEnv):
     """`num_envs` requests at once, in groups that share a (sample, budget) context.
 
-    Episodes have two steps and all end together; the step after the end resets (gymnasium's
-    NEXT_STEP). Values in the
+    Episodes have two steps and all end together; the step after the end resets (gymnasium's NEXT_STEP). Values in the
     heads of the other stage are ignored.
 
     Args:
@@ -100,8 +98,7 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         self._round = int(round_index)
 
     def set_contexts(self, contexts: Sequence[tuple[int, float]] | None) -> None:
-        """Serve explicit contexts, one environment each, from round 0 on; None goes back to
-        training.
+        """Serve explicit contexts, one environment each, from round 0 on; None goes back to training.
 
         Raises:
             UserError: an empty list, an unknown sample or an impossible budget.
@@ -132,10 +129,8 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         """Start the next round.
 
         Args:
-            seed: seeds `np_random` alone. Contexts follow the schedule: RLlib passes the same seed
-                every time.
-            options: `{"contexts": [(sample index, budget in ms), ...]}` serves these instead, this
-                once.
+            seed: seeds `np_random` alone. Contexts follow the schedule: RLlib passes the same seed every time.
+            options: `{"contexts": [(sample index, budget in ms), ...]}` serves these instead, this once.
         """
         super().reset(seed=seed)
         given = (options or {}).get("contexts")
@@ -304,8 +299,7 @@ class AdaptiveVQAEnv(gym.Env[Observation, Array]):
             options: `{"sample": index, "budget_ms": budget}` chooses the context; both or neither.
 
         Raises:
-            UserError: one option without the other, an unknown option, sample or an impossible
-                budget.
+            UserError: one option without the other, an unknown option, sample or an impossible budget.
         """
         super().reset(seed=seed)
         if seed is not None:
@@ -331,8 +325,7 @@ class AdaptiveVQAEnv(gym.Env[Observation, Array]):
 def observation_space(d_model: int) -> gym.spaces.Dict:
     """What one environment shows: float32 boxes, see the fields of `AdaptiveVQAVectorEnv._blank`.
 
-    `budget` is log(budget / latency of the full plan on the reference request); `insertion` is 0 at
-    stage 1, then the
+    `budget` is log(budget / latency of the full plan on the reference request); `insertion` is 0 at stage 1, then the
     chosen position; `action_mask` holds 1 for each legal option of the heads [3, 5, 5, 5].
     """
 

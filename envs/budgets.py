@@ -48,9 +48,8 @@ class BudgetDistribution:
         bins: number of price bins, equal in log budget.
 
     Raises:
-        UserError: an end that is zero, negative or not finite, an empty or inverted range, a band
-            outside the range or
-            overlapping another, bands that leave nothing to train on, or fewer than 1 bin.
+        UserError: an end that is zero, negative or not finite, an empty or inverted range, a band outside the range
+            or overlapping another, bands that leave nothing to train on, or fewer than 1 bin.
     """
 
     low_ms: float
@@ -82,8 +81,7 @@ class BudgetDistribution:
 
     @classmethod
     def over(cls, low_ms: float, high_ms: float, bands: int = 3, bins: int = 8) -> "BudgetDistribution":
-        """The range with `bands` evenly spaced held-out bands, each 8 % of its logarithm wide
-        (fewer where many).
+        """The range with `bands` evenly spaced held-out bands, each 8 % of its logarithm wide (fewer where many).
 
         Raises:
             UserError: an unusable range or a negative number of bands.

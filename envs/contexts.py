@@ -1,8 +1,7 @@
 """Which (sample, budget) every group of rollouts is about.
 
-Training draws are a pure function of (seed, round, global group index) through counter-based
-generators: no process history enters, so a restarted runner goes on where the lost one was, and a
-chunk can be run again anywhere.
+Training draws are a pure function of (seed, round, global group index) through counter-based generators: no process
+history enters, so a restarted runner goes on where the lost one was, and a chunk can be run again anywhere.
 """
 
 from collections.abc import Iterable, Sequence
@@ -46,8 +45,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class TrainingSchedule:
-    """Random budgets, and samples visited epoch by epoch in a seeded order, so that none is seen
-    much oftener.
+    """Random budgets, and samples visited epoch by epoch in a seeded order, so that none is seen much oftener.
 
     Attributes:
         seed: of order and budgets.

@@ -1,9 +1,8 @@
-"""The frozen encoder from a budget to the latency token, one extra embedding appended after the
-prompt.
+"""The frozen encoder from a budget to the latency token, one extra embedding appended after the prompt.
 
-The budget is quantised to 16 logarithmic levels, so latency tokens can be kept and reused; the
-exact budget reaches the controller through its budget feature. Idea: an embedding of the target
-latency that the model's own first blocks mix with what they see of image and question.
+The budget is quantised to 16 logarithmic levels, so latency tokens can be kept and reused; the exact budget reaches
+the controller through its budget feature. Idea: an embedding of the target latency that the model's own first blocks
+mix with what they see of image and question.
 """
 
 import math
@@ -55,8 +54,8 @@ def level_token(level: int, d_model: int, seed: int = 0, norm: float = 1.0) -> T
         level: 0 to 15.
         d_model: width of the model's embeddings.
         seed: seed of the encoder, part of the identity of every latency token.
-        norm: Euclidean length of the token; give the mean length of the model's word embeddings,
-            so that the token is in scale with its neighbours.
+        norm: Euclidean length of the token; give the mean length of the model's word embeddings, so that the token is
+            in scale with its neighbours.
 
     Returns:
         (d_model,) float32 on CPU.
@@ -76,8 +75,7 @@ def level_token(level: int, d_model: int, seed: int = 0, norm: float = 1.0) -> T
 def _directions(d_model: int, seed: int) -> npt.NDArray[np.float64]:
     """Unit vectors (16, d_model): each dimension is a random smooth curve over the levels.
 
-    A sum of low-frequency waves with seeded amplitudes. Summed in a fixed order rather than by
-    BLAS, whose last bits
+    A sum of low-frequency waves with seeded amplitudes. Summed in a fixed order rather than by BLAS, whose last bits
     depend on the machine.
     """
     amplitudes = np.random.Generator(np.random.Philox(seed)).standard_normal((2, _WAVES, d_model))

@@ -1,7 +1,6 @@
 """How one answer under one budget is judged: pure, vectorised functions of what happened.
 
-All penalties act on the overrun relative to the budget, latency / budget - 1, so they mean the same
-on every device.
+All penalties act on the overrun relative to the budget, latency / budget - 1, so they mean the same on every device.
 """
 
 import math
@@ -24,12 +23,10 @@ class RewardConfig:
 
     Attributes:
         accuracy: weight of the answer's accuracy (0 to 1).
-        latency: weight of the smooth latency penalty, sigmoid(overrun / temperature): one half at
-            the budget.
+        latency: weight of the smooth latency penalty, sigmoid(overrun / temperature): one half at the budget.
         temperature: width of that sigmoid in units of overrun, above 0.
         overrun: weight of the squared overrun beyond the budget.
-        efficiency: weight of the share of the budget left unused, given for right answers within
-            budget.
+        efficiency: weight of the share of the budget left unused, given for right answers within budget.
         complexity: weight of the share of the full plan's computation that was chosen (0 to 1).
 
     Raises:
@@ -98,8 +95,7 @@ def priced_return(
     """Return of the constrained mode: accuracy minus the price of a violation, where there is one.
     All (B,).
 
-    The Lagrangian of maximising accuracy while the violation rate meets a target (Altman,
-    "Constrained Markov
+    The Lagrangian of maximising accuracy while the violation rate meets a target (Altman, "Constrained Markov
     Decision Processes", 1999); the target's constant part cancels within a group.
     """
     violated = np.asarray(latency_ms_B, dtype=np.float64) > np.asarray(budget_ms_B, dtype=np.float64)

@@ -33,8 +33,7 @@ def finish(world: World, contexts: Sequence[Context], choices: Array) -> Finishe
         choices: legal action indices (B, 4).
 
     Returns:
-        Rewards, and infos: accuracy, latency_ms, budget_ms, context, sample, the four choices as
-            numbers (tier as its
+        Rewards, and infos: accuracy, latency_ms, budget_ms, context, sample, the four choices as numbers (tier as its
         index), and a `reward_` entry per term.
     """
     plans, shares = _plans(world.space, choices)

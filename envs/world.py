@@ -1,7 +1,7 @@
 """Everything an environment needs, built: model and engine, samples, clock, budgets, reward, knobs.
 
-A `World` holds a live model and stays in its process. A `WorldConfig` is small and picklable: it
-travels to an env runner and builds the world there.
+A `World` holds a live model and stays in its process. A `WorldConfig` is small and picklable: it travels to an env
+runner and builds the world there.
 """
 
 from collections.abc import Sequence
@@ -61,8 +61,7 @@ class WorldConfig:
 
     Attributes:
         model: `embedded`, a hub id or a checkpoint folder.
-        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` takes the GPU this process was
-            given.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` takes the GPU this process was given.
         dtype: `float32`, `bfloat16` or `float16`.
         threads: CPU threads of this process; None leaves them alone.
         max_new_tokens: longest answer.
@@ -74,8 +73,7 @@ class WorldConfig:
         clock_device: of the roofline clock.
         table: file of the profile table, needed by the profiled clock.
         reward: weights at fixed prices.
-        budgets: None computes the device's range over this world's samples with `held_out_bands`
-            and `price_bins`.
+        budgets: None computes the device's range over this world's samples with `held_out_bands` and `price_bins`.
         budget_low, budget_high: factors on the ends of that range.
     """
 
@@ -116,8 +114,7 @@ class WorldConfig:
         """Load the model (once per process and setting) and put the world together.
 
         Raises:
-            UserError: an unreadable checkpoint or task, or a profile table of another device, model
-                or thread count.
+            UserError: an unreadable checkpoint or task, or a profile table of another device, model or thread count.
         """
         from envs.tasks import load_task
 
@@ -167,8 +164,7 @@ def importance_of(model: str) -> tuple[float, ...]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The torch device behind a name; `auto` is the GPU where this process was given one, else the
-    CPU.
+    """The torch device behind a name; `auto` is the GPU where this process was given one, else the CPU.
 
     Raises:
         UserError: a device that this process does not have.

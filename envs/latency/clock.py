@@ -63,8 +63,7 @@ def image_tokens(config: "MolmoEConfig", tiling: tuple[int, int] | None) -> int:
     """Prompt positions an image takes at a tiling: per view a start and an end mark and a mark
     after each row.
 
-    The crops' overlap margins are cut before pooling, except at the rim of the image (golden data,
-    image processor).
+    The crops' overlap margins are cut before pooling, except at the rim of the image (golden data, image processor).
     """
     if tiling is None:
         return 0

@@ -21,8 +21,7 @@ class MeasuredClock:
 
     Args:
         engine: runs the requests.
-        repeats: runs of the reference request, of which the median counts; two more warm the device
-            up.
+        repeats: runs of the reference request, of which the median counts; two more warm the device up.
     """
 
     name: Final = "measured"

@@ -1,9 +1,8 @@
 """A clock read off a profile table: small stage models, interpolated over tokens, blocks and
 experts.
 
-Every stage is a sum of non-negative costs of things that a request has more or less of (crops,
-positions, blocks, experts, answer tokens), so the clock rises in each of them and stays sensible
-between and beyond what was measured.
+Every stage is a sum of non-negative costs of things that a request has more or less of (crops, positions, blocks,
+experts, answer tokens), so the clock rises in each of them and stays sensible between and beyond what was measured.
 """
 
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from envs.latency.record import STAGES, LatencyRecord, RequestShape
 from envs.latency.table import Cell, Identity, ProfileTable
 
 Array = npt.NDArray[np.float64]
+FEWEST_CELLS: Final = 8
 _FLOOR: Final = 0.05
 """A stage below this share of its request is fitted as if it were that large: its relative error
 does not matter."""
@@ -32,8 +32,7 @@ class ProfiledClock:
 
     Args:
         table: measured cells.
-        identity: what this process runs on; None trusts the table as it is (planning for another
-            device).
+        identity: what this process runs on; None trusts the table as it is (planning for another device).
 
     Raises:
         UserError: the table was measured on something else, or has fewer than 8 cells.
@@ -45,10 +44,9 @@ class ProfiledClock:
     def __init__(self, table: ProfileTable, identity: Identity | None = None) -> None:
         if identity is not None:
             table.check(identity)
-        if len(table.cells) < 8:
-            raise UserError(
-                f"the profile table has {len(table.cells)} cells: measure 8 or more with `ray-ctrl profile`"
-            )
+        if len(table.cells) < FEWEST_CELLS:
+            advice = f"measure {FEWEST_CELLS} or more with `ray-ctrl profile`"
+            raise UserError(f"the profile table has {len(table.cells)} cells: {advice}")
         self.table = table
         self._costs = {stage: _fit(stage, table.cells) for stage in STAGES}
 

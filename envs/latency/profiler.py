@@ -18,7 +18,7 @@ from envs.knobs import (
     block_options,
 )
 from envs.latency.clock import reference_shape
-from envs.latency.profiled import ProfiledClock
+from envs.latency.profiled import FEWEST_CELLS, ProfiledClock
 from envs.latency.record import STAGES, LatencyRecord, RequestShape
 from envs.latency.table import Cell, Identity, ProfileTable
 
@@ -26,6 +26,9 @@ Progress = Callable[[int, int], None]
 MOST_RECALIBRATION_REQUESTS: Final = 50
 _CARRIED_WEIGHT: Final = 0.1
 _WARM_UP: Final = 2
+_GOOD_FIT: Final = 0.05
+_MOST_TURNS: Final = 3
+"""On a device that is busy with other things, medians need more repeats: up to three times as many are made."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,13 @@ def profile(
     """Measure this device: for every tiling that `samples` have, requests under plans spread over
     the knobs.
 
-    The passes over all cells are shuffled and interleaved, so that a device that warms up,
-    throttles or is disturbed
+    The passes over all cells are shuffled and interleaved, so that a device that warms up, throttles or is disturbed
     for a while does so for all cells alike.
 
     Args:
         engine: runs requests (`run_measured`).
-        samples: what to measure with; more are better, `per_tiling` of them are used for each
-            tiling.
-        repeats: timed runs of each cell.
+        samples: what to measure with; more are better, `per_tiling` of them are used for each tiling.
+        repeats: timed runs of each cell; up to three times as many where the clock does not fit within 5 % yet.
         per_tiling: cells for each tiling.
         seed: of plans and order.
         progress: called with (requests done, requests in all).
@@ -86,8 +87,15 @@ def profile(
         )
     rng = np.random.default_rng(seed)
     cells = _cells(engine, samples, per_tiling, rng)
-    records = _measure(engine, cells, repeats, rng, progress, controller)
-    return ProfileTable(Identity.of(engine), reference_shape(engine.model.config), tuple(records))
+    identity, reference = Identity.of(engine), reference_shape(engine.model.config)
+    seen = _Records(len(cells))
+    _warm_up(engine, cells, controller)
+    for turn in range(1, _MOST_TURNS + 1):
+        seen.run(engine, cells, repeats, rng, controller, _later(progress, turn))
+        table = ProfileTable(identity, reference, seen.cells(engine, cells))
+        if len(cells) < FEWEST_CELLS or ProfiledClock(table).median_error <= _GOOD_FIT:
+            break
+    return table
 
 
 def recalibrate(
@@ -97,18 +105,15 @@ def recalibrate(
     *,
     requests: int = MOST_RECALIBRATION_REQUESTS,
     seed: int = 0,
-    progress: Progress | None = None,
     controller: Any = None,
 ) -> ProfileTable:
     """Carry `table` over to the device that `engine` runs on, from at most 50 measured requests.
 
-    Every stage of the old cells is scaled by the median ratio seen, and they remain with little
-    weight beside the
-    new ones: they hold the clock where nothing new was measured.
+    Every stage of the old cells is scaled by the median ratio seen, and they remain with little weight beside the new
+    ones: they hold the clock where nothing new was measured.
 
     Raises:
-        UserError: another model or number format, no samples, or a number of requests outside 8 to
-            50.
+        UserError: another model or number format, no samples, or a number of requests outside 8 to 50.
     """
     if not 8 <= requests <= MOST_RECALIBRATION_REQUESTS or not samples:
         raise UserError(
@@ -125,7 +130,7 @@ def recalibrate(
     rng = np.random.default_rng(seed)
     cells = _cells(engine, samples, requests, rng)
     chosen = [cells[i] for i in rng.permutation(len(cells))[:requests]]
-    fresh = _measure(engine, chosen, 1, rng, progress, controller)
+    fresh = _measure(engine, chosen, 1, rng, controller)
     old = ProfiledClock(table)
     ratios = {}
     for stage in STAGES:
@@ -146,8 +151,7 @@ def hold_out(
     seed: int = 1,
     controller: Any = None,
 ) -> HoldOut:
-    """Compare `clock` with requests measured now, the median of `repeats` runs each. Give samples
-    not profiled.
+    """Compare `clock` with requests measured now, the median of `repeats` runs each. Give samples not profiled.
 
     Args:
         controller: as it was for the profile; without one, its time is left out on both sides.
@@ -156,7 +160,7 @@ def hold_out(
     cells = _cells(engine, samples, requests, rng)
     chosen = [cells[i] for i in rng.permutation(len(cells))[:requests]]
     errors = []
-    for cell in _measure(engine, chosen, repeats, rng, None, controller):
+    for cell in _measure(engine, chosen, repeats, rng, controller):
         guess = clock.latency(cell.shape, cell.plan, cell.new_tokens)
         expected = guess.total - (guess.controller if controller is None else 0.0)
         errors.append(abs(expected / float(np.median(cell.totals_ms)) - 1.0))
@@ -202,33 +206,61 @@ def _plan(tier: str, insertion: int, top_k: int, blocks: int, rng: np.random.Gen
 
 
 def _measure(
-    engine: Any,
-    requests: Sequence[_Request],
-    repeats: int,
-    rng: np.random.Generator,
-    progress: Progress | None,
-    controller: Any,
-) -> list[Cell]:
-    """Run every request `repeats` times in shuffled passes, after a warm-up over every tier's first request."""
+    engine: Any, requests: Sequence[_Request], repeats: int, rng: np.random.Generator, controller: Any
+) -> tuple[Cell, ...]:
+    """Warm up, then run every request `repeats` times in shuffled passes."""
+    _warm_up(engine, requests, controller)
+    seen = _Records(len(requests))
+    seen.run(engine, requests, repeats, rng, controller, None)
+    return seen.cells(engine, requests)
+
+
+def _warm_up(engine: Any, requests: Sequence[_Request], controller: Any) -> None:
+    """Run the first request of every tier, untimed."""
     first = {plan.tier: (sample, plan) for sample, plan in reversed(requests)}
     for _ in range(_WARM_UP):
         for sample, plan in first.values():
             engine.run_measured(sample, plan, controller)
-    records: list[list[LatencyRecord]] = [[] for _ in requests]
-    lengths = [0] * len(requests)
-    done, total = 0, repeats * len(requests)
-    for _ in range(repeats):
-        for i in rng.permutation(len(requests)):
+
+
+class _Records:
+    """What was measured of each request so far."""
+
+    def __init__(self, requests: int) -> None:
+        self.records: list[list[LatencyRecord]] = [[] for _ in range(requests)]
+        self.lengths = [0] * requests
+
+    def run(
+        self,
+        engine: Any,
+        requests: Sequence[_Request],
+        repeats: int,
+        rng: np.random.Generator,
+        controller: Any,
+        progress: Progress | None,
+    ) -> None:
+        """Run every request `repeats` times more, each pass in an order of its own."""
+        total = repeats * len(requests)
+        for done, i in enumerate((i for _ in range(repeats) for i in rng.permutation(len(requests))), start=1):
             outcome, record = engine.run_measured(*requests[i], controller)
-            records[i].append(record)
-            lengths[i] = outcome.n_tokens
-            done += 1
+            self.records[i].append(record)
+            self.lengths[i] = outcome.n_tokens
             if progress is not None:
                 progress(done, total)
-    return [
-        _summary(engine.shape(sample, plan.tier), plan, length, seen)
-        for (sample, plan), length, seen in zip(requests, lengths, records, strict=True)
-    ]
+
+    def cells(self, engine: Any, requests: Sequence[_Request]) -> tuple[Cell, ...]:
+        """Medians and spreads of every request."""
+        return tuple(
+            _summary(engine.shape(sample, plan.tier), plan, length, seen)
+            for (sample, plan), length, seen in zip(requests, self.lengths, self.records, strict=True)
+        )
+
+
+def _later(progress: Progress | None, turn: int) -> Progress | None:
+    """`progress` for one of several turns, counted over all turns begun."""
+    if progress is None:
+        return None
+    return lambda done, total: progress((turn - 1) * total + done, turn * total)
 
 
 def _summary(shape: RequestShape, plan: ExecutionPlan, new_tokens: int, seen: Sequence[LatencyRecord]) -> Cell:

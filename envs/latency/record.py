@@ -69,8 +69,7 @@ class RequestShape:
 
     Attributes:
         crops: image crops the vision tower encodes, the global view included (0 for text-only).
-        image_tokens: positions of the prompt that belong to the image, its start, end and column
-            marks included.
+        image_tokens: positions of the prompt that belong to the image, its start, end and column marks included.
         prompt_tokens: all positions of the prompt, image included, latency token not.
         pixels: width times height of the image as given (0 for text-only).
 

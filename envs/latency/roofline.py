@@ -1,9 +1,9 @@
 """A clock computed from bytes and operations on a named device: deterministic, for tests and
 planning.
 
-Each piece of work takes the longer of its arithmetic at the device's sustained rate and its memory
-traffic at the sustained bandwidth (Williams et al., "Roofline", CACM 2009), plus a fixed time per
-launched kernel, which is what small models and single requests mostly pay.
+Each piece of work takes the longer of its arithmetic at the device's sustained rate and its memory traffic at the
+sustained bandwidth (Williams et al., "Roofline", CACM 2009), plus a fixed time per launched kernel, which is what
+small models and single requests mostly pay.
 """
 
 from collections.abc import Mapping
@@ -29,8 +29,7 @@ class Device:
         flops: floating-point operations per second.
         bandwidth: bytes per second from memory.
         launch: seconds per kernel or operator call.
-        expert_launch: seconds per expert that a block touches, where experts run one by one (CPU);
-            0 where grouped.
+        expert_launch: seconds per expert that a block touches, where experts run one by one (CPU); 0 where grouped.
         bytes_per_weight: 2 for half precision, 4 for single.
         pixel_s: seconds per pixel resized and normalised; always on the host's CPU.
         controller: seconds for both controller networks.
@@ -54,8 +53,7 @@ DEVICES: Final[Mapping[str, Device]] = MappingProxyType(
         "laptop-core": Device(0.6 * 75e9, 0.6 * 25e9, 5e-6, 8e-6, 4, 8e-9, 0.4e-3),
     }
 )
-"""Half precision on the GPUs (NVIDIA data sheets, dense), single precision on the laptop's cores
-(AVX2 at 2.3 GHz)."""
+"""Half precision on the GPUs (NVIDIA data sheets, dense), single precision on the laptop's cores (AVX2 at 2.3 GHz)."""
 
 _BLOCK_KERNELS: Final = 34
 """Kernels of one language block: two norms, attention with norms and rotation, router, sort, three

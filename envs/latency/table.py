@@ -77,11 +77,9 @@ class Cell:
         plan: what was run; only its counts matter to latency.
         new_tokens: length of the answer.
         median: median of every stage, ms.
-        spread: 1.4826 times the median absolute deviation of every stage, ms (a robust standard
-            deviation).
+        spread: 1.4826 times the median absolute deviation of every stage, ms (a robust standard deviation).
         totals_ms: the whole request in every repeat, ms.
-        weight: trust in this cell when fitting; below 1 where it was carried over from another
-            device.
+        weight: trust in this cell when fitting; below 1 where it was carried over from another device.
     """
 
     shape: RequestShape
@@ -106,8 +104,7 @@ class ProfileTable:
     """Cells of one identity, with the reference request of the model; saved as JSON.
 
     Attributes:
-        recalibrated_from: device of the table this one was carried over from; None where all was
-            measured here.
+        recalibrated_from: device of the table this one was carried over from; None where all was measured here.
     """
 
     identity: Identity

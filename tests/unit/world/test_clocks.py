@@ -310,6 +310,21 @@ def test_progress_is_told(world):
     assert seen[-1][0] == seen[-1][1] == len(seen)
 
 
+def test_a_disturbed_device_is_measured_longer(world):
+    calm, busy = EngineDouble(CONFIG), EngineDouble(CONFIG)
+    quiet_run = busy.run_measured
+
+    def disturbed(sample, plan, controller=None):
+        answer, record = quiet_run(sample, plan, controller)
+        factor = 3.0 if busy.noise.random() < 0.4 else 1.0
+        return answer, LatencyRecord(**{stage: ms * factor for stage, ms in record.to_dict().items()})
+
+    busy.run_measured = disturbed
+    tables = [profile(engine, world.samples[:20], repeats=3, per_tiling=10) for engine in (calm, busy)]
+    assert [len(table.cells[0].totals_ms) for table in tables] == [3, 9]
+    assert ProfiledClock(tables[1]).reference_ms == pytest.approx(ProfiledClock(tables[0]).reference_ms, rel=0.5)
+
+
 def test_profiling_text_only_samples():
     engine = EngineDouble(CONFIG)
     table = profile(engine, make_samples(10, text_only=True), repeats=2, per_tiling=12)
