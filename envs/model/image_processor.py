@@ -47,9 +47,7 @@ class ImageGeometry:
     std: tuple[float, float, float]
 
     @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], source: str = "preprocessor_config.json"
-    ) -> "ImageGeometry":
+    def from_config(cls, config: Mapping[str, Any], source: str = "preprocessor_config.json") -> "ImageGeometry":
         """Geometry of a published config.
 
         Raises:
@@ -59,21 +57,13 @@ class ImageGeometry:
         def read(key: str, count: int) -> list[Any]:
             value = config.get(key)
             values = list(value) if isinstance(value, list | tuple) else [value]
-            if len(values) != count or not all(
-                isinstance(v, int | float) and v >= 0 for v in values
-            ):
-                raise UserError(
-                    f"{source}: {key} is {value!r}: give {count} number{'s'[: count - 1]} of 0 or "
-                    "more"
-                )
+            if len(values) != count or not all(isinstance(v, int | float) and v >= 0 for v in values):
+                raise UserError(f"{source}: {key} is {value!r}: give {count} number{'s'[: count - 1]} of 0 or more")
             return values
 
         height, width = read("base_image_input_size", 2)
         if height != width:
-            raise UserError(
-                f"{source}: base_image_input_size is {[height, width]}: only square crops are "
-                "supported"
-            )
+            raise UserError(f"{source}: base_image_input_size is {[height, width]}: only square crops are supported")
         before, after = read("overlap_margins", 2)
         mean, std = read("image_mean", 3), read("image_std", 3)
         if min(std) <= 0:
@@ -99,11 +89,7 @@ class ImageGeometry:
                 "into patches of "
                 f"{self.patch} (image_patch_size)"
             )
-        if (
-            min(self.tokens) < 1
-            or any(self.patches % t for t in self.tokens)
-            or len(set(self.tokens)) != 1
-        ):
+        if min(self.tokens) < 1 or any(self.patches % t for t in self.tokens) or len(set(self.tokens)) != 1:
             raise UserError(
                 f"{source}: {self.patches} patches a side do not pool into tokens of "
                 f"{list(self.tokens)} "
@@ -147,9 +133,7 @@ def _candidates(max_crops: int) -> npt.NDArray[np.int32]:
 
 
 @lru_cache(maxsize=65536)
-def select_tiling(
-    geometry: ImageGeometry, size_wh: tuple[int, int], max_crops: int
-) -> tuple[int, int]:
+def select_tiling(geometry: ImageGeometry, size_wh: tuple[int, int], max_crops: int) -> tuple[int, int]:
     """Rows and columns of crops for an image: the grid of least enlargement, or where all shrink
     it, of least shrinking.
 
@@ -160,11 +144,7 @@ def select_tiling(
     size_hw = np.array([size_wh[1] - margin, size_wh[0] - margin], dtype=np.float32)
     with np.errstate(divide="ignore"):
         scale = ((grids * window).astype(np.float32) / size_hw).min(axis=-1)
-    best = (
-        scale.argmax()
-        if (scale < 1).all()
-        else np.where(scale < 1, np.float32(10e9), scale).argmin()
-    )
+    best = scale.argmax() if (scale < 1).all() else np.where(scale < 1, np.float32(10e9), scale).argmin()
     return int(grids[best, 0]), int(grids[best, 1])
 
 
@@ -182,9 +162,7 @@ class ImageLayout:
     input_idx: npt.NDArray[np.int64]
 
 
-def make_layout(
-    geometry: ImageGeometry, tiling: tuple[int, int], ids: tuple[int, int, int, int]
-) -> ImageLayout:
+def make_layout(geometry: ImageGeometry, tiling: tuple[int, int], ids: tuple[int, int, int, int]) -> ImageLayout:
     """Layout of one tiling; `ids` are the start, end, patch and column token."""
     rows, columns = ((n * geometry.window + sum(geometry.margins)) // geometry.pool for n in tiling)
     tokens_h, tokens_w = geometry.tokens
@@ -200,9 +178,7 @@ def make_layout(
     return ImageLayout(sequence, np.concatenate([global_view, per_crop]))
 
 
-def _owned(
-    geometry: ImageGeometry, crops: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _owned(geometry: ImageGeometry, crops: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Along one side, the token indices over all crops that are kept, and the index in the joint
     grid of each.
 
@@ -213,8 +189,7 @@ def _owned(
     length = geometry.tokens[0]
     index = np.arange(length)
     kept = [
-        crop * length
-        + index[(0 if crop == 0 else before) : (length if crop == crops - 1 else length - after)]
+        crop * length + index[(0 if crop == 0 else before) : (length if crop == crops - 1 else length - after)]
         for crop in range(crops)
     ]
     joined = np.concatenate(kept)
@@ -274,20 +249,16 @@ class ImageProcessor:
         images = torch.empty(1 + tiling[0] * tiling[1], geometry.patches**2, 3 * geometry.patch**2)
         self._cut(whole, (1, 1), images[:1])
         self._cut(tiled, tiling, images[1:])
-        return images, self._masks(tiling, box)
+        return images, make_masks(geometry, tiling, box).clone()
 
-    def _resize_and_pad(
-        self, planes: Tensor, height: int, width: int
-    ) -> tuple[Tensor, tuple[int, int, int, int]]:
+    def _resize_and_pad(self, planes: Tensor, height: int, width: int) -> tuple[Tensor, tuple[int, int, int, int]]:
         """Fits (3, h, w) into (height, width, 3), normalised, centred on black.
 
         And its box top, left, bottom, right.
         """
         source_h, source_w = planes.shape[1:]
         # float32 and truncation as published: the last bit can move a size by one pixel.
-        scale = min(
-            np.float32(height) / np.float32(source_h), np.float32(width) / np.float32(source_w)
-        )
+        scale = min(np.float32(height) / np.float32(source_h), np.float32(width) / np.float32(source_w))
         fit_h, fit_w = (max(1, int(np.float32(n) * scale)) for n in (source_h, source_w))
         resized = planes
         if (fit_h, fit_w) != (source_h, source_w):
@@ -314,24 +285,24 @@ class ImageProcessor:
         strides = (row * step, column * step, row * side, column * side, row, column, channel)
         out.view(shape).copy_(view.as_strided(shape, strides))
 
-    def _masks(self, tiling: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
-        """The image is a rectangle, so a patch's share of it is the product of its covered rows and
-        columns.
-        """
-        geometry = self.geometry
-        top, left, bottom, right = box
-        rows = self._covered(tiling[0], top, bottom)
-        columns = self._covered(tiling[1], left, right)
-        share = (rows[:, None, :, None] * columns[None, :, None, :]).astype(
-            np.float32
-        ) / np.float32(geometry.patch**2)
-        masks = torch.full((1 + tiling[0] * tiling[1], geometry.patches**2), -1.0)
-        masks[:-1] = torch.from_numpy(share).view(-1, geometry.patches**2)
-        return masks
 
-    def _covered(self, crops: int, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Pixels in start..stop of each patch along one side (crops, patches)."""
-        geometry = self.geometry
-        first = np.arange(crops)[:, None] * geometry.window + np.arange(geometry.patches)
-        pixels = first * geometry.patch
-        return (np.minimum(pixels + geometry.patch, stop) - np.maximum(pixels, start)).clip(0)
+@lru_cache(maxsize=1024)
+def make_masks(geometry: ImageGeometry, tiling: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
+    """Share of each patch that is image, see `ImageProcessor`; `box` is the image's top, left, bottom and right.
+
+    The image is a rectangle, so a patch's share is the product of its covered rows and columns.
+    """
+    top, left, bottom, right = box
+    rows = _covered(geometry, tiling[0], top, bottom)
+    columns = _covered(geometry, tiling[1], left, right)
+    area = (rows[:, None, :, None] * columns[None, :, None, :]).astype(np.float32)
+    masks = torch.full((1 + tiling[0] * tiling[1], geometry.patches**2), -1.0)
+    masks[:-1] = torch.from_numpy(area / np.float32(geometry.patch**2)).view(-1, geometry.patches**2)
+    return masks
+
+
+def _covered(geometry: ImageGeometry, crops: int, start: int, stop: int) -> npt.NDArray[np.int64]:
+    """Pixels in start..stop of each patch along one side (crops, patches)."""
+    first = np.arange(crops)[:, None] * geometry.window + np.arange(geometry.patches)
+    pixels = first * geometry.patch
+    return (np.minimum(pixels + geometry.patch, stop) - np.maximum(pixels, start)).clip(0)

@@ -59,8 +59,8 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     """RGB as a viewer shows it: EXIF orientation applied, transparency over white, 16-bit grey
     scaled to 8 bits.
 
-    Float images are taken as 0..1 where they stay within it, as 0..255 otherwise. Animations give
-    their first frame.
+    Float images are taken as 0..1 where they stay within it, as 0..255 otherwise; 32-bit ones as 0..255 or 0..65535.
+    Animations give their first frame.
 
     Raises:
         UserError: larger than `MAX_PIXELS`, without pixels, or of a mode that has no RGB reading.
@@ -122,8 +122,9 @@ def _wide_grey(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits scaled to 8. Pillow's own conversion clips it to white."""
     values: npt.NDArray[Any] = np.asarray(image).astype(np.float32)
     values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = values.min(), values.max()
     if image.mode == "F":
-        values = values * 255 if values.min() >= 0 and values.max() <= 1 else values
-    else:
+        values = values * 255 if low >= 0 and high <= 1 else values
+    elif image.mode != "I" or high > 255:
         values = values / 257
     return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8)).convert("RGB")

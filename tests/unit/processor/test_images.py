@@ -14,6 +14,9 @@ from envs.errors import UserError
 from envs.model.images import MAX_PIXELS, image_size, open_image, to_rgb
 from envs.tasks import FileImage
 
+VIA = {"LA": "RGBA", "PA": "RGBA", "I": "L", "F": "L"}
+"""Modes that Pillow reaches through another."""
+
 
 def saved(image: Image.Image, path: Path, **options: object) -> Path:
     image.save(path, **options)  # type: ignore[arg-type]
@@ -26,13 +29,11 @@ def pixel(image: Image.Image, xy: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
     return value
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LA", "HSV", "PA"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LA", "HSV", "PA", "I", "F"])
 def test_every_mode_keeps_white_and_black(mode: str) -> None:
     picture = Image.new("RGB", (4, 2), "white")
     picture.putpixel((3, 1), (0, 0, 0))
-    rgb = to_rgb(
-        picture.convert("RGBA").convert(mode) if mode in ("LA", "PA") else picture.convert(mode)
-    )
+    rgb = to_rgb(picture.convert(VIA.get(mode, "RGB")).convert(mode))
     assert rgb.mode == "RGB"
     assert pixel(rgb) == (255, 255, 255)
     assert pixel(rgb, (3, 1)) == (0, 0, 0)
@@ -56,9 +57,7 @@ def test_palette_transparency_lies_over_white(tmp_path: Path) -> None:
 
 
 def test_a_transparent_colour_lies_over_white(tmp_path: Path) -> None:
-    rgb = open_image(
-        saved(Image.new("RGB", (1, 1), (9, 8, 7)), tmp_path / "t.png", transparency=(9, 8, 7))
-    )
+    rgb = open_image(saved(Image.new("RGB", (1, 1), (9, 8, 7)), tmp_path / "t.png", transparency=(9, 8, 7)))
     assert pixel(rgb) == (255, 255, 255)
 
 
@@ -140,17 +139,10 @@ def bomb(width: int, height: int) -> bytes:
     """A PNG of a few hundred bytes that claims a huge picture."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + head
-        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("size", [(10_000, 9_000), (20_000, 20_000), (100_000, 100_000)])

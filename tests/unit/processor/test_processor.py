@@ -83,9 +83,7 @@ GEOMETRIES = [
 @pytest.mark.parametrize("config", GEOMETRIES)
 @settings(max_examples=40, deadline=None)
 @given(width=st.integers(1, 700), height=st.integers(1, 700), crops=st.sampled_from([1, 3, 6, 12]))
-def test_every_patch_token_is_fed_exactly_once(
-    config: dict[str, Any], width: int, height: int, crops: int
-) -> None:
+def test_every_patch_token_is_fed_exactly_once(config: dict[str, Any], width: int, height: int, crops: int) -> None:
     geometry = ImageGeometry.from_config(config)
     tiling = select_tiling(geometry, (width, height), crops)
     layout = make_layout(geometry, tiling, (10, 11, 12, 13))
@@ -102,23 +100,14 @@ def test_tokens_stand_where_their_pixels_are(config: dict[str, Any]) -> None:
     """Paint each pooled cell of the joint view with its own value and find it again through
     `image_input_idx`.
     """
-    geometry = ImageGeometry.from_config(
-        {**config, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
-    )
+    geometry = ImageGeometry.from_config({**config, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]})
     tiling = (2, 3)
     rows, columns = ((n * geometry.window + sum(geometry.margins)) // geometry.pool for n in tiling)
     cell = geometry.patch * geometry.pool
-    values = (
-        np.arange(rows * columns, dtype=np.uint8)
-        .reshape(rows, columns)
-        .repeat(cell, 0)
-        .repeat(cell, 1)
-    )
+    values = np.arange(rows * columns, dtype=np.uint8).reshape(rows, columns).repeat(cell, 0).repeat(cell, 1)
     images, masks = ImageProcessor(geometry)(Image.fromarray(values).convert("RGB"), tiling)
     n, pool = geometry.patches, geometry.pool
-    seen = (
-        images[1:].mean(-1).view(-1, n // pool, pool, n // pool, pool).mean((2, 4)).flatten(1) * 255
-    )
+    seen = images[1:].mean(-1).view(-1, n // pool, pool, n // pool, pool).mean((2, 4)).flatten(1) * 255
     layout = make_layout(geometry, tiling, (10, 11, 12, 13))
     index = torch.from_numpy(layout.input_idx[1:])
     start = geometry.tokens[0] * (geometry.tokens[1] + 1) + 2
@@ -177,10 +166,7 @@ def test_collate_pads_on_the_right(small: MolmoEProcessor) -> None:
 def test_pickles(small: MolmoEProcessor) -> None:
     again = pickle.loads(pickle.dumps(small))
     image = Image.effect_noise((90, 50), 80)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(small(image, "x").values(), again(image, "x").values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(small(image, "x").values(), again(image, "x").values(), strict=True))
     assert again.prompt_ids("<im_col> hi") == small.prompt_ids("<im_col> hi")
 
 
@@ -194,9 +180,7 @@ def test_inputs_do_not_share_memory_between_calls(small: MolmoEProcessor) -> Non
 
 
 def test_unknown_tier(small: MolmoEProcessor) -> None:
-    with pytest.raises(
-        UserError, match="tier 'huge' is not allowed: choose one of low, medium, high"
-    ):
+    with pytest.raises(UserError, match="tier 'huge' is not allowed: choose one of low, medium, high"):
         small(Image.new("RGB", (9, 9)), "x", tier="huge")
 
 
@@ -214,21 +198,15 @@ def test_unknown_tier(small: MolmoEProcessor) -> None:
         ({"image_mean": "no"}, "image_mean is 'no'"),
     ],
 )
-def test_a_wrong_config_names_key_and_value(
-    small_folder: Path, change: dict[str, Any], message: str
-) -> None:
+def test_a_wrong_config_names_key_and_value(small_folder: Path, change: dict[str, Any], message: str) -> None:
     (small_folder / "preprocessor_config.json").write_text(json.dumps({**SMALL, **change}))
     with pytest.raises(UserError, match=message):
         MolmoEProcessor.from_pretrained(small_folder)
 
 
-@pytest.mark.parametrize(
-    "name", ["preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
-)
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", [None, "{", "[]"])
-def test_a_missing_or_broken_file_is_named(
-    small_folder: Path, name: str, content: str | None
-) -> None:
+def test_a_missing_or_broken_file_is_named(small_folder: Path, name: str, content: str | None) -> None:
     if content is None:
         (small_folder / name).unlink()
     else:

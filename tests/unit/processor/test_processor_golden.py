@@ -54,10 +54,7 @@ def test_image_is_bit_equal(case: dict[str, Any], golden: dict[str, Tensor]) -> 
     tiling = select_tiling(geometry, image.size, case["max_crops"])
     images, masks = ImageProcessor(geometry)(image, tiling)
     layout = make_layout(geometry, tiling, (50280, 50281, 50282, 50283))
-    want = {
-        name: golden[f"{case['key']}.{name}"]
-        for name in ("patches_sample", "image_masks", "image_input_idx")
-    }
+    want = {name: golden[f"{case['key']}.{name}"] for name in ("patches_sample", "image_masks", "image_input_idx")}
 
     assert list(tiling) == case["tiling"]
     assert list(images.shape) == case["images_shape"]
@@ -83,30 +80,20 @@ def test_whole_image_is_equal_in_half_precision(golden: dict[str, Tensor]) -> No
 
 @needs_tokenizer
 @pytest.mark.parametrize("case", PREPROC["cases"], ids=lambda case: case["key"])
-def test_request_is_equal(
-    case: dict[str, Any], golden: dict[str, Tensor], processor: MolmoEProcessor
-) -> None:
+def test_request_is_equal(case: dict[str, Any], golden: dict[str, Tensor], processor: MolmoEProcessor) -> None:
     tier, question = TIER[case["max_crops"]], PREPROC["prompt"]
     inputs = processor(GOLDEN / "preproc" / case["png"], question, tier=tier)
     for name in ("input_ids", "image_masks", "image_input_idx"):
-        assert torch.equal(
-            inputs[name][0], golden[f"{case['key']}.{name}"].to(inputs[name].dtype)
-        ), name
+        assert torch.equal(inputs[name][0], golden[f"{case['key']}.{name}"].to(inputs[name].dtype)), name
     shape = processor.shape((case["width"], case["height"]), tier, question)
     assert shape.crops == case["n_crops"] == inputs["images"].shape[1]
     assert shape.prompt_tokens == case["n_tokens"] == inputs["input_ids"].shape[1]
 
 
 @needs_tokenizer
-@pytest.mark.parametrize(
-    "case", PROMPTS, ids=lambda case: f"{case['style']}-{case['question'][:8]}-{case['kind']}"
-)
+@pytest.mark.parametrize("case", PROMPTS, ids=lambda case: f"{case['style']}-{case['question'][:8]}-{case['kind']}")
 def test_prompt_is_equal(case: dict[str, Any], processor: MolmoEProcessor) -> None:
-    question = (
-        with_options(case["question"], case["options"]) if "options" in case else case["question"]
-    )
+    question = with_options(case["question"], case["options"]) if "options" in case else case["question"]
     assert prompt_text(question, case["style"]) == case["text"]
     assert processor.prompt_ids(question, case["style"]) == case["ids"]
-    assert processor(None, question, style=case["style"])["input_ids"].tolist() == [
-        [50279, *case["ids"]]
-    ]
+    assert processor(None, question, style=case["style"])["input_ids"].tolist() == [[50279, *case["ids"]]]
