@@ -12,6 +12,7 @@ from world_double import PUBLISHED_IMPORTANCE
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution, budget_range
 from envs.engine import RolloutEngine
+from envs.errors import UserError
 from envs.knobs import TIERS, Knobs, KnobSpace
 from envs.latency import MeasuredClock, ProfiledClock, RooflineClock, hold_out, is_measuring, profile, reference_shape
 from envs.latency.measured import reference_sample
@@ -21,7 +22,7 @@ from envs.model.config import MolmoEConfig
 from envs.model.embedded.shape import write_files
 from envs.reward import RewardConfig
 from envs.tasks.scenes import load_scenes
-from envs.world import World
+from envs.world import World, WorldConfig
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +130,23 @@ def test_a_measured_world_runs(world, engine):
 def test_the_device_range_spans_what_the_knobs_span(world):
     low, high = budget_range(world.engine, world.clock, world.space, world.samples)
     assert high > 1.5 * low
+
+
+def test_a_world_is_built_from_its_settings(engine, model_folder, tmp_path):
+    engine.model.save_pretrained(model_folder)
+    settings = WorldConfig(model=str(model_folder), device="cpu", split="validation", limit=6, max_new_tokens=2)
+    world = settings.build()
+    assert len(world.samples) == 6
+    assert world.d_model == 64
+    assert isinstance(world.clock, RooflineClock)
+    assert len(world.budgets.held_out()) == 5
+    assert settings.build().engine is world.engine
+    table = profile(world.engine, world.samples, repeats=1, per_tiling=2)
+    if len(table.cells) < 8:
+        table = replace(table, cells=table.cells * 4)
+    table.save(tmp_path / "table.json")
+    profiled = replace(settings, clock="profiled", table=str(tmp_path / "table.json"), budgets=world.budgets)
+    assert isinstance(profiled.build().clock, ProfiledClock)
+    replace(table, identity=replace(table.identity, threads=99)).save(tmp_path / "other.json")
+    with pytest.raises(UserError, match="threads: 99 against 1"):
+        replace(profiled, table=str(tmp_path / "other.json")).build()
