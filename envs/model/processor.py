@@ -60,11 +60,15 @@ class MolmoEProcessor:
         geometry: how images are cut into crops.
         tokenizer: with the four image tokens and `eos` among its added tokens.
         eos: the end-of-text token's text; its id also opens every prompt.
+        styles: whether the model was trained on prompt styles; where not, every question is asked plainly.
     """
 
-    def __init__(self, geometry: ImageGeometry, tokenizer: Tokenizer, eos: str = "<|endoftext|>") -> None:
+    def __init__(
+        self, geometry: ImageGeometry, tokenizer: Tokenizer, eos: str = "<|endoftext|>", *, styles: bool = True
+    ) -> None:
         self.geometry = geometry
         self.tokenizer = tokenizer
+        self.styles = styles
         # A question that spells "<im_patch>" or "<|endoftext|>" is text, not a command to the
         # model.
         self.tokenizer.encode_special_tokens = True
@@ -84,7 +88,11 @@ class MolmoEProcessor:
                 together.
         """
         folder = processor_folder(path_or_id, revision)
-        geometry = ImageGeometry.from_config(_read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+        config = _read_json(folder / CONFIG_FILE)
+        geometry = ImageGeometry.from_config(config, str(folder / CONFIG_FILE))
+        styles = config.get("prompt_styles", True)
+        if not isinstance(styles, bool):
+            raise UserError(f"{folder / CONFIG_FILE}: prompt_styles is {styles!r}: give true or false")
         settings = _read_json(folder / TOKENIZER_CONFIG_FILE)
         eos = settings.get("eos_token") or "<|endoftext|>"
         path = folder / TOKENIZER_FILE
@@ -92,13 +100,15 @@ class MolmoEProcessor:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers library raises bare Exception
             raise UserError(f"cannot read {path}: {error}; give a folder with the published tokenizer files") from None
-        return cls(geometry, tokenizer, eos["content"] if isinstance(eos, dict) else str(eos))
+        name = str(eos.get("content")) if isinstance(eos, dict) else str(eos)
+        return cls(geometry, tokenizer, name, styles=styles)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (
             self.geometry,
             self.tokenizer.to_str(),
             self.tokenizer.id_to_token(self.eos_id),
+            self.styles,
         )
 
     def __call__(self, image: ImageLike | None, question: str, tier: str = "high", style: str | None = None) -> Inputs:
@@ -161,7 +171,7 @@ class MolmoEProcessor:
 
         {style}: {question} Assistant:`, without the opening end-of-text token.
         """
-        return self.encode(prompt_text(question, style))
+        return self.encode(prompt_text(question, style if self.styles else None))
 
     def question_ids(self, question: str) -> list[int]:
         """Token ids of the question alone, with the leading space it has in a prompt."""
@@ -297,6 +307,6 @@ def _load(image: ImageLike) -> Image.Image:
     return image.load()
 
 
-def _restore(geometry: ImageGeometry, tokenizer: str, eos: str) -> MolmoEProcessor:
+def _restore(geometry: ImageGeometry, tokenizer: str, eos: str, styles: bool) -> MolmoEProcessor:
     """Unpickles a processor, so that it can travel to other processes."""
-    return MolmoEProcessor(geometry, Tokenizer.from_str(tokenizer), eos)
+    return MolmoEProcessor(geometry, Tokenizer.from_str(tokenizer), eos, styles=styles)

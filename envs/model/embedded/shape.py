@@ -95,7 +95,7 @@ def _tokenizer_json() -> str:
 
 def build_processor() -> MolmoEProcessor:
     """The processor of the embedded model, from its recipe rather than from files."""
-    return MolmoEProcessor(GEOMETRY, build_tokenizer(), END)
+    return MolmoEProcessor(GEOMETRY, build_tokenizer(), END, styles=False)
 
 
 def write_files(folder: Path) -> None:
@@ -119,6 +119,7 @@ def write_files(folder: Path) -> None:
             "max_crops": 12,
             "overlap_margins": list(GEOMETRY.margins),
             "processor_class": "MolmoProcessor",
+            "prompt_styles": False,  # it has only seen plain questions
         },
         "tokenizer_config.json": {
             "add_bos_token": False,

@@ -179,6 +179,20 @@ def test_inputs_do_not_share_memory_between_calls(small: MolmoEProcessor) -> Non
     assert small(image, "x")["input_ids"][0, 0] == small.eos_id
 
 
+def test_a_model_without_styles_is_asked_plainly(small_folder: Path) -> None:
+    config = small_folder / "preprocessor_config.json"
+    config.write_text(json.dumps({**SMALL, "prompt_styles": False}))
+    plain = MolmoEProcessor.from_pretrained(small_folder)
+    assert plain.prompt_ids("what?", "vqa2") == plain.prompt_ids("what?")
+    assert pickle.loads(pickle.dumps(plain)).prompt_ids("what?", "vqa2") == plain.prompt_ids("what?")
+    config.write_text(json.dumps(SMALL))
+    styled = MolmoEProcessor.from_pretrained(small_folder)
+    assert styled.decode(styled.prompt_ids("what?", "vqa2")) == "User: vqa2: what? Assistant:"
+    config.write_text(json.dumps({**SMALL, "prompt_styles": "no"}))
+    with pytest.raises(UserError, match="prompt_styles is 'no'"):
+        MolmoEProcessor.from_pretrained(small_folder)
+
+
 def test_unknown_tier(small: MolmoEProcessor) -> None:
     with pytest.raises(UserError, match="tier 'huge' is not allowed: choose one of low, medium, high"):
         small(Image.new("RGB", (9, 9)), "x", tier="huge")
