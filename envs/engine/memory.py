@@ -13,7 +13,7 @@ from envs.model.language import MAX_INSERTION
 # Shares of the free memory that batches and caches may take; the rest is left to others.
 _BATCH_SHARE, _PREFIX_SHARE, _FEATURE_SHARE = 0.25, 0.125, 0.0625
 # Beyond this a batch gains nothing on a CPU and its activations only leave the processor's caches.
-_CPU_BATCH_TOKENS = 1 << 13
+_CPU_BATCH_TOKENS = 1 << 12
 # Where the system does not tell.
 _DEFAULT_FREE = 4 * 2**30
 

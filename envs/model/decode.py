@@ -63,8 +63,9 @@ class DecodeBatch:
             targets.append(i)
             places.append(place)
         first = next(iter(sources.values()))[0]
-        # Zeros, as a masked slot still counts if it holds NaN.
-        out = first.new_zeros(len(rows), self.capacity, *first.shape[2:])
+        out = first.new_empty(len(rows), self.capacity, *first.shape[2:])
+        # Zeros where nothing is copied, as a masked slot still counts if it holds NaN.
+        out[:, min(tensor.shape[1] for tensor, _, _ in sources.values()) :] = 0
         for tensor, targets, places in sources.values():
             tokens = min(tensor.shape[1], self.capacity)
             if len(rows) == 1:

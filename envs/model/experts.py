@@ -19,6 +19,8 @@ KERNELS = ("auto", "dense", "grouped")
 # Up to these sizes two wide products are over before the pairs are even sorted (measured, one CPU thread).
 _DENSE_TOKENS = 32
 _DENSE_WEIGHTS = 2**19
+# On a CPU, chunks of this many tokens keep the pairs in the processor's caches: two to three times as fast as all at once.
+_CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,14 @@ def spread_top_k(
 def route(logits_NE: Tensor, top_k: int | TopK) -> tuple[Tensor, Tensor]:
     """Weights (N, K) in float32 and expert indices (N, K): softmax over all experts, then top-k, not renormalised.
 
-    Slots beyond a token's own top-k get weight 0.
+    Slots beyond a token's own top-k get weight 0. The softmax is taken of the chosen only, over the sum of all: the
+    same numbers, without a softmax kernel that is slow along short rows.
     """
     most = top_k if isinstance(top_k, int) else top_k.maximum
-    weights_NK, experts_NK = logits_NE.softmax(-1, dtype=torch.float32).topk(most, -1)
+    logits_NE = logits_NE.float()
+    best_NK, experts_NK = logits_NE.topk(most, -1)
+    highest_N1 = best_NK[:, :1]
+    weights_NK = (best_NK - highest_N1).exp() / (logits_NE - highest_N1).exp().sum(-1, keepdim=True)
     if isinstance(top_k, TopK):
         used = torch.arange(most, device=logits_NE.device) < top_k.per_token.unsqueeze(1)
         weights_NK = weights_NK * used
@@ -76,13 +82,24 @@ def mixture(
     """
     if kernel not in KERNELS:
         raise UserError(f"experts kernel {kernel!r} is not allowed: choose one of {', '.join(KERNELS)}")
-    weights_NK, experts_NK = route(logits_NE, top_k)
     if kernel == "auto":
         small = len(x_ND) <= _DENSE_TOKENS and gate_up_EGD.numel() + down_EHD.numel() <= _DENSE_WEIGHTS
         kernel = "dense" if small else "grouped"
     if kernel == "dense":
-        return _dense(x_ND, weights_NK, experts_NK, gate_up_EGD, down_EHD)
-    return _grouped(x_ND, weights_NK, experts_NK, gate_up_EGD, down_EHD, top_k)
+        return _dense(x_ND, *route(logits_NE, top_k), gate_up_EGD, down_EHD)
+    weights = (gate_up_EGD, down_EHD)
+    if x_ND.device.type != "cpu" or len(x_ND) <= _CHUNK_TOKENS:
+        return _grouped(x_ND, logits_NE, *weights, top_k)
+    parts = zip(x_ND.split(_CHUNK_TOKENS), logits_NE.split(_CHUNK_TOKENS), _split(top_k, len(x_ND)), strict=True)
+    return torch.cat([_grouped(x, logits, *weights, k) for x, logits, k in parts])
+
+
+def _split(top_k: int | TopK, tokens: int) -> list[int] | list[TopK]:
+    """Experts per token, chunk by chunk."""
+    if isinstance(top_k, int):
+        return [top_k] * -(-tokens // _CHUNK_TOKENS)
+    chunks = top_k.per_token.split(_CHUNK_TOKENS)
+    return [TopK(chunk, top_k.maximum, int(chunk.sum())) for chunk in chunks]
 
 
 def _dense(x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor) -> Tensor:
@@ -93,24 +110,25 @@ def _dense(x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_EGD: Te
     return inner.view(n, -1) @ down_EHD.flatten(0, 1)
 
 
-def _grouped(
-    x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor, top_k: int | TopK
-) -> Tensor:
+def _grouped(x_ND: Tensor, logits_NE: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor, top_k: int | TopK) -> Tensor:
+    weights_NK, experts_NK = route(logits_NE, top_k)
     (n, k), experts, hidden = experts_NK.shape, len(gate_up_EGD), down_EHD.shape[1]
     slots = experts_NK.reshape(-1)
     if isinstance(top_k, TopK):
         # Unused slots sort behind the last expert and are cut off: they cost nothing.
-        slots = slots.masked_fill(weights_NK.reshape(-1) == 0, experts)
+        unused = torch.arange(k, device=slots.device) >= top_k.per_token.unsqueeze(1)
+        slots = slots.masked_fill(unused.reshape(-1), experts)
     ordered, order = slots.sort(stable=True)
     if isinstance(top_k, TopK):
         ordered, order = ordered[: top_k.pairs], order[: top_k.pairs]
     ends_E = torch.searchsorted(ordered, torch.arange(experts, device=slots.device), right=True).to(torch.int32)
-    gate_up = F.grouped_mm(x_ND[order // k], gate_up_EGD.transpose(1, 2), offs=ends_E)
+    tokens = order // k
+    gate_up = F.grouped_mm(x_ND.index_select(0, tokens), gate_up_EGD.transpose(1, 2), offs=ends_E)
     inner = F.silu(gate_up[:, :hidden]) * gate_up[:, hidden:]
-    pairs_D = F.grouped_mm(inner, down_EHD, offs=ends_E)
-    # Back to token order before summing: the sum then runs over a token's experts in one fixed order.
-    if isinstance(top_k, TopK):
-        results = pairs_D.new_zeros(n * k, pairs_D.shape[1]).index_copy(0, order, pairs_D)
-    else:
-        results = torch.empty_like(pairs_D).index_copy_(0, order, pairs_D)
-    return torch.bmm(weights_NK.to(x_ND.dtype).unsqueeze(1), results.view(n, k, -1)).squeeze(1)
+    shares = weights_NK.reshape(-1).index_select(0, order).unsqueeze(1).to(x_ND.dtype)
+    pairs_D = F.grouped_mm(inner, down_EHD, offs=ends_E) * shares
+    if x_ND.device.type == "cpu":
+        return torch.zeros_like(x_ND).index_add(0, tokens, pairs_D)
+    # Elsewhere adding at repeated places is not reproducible: back to token order, then one sum.
+    results = pairs_D.new_zeros(n * k, pairs_D.shape[1]).index_copy(0, order, pairs_D)
+    return results.view(n, k, -1).sum(1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from envs.knobs import INSERTIONS, ExecutionPlan
 from envs.model.config import MolmoEConfig
 from envs.model.experts import TopK, mixture, spread_top_k
-from envs.model.schedule import FULL_TOP_K, Level, Nodes, build_schedule, per_row
+from envs.model.schedule import FULL_TOP_K, Level, Nodes, build_schedule, entry_block, per_row
 
 MAX_INSERTION = max(INSERTIONS)
 
@@ -272,6 +272,8 @@ class Language(nn.Module):
         given = 0 if prefix is None else prefix.depth
         states = prefix.hidden if prefix is not None else (x_BTD,)
         run = _PrefillRun(self, tuple(lengths), len(top_k), experts)
+        for depth in range(1, given + 1):
+            run.end_within_prefix(states[depth], depth, given, prompts, top_k)
         for block, level in enumerate(build_schedule(tuple(prompts), tuple(top_k), given=given)):
             run.enter(states[block] if level.enter else None, level)
             run.block(block, level)
@@ -293,6 +295,15 @@ class _PrefillRun:
             return
         entering = _take(state_BTD, level.enter)
         self.x = entering if self.x is None or not len(self.x) else torch.cat((self.x, entering))
+
+    def end_within_prefix(
+        self, state_BTD: Tensor, depth: int, given: int, prompts: Sequence[int], top_k: Sequence[tuple[int, ...]]
+    ) -> None:
+        """Rows that keep the first `depth` blocks as given and nothing after them are done already."""
+        rows = [row for row, ks in enumerate(top_k) if not any(ks[depth:]) and entry_block(ks, given) == depth]
+        if rows:
+            lasts = _last_tokens(state_BTD, self.lengths)
+            self.endings.append((tuple(rows), _take(lasts, [prompts[row] for row in rows])))
 
     def block(self, index: int, level: Level) -> None:
         if self.x is None or not (level.run.sources or level.final.sources):

@@ -70,18 +70,19 @@ def build_schedule(
     Args:
         prompts: each row's prompt; rows of one prompt share what they can.
         top_k: each row's experts per token in each block, 0 where the block is dropped.
-        given: how many first blocks are already computed at full top-k for every prompt.
+        given: how many first blocks are already computed at full top-k for every prompt. Rows that keep no other
+            block appear nowhere.
         last_only: compute a row's last kept block only at its last token.
     """
     last = [max(block for block in range(MODEL_BLOCKS) if ks[block]) for ks in top_k]
     # A row waits outside while all it has seen is given, and enters where it leaves the given path.
-    entry = [_entry(ks, given) for ks in top_k]
+    entry = [entry_block(ks, given) for ks in top_k]
     active: list[_Node] = []
     levels = []
     for block in range(MODEL_BLOCKS):
         entering: dict[int, _Node] = {}
         for row, prompt in enumerate(prompts):
-            if entry[row] == block:
+            if entry[row] == block <= last[row]:
                 node = entering.setdefault(prompt, _Node(prompt, 0, len(active) + len(entering)))
                 node.rows.append(row)
         children = _children([*active, *entering.values()], top_k, block)
@@ -97,7 +98,7 @@ def build_schedule(
         for place, node in enumerate([*run, *final]):
             for row in node.rows:
                 row_nodes[row] = place
-        ending = tuple((row, row_nodes[row]) for row in range(len(top_k)) if last[row] == block)
+        ending = tuple((row, place) for row, place in enumerate(row_nodes) if place >= 0 and last[row] == block)
         levels.append(
             Level(
                 tuple(entering),
@@ -112,7 +113,8 @@ def build_schedule(
     return tuple(levels)
 
 
-def _entry(top_k: tuple[int, ...], given: int) -> int:
+def entry_block(top_k: tuple[int, ...], given: int) -> int:
+    """The first block that is not given: where a row leaves full top-k, or where the given blocks end."""
     for block in range(given):
         if top_k[block] != FULL_TOP_K:
             return block

@@ -97,7 +97,9 @@ class VisionBackbone(nn.Module):
 
     def vit_features(self, crops_NPX: Tensor) -> Tensor:
         """Layer features (N, P, F) of crops (N, P, pixels). A crop holding an exact -1.0 is padding and gives zeros."""
+        # Before any cast: in bfloat16 a pixel close to the mark would round to it.
         real_N = (crops_NPX != PADDED_PIXEL).flatten(1).all(1)
+        crops_NPX = crops_NPX.to(self.pad_embed.dtype)
         if bool(real_N.all()):
             return self.encoder(crops_NPX)
         shape = (*crops_NPX.shape[:2], self.config.feature_dim)
@@ -124,8 +126,7 @@ class VisionBackbone(nn.Module):
         `image_masks` (N, C, P) holds the share of each patch that is image: 0 adds the learned embedding of padding,
         anything else below 1 that of partial padding. Without masks every patch counts as image.
         """
-        dtype = self.pad_embed.dtype
-        features = self.vit_features(images_NCPX.flatten(0, 1).to(dtype))
+        features = self.vit_features(images_NCPX.flatten(0, 1))
         if image_masks_NCP is not None:
             masks = image_masks_NCP.flatten(0, 1).unsqueeze(-1)
             empty, partial = masks == 0, (masks < 1) & (masks != 0)
