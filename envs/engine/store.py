@@ -310,8 +310,8 @@ class OutcomeStore:
     def _compact(self) -> None:
         """Give freed pages back to the file system."""
         with self._read() as db:
-            db.execute("PRAGMA incremental_vacuum").fetchall()
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            # As a script, since a single execute() would free one page and stop.
+            db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def export_parquet(store: OutcomeStore, path: str | Path, table: str = "outcomes") -> int:

@@ -19,7 +19,7 @@ KERNELS = ("auto", "dense", "grouped")
 # Up to these sizes two wide products are over before the pairs are even sorted (measured, one CPU thread).
 _DENSE_TOKENS = 32
 _DENSE_WEIGHTS = 2**19
-# On a CPU, chunks of this many tokens keep the pairs in the processor's caches: two to three times as fast as all at once.
+# On a CPU, chunks of this many tokens keep their pairs in the caches: two to three times as fast as all at once.
 _CHUNK_TOKENS = 1024
 
 
@@ -94,7 +94,7 @@ def mixture(
     return torch.cat([_grouped(x, logits, *weights, k) for x, logits, k in parts])
 
 
-def _split(top_k: int | TopK, tokens: int) -> list[int] | list[TopK]:
+def _split(top_k: int | TopK, tokens: int) -> Sequence[int | TopK]:
     """Experts per token, chunk by chunk."""
     if isinstance(top_k, int):
         return [top_k] * -(-tokens // _CHUNK_TOKENS)

@@ -270,7 +270,9 @@ class Language(nn.Module):
             prefix: first blocks of the same prompts, already run.
         """
         given = 0 if prefix is None else prefix.depth
-        states = prefix.hidden if prefix is not None else (x_BTD,)
+        if prefix is None and x_BTD is None:
+            raise ValueError("prefill needs embeddings or a prefix")
+        states: tuple[Tensor | None, ...] = (x_BTD,) if prefix is None else prefix.hidden
         run = _PrefillRun(self, tuple(lengths), len(top_k), experts)
         for depth in range(1, given + 1):
             run.end_within_prefix(states[depth], depth, given, prompts, top_k)
@@ -297,11 +299,11 @@ class _PrefillRun:
         self.x = entering if self.x is None or not len(self.x) else torch.cat((self.x, entering))
 
     def end_within_prefix(
-        self, state_BTD: Tensor, depth: int, given: int, prompts: Sequence[int], top_k: Sequence[tuple[int, ...]]
+        self, state_BTD: Tensor | None, depth: int, given: int, prompts: Sequence[int], top_k: Sequence[tuple[int, ...]]
     ) -> None:
         """Rows that keep the first `depth` blocks as given and nothing after them are done already."""
         rows = [row for row, ks in enumerate(top_k) if not any(ks[depth:]) and entry_block(ks, given) == depth]
-        if rows:
+        if rows and state_BTD is not None:
             lasts = _last_tokens(state_BTD, self.lengths)
             self.endings.append((tuple(rows), _take(lasts, [prompts[row] for row in rows])))
 

@@ -147,7 +147,7 @@ def test_causal_mask_given_equals_none():
 
 
 def test_packed_questions_equal_separate_ones():
-    """Several questions after one shared beginning, each blind to the others, at the positions they would have alone."""
+    """Questions after one shared beginning, each blind to the others, at the positions they would have alone."""
     start, questions = torch.tensor([5, 6, 7]), [torch.tensor([8, 9]), torch.tensor([10, 11, 12])]
     ids = torch.cat((start, *questions))[None]
     mask = torch.ones(8, 8, dtype=torch.bool).tril()

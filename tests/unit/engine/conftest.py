@@ -1,0 +1,103 @@
+"""A small untrained model with the embedded tokenizer, and samples with drawn images."""
+
+import hashlib
+import random
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from envs.engine import RolloutEngine
+from envs.knobs import KnobSpace
+from envs.model import AdaptiveMolmoE
+from envs.model.embedded.shape import build_config, build_processor
+from envs.model.importance import PUBLISHED_IMPORTANCE
+from envs.tasks.sample import ImageRef, Sample
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class NoiseImage(ImageRef):
+    """An image of seeded noise; counts how often any is loaded."""
+
+    seed: int
+    width: int
+    height: int
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self.seed} {self.width} {self.height}".encode()).hexdigest()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
+
+    def load(self) -> Image.Image:
+        noise = np.random.default_rng(self.seed).integers(0, 256, (self.height, self.width, 3), dtype=np.uint8)
+        return Image.fromarray(noise)
+
+
+QUESTIONS = ("what color is the shape?", "how many circles are there?", "is it red?")
+
+
+def make_samples(count):
+    sizes = [(60, 60), (170, 60), (150, 110), (56, 168)]
+    samples = []
+    for i in range(count):
+        image = None if i % 5 == 4 else NoiseImage(i // 2, *sizes[(i // 2) % len(sizes)])
+        samples.append(Sample(f"s{i}", image, QUESTIONS[i % len(QUESTIONS)], ("red", "2")))
+    return samples
+
+
+@pytest.fixture(scope="session")
+def samples():
+    return make_samples(10)
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return build_processor()
+
+
+@pytest.fixture(scope="session")
+def small_model(processor):
+    """The embedded shape, narrower; end-of-text made likely enough that answers differ in length."""
+    config = build_config(len(processor.tokenizer.get_vocab()))
+    vision = replace(config.vision, width=32, heads=2, head_dim=16, mlp_dim=48, layers=2, feature_layers=(-1,))
+    config = replace(config, d_model=32, n_heads=2, n_experts=10, expert_hidden=8, projector_hidden=8, vision=vision)
+    model = AdaptiveMolmoE.initialise(config, seed=3).eval().requires_grad_(False)
+    model.language.lm_head[config.eos_token_id] *= 2.0
+    return model
+
+
+@pytest.fixture(scope="session")
+def space():
+    return KnobSpace(PUBLISHED_IMPORTANCE)
+
+
+@pytest.fixture
+def pairs(samples, space):
+    """Random (sample, plan) pairs, repeats among them."""
+    rng = random.Random(0)
+    chosen = [(rng.choice(samples), space.plan(rng.choice(space.all))) for _ in range(40)]
+    chosen += chosen[:5]
+    return [sample for sample, _ in chosen], [plan for _, plan in chosen]
+
+
+@pytest.fixture
+def engine(small_model, processor):
+    return RolloutEngine(small_model, processor, max_new_tokens=12)
+
+
+@pytest.fixture
+def naive(small_model, processor):
+    """One request at batch 1, the plain way."""
+
+    def run(sample, plan, limit=12):
+        inputs = processor(sample.image, sample.question, plan.tier, sample.style)
+        return tuple(small_model.generate(inputs, plan, limit)[0])
+
+    return run
