@@ -49,6 +49,7 @@ OWN_SETTINGS: Final = (
     "prices",
     "hidden",
     "runner_threads",
+    "restart_timeout_s",
 )
 
 
@@ -68,6 +69,7 @@ class GRPOConfig(AlgorithmConfig):
         prices: the constrained mode; None takes the environment's fixed-price reward.
         hidden: width of the controller's MLPs.
         runner_threads: torch threads of each remote env runner.
+        restart_timeout_s: longest wait for a first runner to come back when all are dead.
         num_epochs, minibatch_size, lr, grad_clip: RLlib's own; a minibatch counts decisions (two a
             rollout) over all learners.
     """
@@ -86,6 +88,7 @@ class GRPOConfig(AlgorithmConfig):
         self.prices: PriceSettings | None = None
         self.hidden: int = 256
         self.runner_threads: int = 1
+        self.restart_timeout_s: float = 300.0
         self.lr = 5e-4
         self.num_epochs = 4
         self.minibatch_size = 256
@@ -124,6 +127,11 @@ class GRPOConfig(AlgorithmConfig):
     def chunks_per_iteration(self) -> int:
         """Resets of a whole runner that one iteration takes."""
         return self.groups_per_iteration * self.group_size // self.num_envs_per_env_runner
+
+    def build_algo(self, *args: Any, **kwargs: Any) -> "GRPO":
+        # RLlib takes a value of -1 for "deprecated" on the way and puts the default in its place: check before that.
+        self.validate()
+        return super().build_algo(*args, **kwargs)
 
     def validate(self) -> None:
         super().validate()
@@ -241,6 +249,7 @@ class GRPO(Algorithm):
                 "sample_chunk",
                 jobs,
                 timeout_s=self.config.sample_timeout_s,
+                restart_timeout_s=self.config.restart_timeout_s,
                 restore=self.restore_env_runners,
             )
             self.metrics.aggregate([part.metrics for part in parts], key=ENV_RUNNER_RESULTS)

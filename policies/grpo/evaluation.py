@@ -77,6 +77,7 @@ def evaluate_with_runners(algorithm: "GRPO", group: EnvRunnerGroup | None) -> tu
         "run_contexts",
         jobs,
         timeout_s=algorithm.evaluation_config.evaluation_sample_timeout_s,
+        restart_timeout_s=algorithm.config.restart_timeout_s,
         restore=algorithm.restore_env_runners,
     )
     rows = [row for part in parts for row in part]

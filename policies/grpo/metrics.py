@@ -48,7 +48,8 @@ def rollout_metrics(
             row[f"{key}_mean"] = float(np.mean(infos[key], dtype=np.float64))
     if prices is not None:
         row |= {f"price_{index}": float(value) for index, value in enumerate(prices.values)}
-        row |= {f"price_{index}_violation_rate": float(rate) for index, rate in enumerate(prices.rates)}
+        seen = [(index, float(rate)) for index, rate in enumerate(prices.rates) if not np.isnan(rate)]
+        row |= {f"price_{index}_violation_rate": rate for index, rate in seen}
     return row
 
 

@@ -199,14 +199,15 @@ def run_jobs(
     jobs: Sequence[Mapping[str, Any]],
     *,
     timeout_s: float,
+    restart_timeout_s: float,
     restore: Callable[[EnvRunnerGroup], Sequence[int]],
 ) -> tuple[list[Any], JobReport]:
     """Call `method` once per job on the runners of a group, re-running what is lost; results in the order of the jobs.
 
     Args:
         jobs: keyword arguments of each call.
-        timeout_s: longest a call may take before its runner counts as stalled and is killed, and longest to wait
-            for a first runner to come back when all are dead.
+        timeout_s: longest a call may take before its runner counts as stalled and is killed.
+        restart_timeout_s: longest to wait for a first runner to come back when all are dead.
         restore: brings restarted runners back into service, returns their ids.
 
     Raises:
@@ -214,7 +215,7 @@ def run_jobs(
     """
     if group.num_remote_env_runners() == 0:
         return [getattr(group.local_env_runner, method)(**job) for job in jobs], JobReport()
-    return _Spread(group, method, jobs, timeout_s, restore).run()
+    return _Spread(group, method, jobs, (timeout_s, restart_timeout_s), restore).run()
 
 
 class _Spread:
@@ -225,11 +226,12 @@ class _Spread:
         group: EnvRunnerGroup,
         method: str,
         jobs: Sequence[Mapping[str, Any]],
-        timeout_s: float,
+        timeouts_s: tuple[float, float],
         restore: Callable[[EnvRunnerGroup], Sequence[int]],
     ) -> None:
         self.group, self.method, self.jobs = group, method, jobs
-        self.timeout_s, self.restore = timeout_s, restore
+        self.timeout_s, self.restart_timeout_s = timeouts_s
+        self.restore = restore
         self.manager = group._worker_manager
         self.waiting = deque(range(len(jobs)))
         self.running: dict[Any, tuple[int, int, float]] = {}
@@ -308,7 +310,7 @@ class _Spread:
         if self.manager.healthy_actor_ids():
             return True
         waited = time.monotonic() - idle_since
-        if self.group._remote_config.restart_failed_env_runners and waited < self.timeout_s:
+        if self.group._remote_config.restart_failed_env_runners and waited < self.restart_timeout_s:
             return False
         dead = ", ".join(str(runner) for runner in self.manager.actor_ids())
         last = self.report.causes[-1] if self.report.causes else "they died before this round"

@@ -180,6 +180,15 @@ def start_ray() -> None:
     register_env(ENVIRONMENT, ToyVectorEnv)
 
 
+def share_ray(request: Any) -> None:
+    """One Ray for all tests of GRPO; it goes when the tests end."""
+    import ray
+
+    if not ray.is_initialized():
+        start_ray()
+        request.config.add_cleanup(ray.shutdown)
+
+
 def configuration(runners: int = 0, *, broken: dict[str, Any] | None = None, **training: Any) -> Any:
     """Two chunks of 16 environments in groups of 4."""
     from policies.grpo.algorithm import GRPOConfig

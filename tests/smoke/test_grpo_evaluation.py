@@ -1,13 +1,11 @@
 """Evaluation covers every context exactly once at any number of runners, and PPO trains on the same environment."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpo_toy
 import numpy as np
 import pytest
-import ray
 from grpo_toy import ENVIRONMENT, SAMPLES, configuration
 
 from envs.errors import UserError
@@ -18,10 +16,8 @@ CONTEXTS = [(sample, budget) for budget in (25.0, 60.0, 110.0) for sample in ran
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_session() -> Iterator[None]:
-    grpo_toy.start_ray()
-    yield
-    ray.shutdown()
+def ray_session(request: pytest.FixtureRequest) -> None:
+    grpo_toy.share_ray(request)
 
 
 def evaluating(runners: int, **changes: Any) -> Any:

@@ -1,7 +1,6 @@
 """Runners that die, hang or fail: work is run again, nothing partial is learnt from, and the cause is told."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,8 @@ from envs.errors import UserError
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_session() -> Iterator[None]:
-    grpo_toy.start_ray()
-    yield
-    ray.shutdown()
+def ray_session(request: pytest.FixtureRequest) -> None:
+    grpo_toy.share_ray(request)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +68,7 @@ def test_all_runners_dead_is_one_clear_error() -> None:
 
 
 def test_runners_that_never_come_back_are_waited_for_no_longer_than_the_timeout() -> None:
-    algorithm = configuration(1).env_runners(sample_timeout_s=4).build_algo()
+    algorithm = configuration(1, restart_timeout_s=4).build_algo()
     ray.kill(algorithm.env_runner_group._worker_manager.actors()[1], no_restart=True)
     started = time.monotonic()
     with pytest.raises(UserError, match="all env runners are dead"):

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,8 @@ from policies.grpo.evaluation import evaluate_contexts
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_session() -> Iterator[None]:
-    grpo_toy.start_ray()
-    yield
-    ray.shutdown()
+def ray_session(request: pytest.FixtureRequest) -> None:
+    grpo_toy.share_ray(request)
 
 
 def train(algorithm: Any, iterations: int) -> list[dict[str, float]]:
@@ -81,6 +78,7 @@ def test_resumed_runs_equal_uninterrupted_ones(tmp_path: Path) -> None:
         save_checkpoint(algorithm, tmp_path / str(runners))
         expected[str(runners)] = train(algorithm, 2)
         algorithm.stop()
+    json.dumps([first, expected], allow_nan=False)
     # One thread each: chunks make the numbers independent of how many runners there are.
     assert first[0] == first[1] == first[2]
     assert expected["0"] == expected["1"] == expected["2"]
