@@ -146,6 +146,66 @@ def inspect(
     room.run(path)
 
 
+@app.command()
+def doctor(
+    overrides: Overrides = None,
+    preset: Preset = "laptop",
+    config: ConfigFile = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out starting or joining Ray.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Check everything a run with these settings needs, and say what mends what is wrong.
+
+    Exit status 1 where something is wrong.
+    """
+    from ray_ctrl import doctor as room
+
+    raise typer.Exit(room.run(preset, config, overrides or [], quick=quick, as_json=as_json))
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def submit(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- ARGUMENTS]...", help="Arguments of the command, after `--`.", show_default=False),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Job server (dashboard); by default RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265."),
+    ] = None,
+    command: Annotated[str, typer.Option(help="train, tune, evaluate, profile or doctor.")] = "train",
+    working_dir: Annotated[Path, typer.Option(help="Folder that travels: the checkout.")] = Path(),
+    python: Annotated[str | None, typer.Option(help="Interpreter on the cluster.", show_default=False)] = None,
+    auth: Annotated[
+        str | None, typer.Option(help="disabled or token; by default RAY_AUTH_MODE, else disabled.")
+    ] = None,
+    runtime_env: Annotated[
+        Path | None, typer.Option(help="YAML with more of Ray's runtime environment, such as `pip:`.")
+    ] = None,
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for driver and workers.")] = None,
+    cpus: Annotated[float, typer.Option(help="CPUs the driver holds; 0 runs it on the head.", min=0)] = 0.0,
+    gpus: Annotated[float, typer.Option(help="GPUs the driver holds.", min=0)] = 0.0,
+    submission_id: Annotated[str | None, typer.Option(help="Name of the job.", show_default=False)] = None,
+    timeout_s: Annotated[float, typer.Option(help="Wait for the job server, s.", min=0.1)] = 30.0,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Leave once the job is submitted.")] = False,
+    stop_on_interrupt: Annotated[bool, typer.Option("--stop-on-interrupt", help="Ctrl-C stops the job, too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent; send nothing.")] = False,
+) -> None:
+    """Run a command as a job on a Ray cluster: send this folder, follow the log, return the job's exit status.
+
+    `ray-ctrl submit -- --preset smoke` does what `ray job submit --working-dir . -- python train.py --preset smoke`
+    does, with authentication, interpreter and run folder set.
+    """
+    from ray_ctrl import submit as room
+
+    request = room.Request(
+        arguments or [], command, address, working_dir, python, auth, runtime_env, env or [], cpus, gpus,
+        submission_id, timeout_s,
+    )  # fmt: skip
+    status = room.run(request, follow=not no_wait, stop_on_interrupt=stop_on_interrupt, dry_run=dry_run)
+    raise typer.Exit(status)
+
+
 StorePath = Annotated[Path, typer.Argument(help="File of the store.")]
 
 
