@@ -28,7 +28,6 @@ from envs.model.embedded.warmup import CropBatch, TokenHeads, WarmupCrops, warmu
 from envs.model.molmoe import AdaptiveMolmoE
 from envs.model.vision import VisionBackbone
 
-_NEVER_RANDOM = dataclasses.replace(PackingSettings(), captions_until=1e-9, random_plans=0.0)
 _HELD_OUT_SEED = 1
 
 
@@ -48,7 +47,7 @@ class Recipe:
     warmup_steps: int = 1600
     warmup_batch: int = 256
     warmup_lr: float = 1.5e-3
-    scenes_steps: int = 2300
+    scenes_steps: int = 1900
     scenes_lr: float = 1.0e-3
     tower_lr: float = 0.3
     packing: PackingSettings = field(default_factory=PackingSettings)
@@ -88,7 +87,7 @@ def scenes_phase(recipe: Recipe, device: torch.device, warm: VisionBackbone) -> 
     model.vision.load_state_dict(warm.state_dict())
     match_scales(model, to_device(data[0], device))
     held_out = {
-        tier: PackedScenes(3, recipe.seed + _HELD_OUT_SEED, _only(tier), "validation", data.processor)
+        tier: PackedScenes(3, recipe.seed + _HELD_OUT_SEED, _only(recipe.packing, tier), "validation", data.processor)
         for tier in (0, 2)
     }
 
@@ -96,7 +95,7 @@ def scenes_phase(recipe: Recipe, device: torch.device, warm: VisionBackbone) -> 
         return scenes_loss(model, batch)
 
     def validate() -> Metrics:
-        figures = {}
+        figures: Metrics = {}
         for tier, scenes in held_out.items():
             mean = _mean([loss(to_device(scenes[i], device))[1] for i in range(len(scenes))])
             figures |= {f"{('low', 'medium', 'high')[tier]}_{key}": value for key, value in mean.items()}
@@ -148,9 +147,17 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     path.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
-def _only(tier: int) -> PackingSettings:
-    shares = tuple(float(i == tier) for i in range(3))
-    return dataclasses.replace(_NEVER_RANDOM, early_tiers=shares, late_tiers=shares, caption_floor=0.0)
+def _only(packing: PackingSettings, tier: int) -> PackingSettings:
+    """Questions alone, at one tier and under the full plan."""
+    low, medium, high = (float(i == tier) for i in range(3))
+    return dataclasses.replace(
+        packing,
+        early_tiers=(low, medium, high),
+        late_tiers=(low, medium, high),
+        captions_until=1e-9,
+        caption_floor=0.0,
+        random_plans=0.0,
+    )
 
 
 def _mean(figures: list[Metrics]) -> Metrics:

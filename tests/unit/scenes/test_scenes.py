@@ -155,5 +155,5 @@ def test_an_image_is_a_name_until_it_is_loaded() -> None:
 
 
 def test_an_unknown_split_is_named() -> None:
-    with pytest.raises(UserError, match="'dev'.*train, validation, test"):
+    with pytest.raises(UserError, match=r"'dev'.*train, validation, test"):
         load_scenes("dev")

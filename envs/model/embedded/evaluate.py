@@ -1,0 +1,270 @@
+"""Every figure of the model card, measured: `python -m envs.model.embedded.evaluate --model DIR --out DIR`.
+
+Writes `importance.json` (from validation), `outcomes-<split>.npz` (accuracy of every sample under every distinct plan)
+and `figures-<split>.json`. Outcomes and latencies come from the rollout engine; latency is measured at batch 1 and
+interpolated by the profiled clock.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from envs.engine import RolloutEngine
+from envs.errors import UserError
+from envs.knobs import MODEL_BLOCKS, TIERS, ExecutionPlan, Knobs, KnobSpace
+from envs.latency.profiled import ProfiledClock
+from envs.latency.profiler import profile
+from envs.model.embedded.figures import (
+    FloatArray,
+    OutcomeTable,
+    by_family,
+    chance,
+    headroom,
+    importance_figures,
+    knob_figures,
+    markdown_table,
+)
+from envs.model.importance import IMPORTANCE_FILE, read_importance
+from envs.model.molmoe import AdaptiveMolmoE
+from envs.model.processor import MolmoEProcessor
+from envs.tasks.sample import Sample
+from envs.tasks.scenes import load_scenes
+
+_CHUNK = 64
+_PROBE_POSITION = 3
+_PROBE_LEVEL = 8
+_NEW_TOKENS = 4
+
+
+def make_engine(folder: Path, importance: Sequence[float] | None = None) -> RolloutEngine:
+    """An engine for the model in `folder`; answers longer than any the scenes have are cut."""
+    return RolloutEngine(
+        AdaptiveMolmoE.from_pretrained(folder),
+        MolmoEProcessor.from_pretrained(folder),
+        importance=importance,
+        max_new_tokens=_NEW_TOKENS,
+    )
+
+
+def measure_importance(engine: RolloutEngine, samples: Sequence[Sample]) -> list[float]:
+    """Accuracy lost, in 0..1, when each block alone is left out at the high tier and top-k 8. Block 0 always stays."""
+    everything = tuple(range(MODEL_BLOCKS))
+    plans = [
+        ExecutionPlan(blocks=everything),
+        *(ExecutionPlan(blocks=everything[:b] + everything[b + 1 :]) for b in everything[1:]),
+    ]
+    accuracy = accuracies(engine, samples, plans, "importance").mean(0)
+    lost = importance_figures(float(accuracy[0]), [float(a) for a in accuracy[1:]])
+    # Block 0 is never dropped; its score only has to be the largest.
+    return [2 * max(*lost, 0.01), *lost]
+
+
+def accuracies(
+    engine: RolloutEngine, samples: Sequence[Sample], plans: Sequence[ExecutionPlan], label: str
+) -> FloatArray:
+    """Accuracy (samples, plans), chunk by chunk so that a prompt's plans run together."""
+    rows: list[list[float]] = []
+    for start in _progress(range(0, len(samples), _CHUNK), label):
+        chunk = samples[start : start + _CHUNK]
+        pairs = list(product(chunk, plans))
+        outcomes = engine.outcomes([sample for sample, _ in pairs], [plan for _, plan in pairs])
+        right = [engine.accuracy(sample, outcome) for (sample, _), outcome in zip(pairs, outcomes, strict=True)]
+        rows += np.array(right).reshape(len(chunk), len(plans)).tolist()
+    return np.array(rows, dtype=np.float64)
+
+
+def measure_ratios(engine: RolloutEngine, samples: Sequence[Sample], repeats: int = 3) -> dict[str, float]:
+    """Median latency at batch 1 of the ends of the range, as ratios to the cheapest plan or the other end of a knob.
+
+    Plans are interleaved request by request, so that a busy machine slows all alike.
+    """
+    space = KnobSpace(engine.importance)
+    plans = {
+        "full": space.plan(space.full),
+        "cheapest": space.plan(space.cheapest),
+        "low": space.plan(Knobs("low", 1, 8, 16)),
+        "top_k_4": space.plan(Knobs("high", 1, 4, 16)),
+        "blocks_12": space.plan(Knobs("high", 1, 8, 12)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in plans}
+    for sample in samples[:2]:
+        for plan in plans.values():
+            engine.run_measured(sample, plan)
+    for sample in _progress(samples, "latency"):
+        for name, plan in plans.items():
+            fastest = min(engine.run_measured(sample, plan)[1].total for _ in range(repeats))
+            seconds[name].append(fastest)
+    mean = {name: float(np.mean(values)) for name, values in seconds.items()}
+    return {
+        "full_ms": mean["full"],
+        "cheapest_ms": mean["cheapest"],
+        "full_over_cheapest": mean["full"] / mean["cheapest"],
+        "tier_saves_percent": 100 * (1 - mean["low"] / mean["full"]),
+        "top_k_saves_percent": 100 * (1 - mean["top_k_4"] / mean["full"]),
+        "blocks_save_percent": 100 * (1 - mean["blocks_12"] / mean["full"]),
+    }
+
+
+def latencies(
+    engine: RolloutEngine, samples: Sequence[Sample], knobs: Sequence[Knobs], clock: ProfiledClock
+) -> FloatArray:
+    """Profiled latency (samples, knobs) of one-token answers, in ms."""
+    space = KnobSpace(engine.importance)
+    plans = [space.plan(k) for k in knobs]
+    known: dict[tuple[Any, Knobs], float] = {}
+    rows = []
+    for sample in samples:
+        row = []
+        for knob, plan in zip(knobs, plans, strict=True):
+            shape = engine.shape(sample, plan.tier)
+            if (shape, knob) not in known:
+                known[shape, knob] = clock.latency(shape, plan, 1).total
+            row.append(known[shape, knob])
+        rows.append(row)
+    return np.array(rows)
+
+
+def probe_auc(
+    engine: RolloutEngine, train: Sequence[Sample], train_low: FloatArray, test: Sequence[Sample], test_low: FloatArray
+) -> dict[str, float]:
+    """How well a linear probe tells whether the low tier is enough: with and without the latency token (AUC on `test`).
+
+    `train_low`, `test_low` hold 1 where the low tier answers as well as the high one.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    names = sorted({sample.family or "" for sample in train})
+
+    def features(samples: Sequence[Sample]) -> tuple[FloatArray, FloatArray]:
+        family = np.array([[float(sample.family == name) for name in names] for sample in samples])
+        language = engine.language_features(samples).numpy()
+        tiers, levels = ["low"] * len(samples), [_PROBE_LEVEL] * len(samples)
+        tokens = engine.latency_tokens(samples, tiers, levels)[:, _PROBE_POSITION - 1].numpy()
+        text = np.concatenate([family, language], 1).astype(np.float64)
+        return text, np.concatenate([text, tokens], 1).astype(np.float64)
+
+    found = {}
+    for name, fit, judge in zip(("text", "text_and_token"), features(train), features(test), strict=True):
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=2000))
+        probe.fit(fit, train_low)
+        found[name] = float(roc_auc_score(test_low, probe.predict_proba(judge)[:, 1]))
+    return found | {"gain": found["text_and_token"] - found["text"]}
+
+
+def figures(table: OutcomeTable, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Everything that the outcome table alone says."""
+    answers = [sample.answers[0] for sample in samples]
+    result: dict[str, Any] = {
+        "samples": len(samples),
+        "plans": len(table.knobs),
+        "accuracy": knob_figures(table),
+        "chance": chance(table.families, [sample.question for sample in samples], answers),
+    }
+    if table.latency is not None:
+        low, high = float(table.latency.mean(0).min()), float(table.latency.mean(0).max())
+        budgets = [low + share * (high - low) for share in (0.3, 0.45, 0.6)]
+        result["headroom"] = headroom(table, budgets)
+    return result
+
+
+def _progress(items: Any, label: str) -> Iterable[Any]:
+    return track(items, description=label, disable=not sys.stdout.isatty())
+
+
+def _low_is_enough(table: OutcomeTable) -> FloatArray:
+    return (table.column("low", 8, 16) >= table.column("high", 8, 16)).astype(np.float64)
+
+
+def _evenly(samples: Sequence[Sample], count: int | None) -> list[Sample]:
+    return list(samples if count is None else samples[:: max(1, len(samples) // count)][:count])
+
+
+def run(model: Path, out: Path, count: int | None, with_latency: bool) -> dict[str, Any]:
+    """Importance, then outcomes and figures of validation and test."""
+    out.mkdir(parents=True, exist_ok=True)
+    validation, test = (_evenly(load_scenes(split), count) for split in ("validation", "test"))
+    if not (model / IMPORTANCE_FILE).is_file():
+        scores = measure_importance(make_engine(model), validation)
+        content = {
+            "importance": [round(score, 4) for score in scores],
+            "task": f"scenes, validation, {len(validation)} samples",
+            "metric": "VQA accuracy lost (0..1) when the block alone is left out, high tier, top-k 8; block 0 is fixed",
+        }
+        (model / IMPORTANCE_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    engine = make_engine(model, read_importance(model))
+    space = KnobSpace(engine.importance)
+    clock = None
+    result: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    if with_latency:
+        result["latency"] = measure_ratios(engine, test[:: max(1, len(test) // 40)])
+        clock = ProfiledClock(profile(engine, test[:200], repeats=3, per_tiling=12))
+    tables = {}
+    for split, samples in (("validation", validation), ("test", test)):
+        accuracy = accuracies(engine, samples, [space.plan(k) for k in space.distinct], split)
+        latency = latencies(engine, samples, space.distinct, clock) if clock else None
+        families = tuple(sample.family or "" for sample in samples)
+        tables[split] = OutcomeTable(space.distinct, families, accuracy, latency)
+        np.savez_compressed(
+            out / f"outcomes-{split}.npz",
+            accuracy=accuracy.astype(np.float16),
+            knobs=np.array([f"{k.tier} {k.insertion} {k.top_k} {k.blocks}" for k in space.distinct]),
+            samples=np.array([sample.id for sample in samples]),
+        )
+        result[split] = figures(tables[split], samples)
+    low = {split: _low_is_enough(table) for split, table in tables.items()}
+    result["probe_auc"] = probe_auc(engine, validation, low["validation"], test, low["test"])
+    (out / "figures.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(markdown_table(result["test"]["accuracy"]))
+    return result
+
+
+def quick(model: Path, count: int | None, split: str = "validation") -> dict[str, dict[str, float]]:
+    """Accuracy by family of the full and the cheapest plan and of each tier: a first look at a model."""
+    samples = _evenly(load_scenes(split), count)
+    engine = make_engine(model, read_importance(model))
+    space = KnobSpace(engine.importance)
+    knobs = {f"{tier}, 8, 16": Knobs(tier, 1, 8, 16) for tier in TIERS}
+    knobs |= {
+        "high, 4, 16": Knobs("high", 1, 4, 16),
+        "high, 8, 12": Knobs("high", 1, 8, 12),
+        "cheapest": space.cheapest,
+    }
+    accuracy = accuracies(engine, samples, [space.plan(k) for k in knobs.values()], split)
+    families = [sample.family or "" for sample in samples]
+    return {name: by_family(families, accuracy[:, i]) for i, name in enumerate(knobs)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure a trained embedded model on the scenes.")
+    parser.add_argument("--model", type=Path, required=True, help="model folder; importance.json is written into it")
+    parser.add_argument("--out", type=Path, help="folder for outcomes and figures")
+    parser.add_argument("--samples", type=int, help="use this many of each split instead of all 2,000")
+    parser.add_argument("--no-latency", action="store_true", help="skip whatever needs measured latency")
+    parser.add_argument("--quick", action="store_true", help="only print a few plans on validation samples")
+    options = parser.parse_args()
+    if options.samples is not None and options.samples < 1:
+        raise UserError(f"--samples {options.samples} is not allowed: give at least 1")
+    if options.quick:
+        print(markdown_table(quick(options.model, options.samples)))
+        return 0
+    run(options.model, options.out or options.model.parent / "evaluation", options.samples, not options.no_latency)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,140 @@
+"""The recipe end to end at toy size: both phases, interruption, the folder it leaves."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from envs.errors import UserError
+from envs.knobs import ExecutionPlan
+from envs.model import AdaptiveMolmoE, MolmoEProcessor
+from envs.model.embedded.loop import LoopSettings, schedule
+from envs.model.embedded.packing import IGNORE, PackedScenes, PackingSettings, pack, random_plan
+from envs.model.embedded.shape import build_config, build_processor, build_tokenizer
+from envs.model.embedded.train import Recipe, check_folder, train
+from envs.model.embedded.warmup import WarmupCrops
+from envs.tasks.scenes import SceneImage, all_questions, make_scene
+from envs.tasks.scenes.draw import draw_scene
+
+TINY = Recipe(
+    warmup_steps=2,
+    warmup_batch=2,
+    scenes_steps=2,
+    packing=PackingSettings(images=(2, 1, 1), text_tokens=60, early_tiers=(1, 0, 0), late_tiers=(1, 0, 0)),
+)
+
+
+def settings(folder: Path, seconds: float = math.inf) -> LoopSettings:
+    return LoopSettings(folder, torch.device("cpu"), deadline=time.monotonic() + seconds, workers=0)
+
+
+def test_the_recipe_leaves_a_model_that_answers(tmp_path: Path) -> None:
+    assert train(TINY, settings(tmp_path))
+    model = AdaptiveMolmoE.from_pretrained(tmp_path / "model")
+    processor = MolmoEProcessor.from_pretrained(tmp_path / "model")
+    assert model.dtype == torch.float32
+    image = SceneImage("test", 0).load()
+    answer = model.generate(processor(image, "What shape is red?", "low"), ExecutionPlan(), max_new_tokens=2)
+    assert len(answer) == 1
+    assert len(answer[0]) <= 2
+    phases = {line.split('"')[3] for line in (tmp_path / "log.jsonl").read_text().splitlines()}
+    assert phases == {"warmup", "scenes"}
+
+
+def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    train(TINY, settings(whole))
+    runs = 0
+    while not train(TINY, settings(parts, seconds=0)):  # out of time after every step
+        runs += 1
+    assert runs == 2
+    a, b = (torch.load(f / "scenes.pt", weights_only=True)["modules"] for f in (whole, parts))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+    check_folder(tmp_path, TINY, resume=False)
+    with pytest.raises(UserError, match="--resume"):
+        check_folder(tmp_path, TINY, resume=False)
+    check_folder(tmp_path, TINY, resume=True)
+    with pytest.raises(UserError, match="another recipe"):
+        check_folder(tmp_path, dataclasses.replace(TINY, seed=9), resume=True)
+
+
+def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "warmup.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match=r"warmup\.pt"):
+        train(TINY, settings(tmp_path))
+
+
+def test_batches_are_functions_of_seed_and_step() -> None:
+    a, b = (WarmupCrops(5, 3, 0)[2] for _ in range(2))
+    assert torch.equal(a.crops, b.crops)
+    assert not torch.equal(a.crops, WarmupCrops(5, 3, 1)[2].crops)
+    packed = [PackedScenes(5, seed, TINY.packing)[3].inputs["images"] for seed in (0, 0, 1)]
+    assert torch.equal(packed[0], packed[1])
+    assert not torch.equal(packed[0], packed[2])
+
+
+def test_warmup_labels_stand_where_the_objects_are() -> None:
+    batch = WarmupCrops(1, 64, 0)[0]
+    on_object = batch.kinds > 0
+    assert torch.equal(batch.colors >= 0, on_object)
+    assert torch.equal(batch.digits >= 0, batch.kinds == 1)
+    # Objects are brighter than the background: so are the tokens that carry labels.
+    brightness = batch.crops.mean(-1).view(64, 4, 2, 4, 2).mean((2, 4)).view(64, 16)
+    assert brightness[on_object].mean() > brightness[~on_object].mean() + 0.5
+
+
+def test_a_packed_question_is_answered_as_if_it_stood_alone() -> None:
+    """Packing must not change what is computed: logits equal those of the plain prompt."""
+    processor = build_processor()
+    model = AdaptiveMolmoE.initialise(build_config(processor.tokenizer.get_vocab_size()), 0).eval()
+    scene = make_scene("corpus", 11, "landscape")
+    questions = all_questions(scene)[-3:]
+    batch = pack(processor, [scene], [questions], "low", ExecutionPlan(), 60)
+    with torch.no_grad():
+        hidden = model.language(
+            model.embed(batch.inputs),
+            plans=batch.plan,
+            position_ids_BT=batch.position_ids,
+            attention_mask_BTT=batch.attention_mask,
+            experts="dense",
+        )
+        packed = model.logits(hidden)[0]
+        starts = [i for i in range(packed.shape[0]) if batch.families[0, i] >= 0]
+        for place, question in zip(starts, questions, strict=True):
+            alone = model(processor(Image.fromarray(draw_scene(scene)), question.text, "low"), ExecutionPlan())
+            assert torch.allclose(packed[place], alone[0, -1], atol=1e-3)
+            assert processor.decode([int(batch.labels[0, place])]) == question.answer
+    assert int((batch.labels != IGNORE).sum()) == 2 * len(questions)
+
+
+def test_random_plans_are_legal_and_varied() -> None:
+    rng = np.random.default_rng(0)
+    plans = {random_plan(rng) for _ in range(50)}
+    assert len(plans) > 40
+    assert min(len(plan.blocks) for plan in plans) == 12
+
+
+def test_every_word_of_the_scenes_is_one_token_and_anything_encodes() -> None:
+    tokenizer = build_tokenizer()
+    for word in (" red", " circle", " 7", " What", " User", " Assistant", " larger"):
+        assert len(tokenizer.encode(word).ids) == 1, word
+    text = " Où est le bébé? 東京 \U0001f600"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    rates = [schedule(i / 100) for i in range(101)]
+    assert rates[0] < 0.05
+    assert max(rates) == pytest.approx(1.0, abs=0.01)
+    assert rates[-1] == pytest.approx(0.03, abs=1e-6)
