@@ -113,7 +113,13 @@ class Executor:
             yield from zip(wave, states, strict=True)
 
     def _prompt_waves(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-        """Prompts of similar length together, each wave under the token budget."""
+        """Prompts of similar length together, each wave under the token budget; on a CPU one by one.
+
+        A controller learns from these numbers, so a run that is resumed, or whose work falls to other processes, has to
+        see the same ones to the last bit, and on a CPU a batch's composition shows in the last bits and saves little.
+        """
+        if self.model.device.type == "cpu":
+            return [[prompt] for prompt in prompts]
         waves: list[list[Prompt]] = []
         for prompt in sorted(prompts, key=lambda p: -p.tokens):
             longest = waves[-1][0].tokens if waves else 0
@@ -158,10 +164,13 @@ class Executor:
         """Whether a wave may be prefilled before decoding goes on."""
         if rows and len(rows) > _REFILL * full_size:
             return False
-        slots = 0 if batch is None else len(rows) * batch.capacity
-        slots += sum(len(part.rows) * max(part.prefilled.lengths) for part in waiting)
-        slots += len(wave) * max(job.prompt.tokens for job in wave)
-        return not (rows or waiting) or slots <= self.memory.decode_tokens
+        count = len(rows) + sum(len(part.rows) for part in waiting) + len(wave)
+        longest = max(
+            *(max(part.prefilled.lengths) for part in waiting),
+            wave[0].prompt.tokens,
+            0 if batch is None else max(batch.lengths),
+        )
+        return not (rows or waiting) or count * (longest + self.max_new_tokens) <= self.memory.decode_tokens
 
     def _prefill(self, wave: Sequence[Job], done: list[Finished]) -> _Waiting:
         """Run a wave's prompts; rows that end at once are done, the others wait to decode."""

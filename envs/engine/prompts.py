@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from envs.engine.bounded import Bounded
@@ -50,13 +51,19 @@ class Prompts:
     def __init__(self, model: AdaptiveMolmoE, processor: MolmoEProcessor, feature_bytes: int, crops: int) -> None:
         self.model = model
         self.processor = processor
-        self.crops = max(1, crops)
+        # On a CPU one image at a time, so that its features are the same to the last bit whatever else is asked for.
+        self.crops = 1 if model.device.type == "cpu" else max(1, crops)
         self.images_encoded = 0
         self._features: Bounded[tuple[str, Tiling], Tensor] = Bounded(feature_bytes, tensor_bytes)
         self._layouts: dict[Tiling, _Layout] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
         self._text_ids = lru_cache(maxsize=1 << 16)(lambda q, style: tuple(processor.prompt_ids(q, style)))
         self._prompts: dict[tuple[str | None, str, str | None, str], Prompt] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of kept image features."""
+        return self._features.bytes
 
     def size(self, sample: Sample) -> tuple[int, int] | None:
         """Width and height of a sample's image; None without one."""
@@ -132,9 +139,13 @@ class Prompts:
 
     def _encode_together(self, waiting: dict[tuple[str, Tiling], Prompt]) -> dict[tuple[str, Tiling], Tensor]:
         images, masks, counts = [], [], []
-        for (_, tiling), prompt in waiting.items():
+        loaded: dict[str, Image.Image] = {}
+        for (digest, tiling), prompt in waiting.items():
             sample = prompt.sample
-            inputs = self.processor(sample.image, sample.question, prompt.tier, sample.style)
+            assert sample.image is not None
+            if digest not in loaded:
+                loaded[digest] = sample.image.load()
+            inputs = self.processor(loaded[digest], sample.question, prompt.tier, sample.style)
             images.append(inputs["images"][0])
             masks.append(inputs["image_masks"][0])
             counts.append(len(images[-1]))

@@ -39,6 +39,8 @@ def deadly(method: Callable[..., Any], fatal: int) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "none":
+        sys.exit(main(sys.argv[3:]))
     place, count, *arguments = sys.argv[1:]
     owner, name = PLACES[place]
     setattr(owner, name, deadly(getattr(owner, name), int(count)))
