@@ -206,6 +206,25 @@ def submit(
     raise typer.Exit(status)
 
 
+@app.command()
+def tune(
+    sweep: Annotated[Path | None, typer.Argument(help="YAML file of the sweep.", show_default=False)] = None,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the sweep; by default a new one by time.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in --run-dir.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print trials and resources; write nothing.")] = False,
+) -> None:
+    """Search settings with many runs, ranked by validation; exports the best controller, a table and a plot.
+
+    Shipped sweeps are in `ray_ctrl/presets/sweeps`. Ctrl-C stops; `--resume --run-dir FOLDER` goes on.
+    """
+    from ray_ctrl import tune as room
+
+    raise typer.Exit(room.run(sweep, overrides or [], run_dir=run_dir, resume=resume, dry_run=dry_run))
+
+
 StorePath = Annotated[Path, typer.Argument(help="File of the store.")]
 
 

@@ -1,0 +1,228 @@
+"""`ray-ctrl tune SWEEP.yaml`: many runs over a space of settings, chosen by validation. Ray Tune does the searching.
+
+    SWEEP/sweep.yaml  trials/TRIAL/ (run folders)  outcomes.sqlite  tune/ (Ray Tune's state)
+    SWEEP/controller/  summary.csv  summary.md  summary.json  sweep.png
+
+Ctrl-C stops the trials at their last checkpoints; `--resume` goes on: finished trials stay, the others continue.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from envs.errors import UserError
+from ray_ctrl.console import console, table
+from ray_ctrl.provenance import provenance
+from ray_ctrl.runs import free_folder, write_json, write_text
+from ray_ctrl.settings import with_overrides
+from ray_ctrl.tune.sweep import Sweep, dump, load_sweep
+
+STATE = "tune"
+INTERRUPTED = 130
+# Read by Ray Tune; set only where the user has not.
+TUNE_ENVIRONMENT = {
+    "TUNE_GLOBAL_CHECKPOINT_S": "5",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+def run(
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    run_dir: Path | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Runs or resumes a sweep; returns the exit status, 130 where it was interrupted.
+
+    Raises:
+        UserError: a sweep or folder that does not do, or no trial that reached a validation.
+    """
+    for name, value in TUNE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if resume:
+        root = _existing(run_dir, path)
+        sweep = load_sweep(root / "sweep.yaml", overrides)
+    else:
+        if path is None:
+            raise UserError("which sweep? give its YAML file, or --resume --run-dir FOLDER")
+        sweep = load_sweep(path, overrides)
+        root = (
+            run_dir or free_folder(Path(sweep.base.run.folder) / f"sweep-{time.strftime('%Y%m%d-%H%M%S')}")
+        ).absolute()
+        if root.exists() and any(root.iterdir()):
+            raise UserError(f"sweep folder {root} exists already: continue it with --resume, or choose another")
+    if dry_run:
+        show_plan(sweep, None)
+        return 0
+    return _run(sweep, root, resume)
+
+
+def _existing(run_dir: Path | None, path: Path | None) -> Path:
+    if run_dir is None:
+        raise UserError("which sweep is to be resumed? give its folder with --run-dir")
+    if path is not None and path.resolve() != (run_dir / "sweep.yaml").resolve():
+        raise UserError(f"a resumed sweep keeps its own settings ({run_dir / 'sweep.yaml'}): leave {path} out")
+    if not (run_dir / "sweep.yaml").is_file():
+        raise UserError(f"{run_dir} is not a sweep folder: it has no sweep.yaml")
+    return run_dir.absolute()
+
+
+def _run(sweep: Sweep, root: Path, resume: bool) -> int:
+    from cluster.connect import connect
+    from ray_ctrl.tune.search import at_once, needed, totals, trial_resources
+
+    if not resume:
+        root.mkdir(parents=True, exist_ok=True)
+        sweep = prepare(sweep, root)
+        write_text(root / "sweep.yaml", dump(sweep))
+    runners = sweep.base.runners
+    group = trial_resources(sweep.base)
+    with connect(runners.address, needed(totals(group)), timeout_s=runners.connect_timeout_s) as there:
+        concurrent = at_once(sweep, totals(group), there)
+        show_plan(sweep, there)
+        with _terminated_as_interrupted():
+            statuses = drive(sweep, root, concurrent, resume)
+    finished = bool(statuses) and all(status in ("TERMINATED", "ERROR") for status in statuses.values())
+    finished = finished and len(statuses) >= sweep.trials
+    return finish(sweep, root, statuses, finished)
+
+
+def prepare(sweep: Sweep, root: Path) -> Sweep:
+    """The sweep with its shared store, and with the device profiled and the budgets computed once for all trials."""
+    from ray_ctrl.setting import open_setting
+
+    given: list[str] = []
+    if sweep.file.share_store and sweep.base.store.path is None:
+        given.append(f"store.path={root / 'outcomes.sqlite'}")
+    base = with_overrides(sweep.base, given)
+    if sweep.shares_budgets:
+        setting = open_setting(base).with_clock(root)
+        if setting.table is not None:
+            base = with_overrides(base, [f"clock.table={setting.table.absolute()}"])
+    judged = [item.key for item in sweep.space if item.key.startswith("reward.")]
+    if judged and sweep.file.metric == "validation/reward":
+        console.print(
+            f"note: {judged[0]} is searched and changes what a reward means; rank by metric: validation/accuracy, or "
+            "another that it does not change",
+            markup=False,
+        )
+    return replace(sweep, base=base)
+
+
+def show_plan(sweep: Sweep, there: Mapping[str, float] | None) -> None:
+    """What will run, and on what, before it starts."""
+    from cluster.resources import machine_cpus
+    from ray_ctrl.tune.search import at_once, totals, trial_resources
+
+    file = sweep.file
+    each = totals(trial_resources(sweep.base))
+    have = dict(there) if there is not None else {"CPU": float(machine_cpus())}
+    concurrent = at_once(sweep, each, have)
+    held = f"{each['CPU']:g} CPUs and {each['GPU']:g} GPUs"
+    offered = f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
+    if not concurrent:
+        raise UserError(
+            f"a trial holds {held}, more than the {offered} there: lower runners.count or what each process holds"
+        )
+    how = file.search + (f" with {file.scheduler}" if file.scheduler != "none" else "")
+    console.print(f"{sweep.trials} trials, {how}; up to {sweep.base.run.iterations} iterations each")
+    for item in sweep.space:
+        console.print(f"  {item.key:<28}{item.kind} {list(item.values)}", markup=False)
+    rounds = -(-sweep.trials // concurrent)
+    console.print(f"each trial holds {held}; there are {offered}: {concurrent} at a time, {rounds} rounds")
+    console.print(
+        f"ranked by {file.metric}, {file.mode}imum; store {sweep.base.store.path or 'shared in the sweep folder'}"
+    )
+
+
+def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool) -> dict[str, str]:
+    """Ray Tune's part; returns each trial's last status."""
+    from ray import tune
+
+    from ray_ctrl.tune.progress import Progress
+    from ray_ctrl.tune.search import param_space, scheduler, searcher, trial_resources
+    from ray_ctrl.tune.trial import train_trial
+
+    trainable = tune.with_parameters(train_trial, sweep=sweep, root=str(root))
+    trainable = tune.with_resources(trainable, trial_resources(sweep.base))
+    progress = Progress(sweep, root)
+    state = root / STATE
+    if resume and tune.Tuner.can_restore(str(state)):
+        tuner = tune.Tuner.restore(str(state), trainable, restart_errored=True, param_space=param_space(sweep))
+        tuner._local_tuner.get_run_config().callbacks = [progress]
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space=param_space(sweep),
+            tune_config=tune.TuneConfig(
+                # Schedulers and searchers carry metric and mode themselves.
+                num_samples=1 if sweep.file.search == "grid" else sweep.file.trials or 1,
+                search_alg=searcher(sweep, concurrent),
+                scheduler=scheduler(sweep),
+                trial_dirname_creator=lambda trial: str(trial.trial_id),
+            ),
+            run_config=tune.RunConfig(
+                name=STATE,
+                storage_path=str(root),
+                verbose=0,
+                callbacks=[progress],
+                failure_config=tune.FailureConfig(max_failures=sweep.file.retries),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+            ),
+        )
+    try:
+        tuner.fit()
+    finally:
+        statuses = progress.statuses()
+    return statuses
+
+
+def finish(sweep: Sweep, root: Path, statuses: Mapping[str, str], finished: bool) -> int:
+    """Table, plot and the best controller; says how to go on where the sweep was interrupted."""
+    from ray_ctrl.tune.summary import export_winner, read_results, rows, write_summary
+
+    results = read_results(sweep, root, statuses)
+    write_json(root / "statuses.json", dict(statuses))
+    if results:
+        write_summary(sweep, results, root, provenance())
+        header, lines = rows(sweep, results)
+        console.print(table(header, lines, f"{len(results)} trials by {sweep.file.metric}"))
+    if not finished:
+        console.print(f"stopped; go on with: ray-ctrl tune --resume --run-dir {root}", markup=False)
+        return INTERRUPTED
+    if not results or results[0].best is None:
+        raise UserError(f"no trial of {root} reached a validation: look at the error files under {root / STATE}")
+    winner = results[0]
+    export_winner(winner, root)
+    chosen = ", ".join(f"{key}={value}" for key, value in winner.chosen.items())
+    score, at = (winner.best or (0, 0.0))[1], (winner.best or (0, 0.0))[0]
+    console.print(
+        f"best: trial {winner.trial}, {sweep.file.metric} {score:+.4f} after iteration {at}: {chosen}", markup=False
+    )
+    console.print(f"controller, table and plot in {root}; next: ray-ctrl evaluate {root / 'controller'}", markup=False)
+    return 0
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM (a stopped job, a drained node) as Ctrl-C, which Ray Tune answers by saving and leaving."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, forward)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)

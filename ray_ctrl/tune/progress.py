@@ -1,0 +1,69 @@
+"""One line per trial's validation, and each trial's status as Ray Tune last saw it."""
+
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from ray_ctrl.console import console
+from ray_ctrl.runs import write_json
+from ray_ctrl.tune.sweep import Sweep
+
+
+class Progress(tune.Callback):
+    """What the user sees of a sweep while it runs."""
+
+    def __init__(self, sweep: Sweep, root: Path) -> None:
+        self.sweep = sweep
+        self.root = root
+        self.best: float | None = None
+        self.trials: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"trials": []}
+
+    def statuses(self) -> dict[str, str]:
+        """Trial to Tune's word for its state."""
+        return {trial.trial_id: str(trial.status) for trial in self.trials}
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.trials = list(trials)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self.trials = list(trials)
+        file = self.sweep.file
+        score = result.get(file.metric)
+        if score is None:
+            return
+        better = self.best is None or (score > self.best if file.mode == "max" else score < self.best)
+        self.best = score if better else self.best
+        total = self.sweep.base.run.iterations
+        line = f"{self._name(trial)} iteration {result['iteration']:>4}/{total}  {file.metric} {score:+.4f}"
+        console.print(line + ("  best so far" if better else ""), markup=False)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.trials = list(trials)
+        # Tune changes this trial's own status only after the callback.
+        done = 1 + sum(t is not trial and str(t.status) in ("TERMINATED", "ERROR") for t in trials)
+        console.print(f"{self._name(trial)} ended  ({done} of {self.sweep.trials})", markup=False)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.trials = list(trials)
+        console.print(f"{self._name(trial)} failed: {cause(trial)}", markup=False)
+        write_json(self.root / f"failed-{trial.trial_id}.json", {"trial": trial.trial_id, "cause": cause(trial)})
+
+    def _name(self, trial: Any) -> str:
+        return f"trial {trial.trial_id}"
+
+
+def cause(trial: Any) -> str:
+    """The line of a trial's error that names the exception."""
+    file = getattr(trial, "error_file", None)
+    try:
+        text = Path(file).read_text("utf-8") if file else ""
+    except OSError:
+        text = ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "its process died without a word"

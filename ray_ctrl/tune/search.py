@@ -1,0 +1,127 @@
+"""From a sweep to Ray Tune: the space, the searcher, the scheduler, what each trial holds."""
+
+import logging
+import math
+from typing import Any
+
+from ray import tune
+from ray.tune import PlacementGroupFactory
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining
+
+from cluster.resources import ResourcePlan
+from ray_ctrl.config import Config
+from ray_ctrl.feasibility import plan_layout
+from ray_ctrl.tune.sweep import Range, Sweep
+
+
+def domain(item: Range) -> Any:
+    """Tune's own form of one range."""
+    low, high = item.values[0], item.values[-1]
+    return {
+        "uniform": lambda: tune.uniform(low, high),
+        "log_uniform": lambda: tune.loguniform(low, high),
+        "int": lambda: tune.randint(low, high + 1),
+        "log_int": lambda: tune.lograndint(low, high + 1),
+        "choice": lambda: tune.choice(list(item.values)),
+        "grid": lambda: tune.grid_search(list(item.values)),
+    }[item.kind]()
+
+
+def param_space(sweep: Sweep) -> dict[str, Any]:
+    """What Tune draws from."""
+    return {item.key: domain(item) for item in sweep.space}
+
+
+def searcher(sweep: Sweep, concurrent: int) -> Any:
+    """Tune's searcher: its own for random and grid, Optuna's tree-structured Parzen estimator for bayesian."""
+    file = sweep.file
+    if file.search != "bayesian":
+        from ray.tune.search import BasicVariantGenerator
+
+        return BasicVariantGenerator(random_state=file.seed, max_concurrent=concurrent)
+    import optuna
+    from ray.tune.search import ConcurrencyLimiter
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("ray.tune.search.optuna").setLevel(logging.ERROR)
+    sampler = optuna.samplers.TPESampler(seed=file.seed, n_startup_trials=max(2, min(10, sweep.trials // 3)))
+    return ConcurrencyLimiter(OptunaSearch(sampler=sampler, metric=file.metric, mode=file.mode), concurrent)
+
+
+def scheduler(sweep: Sweep) -> Any:
+    """Tune's scheduler; time is counted in iterations."""
+    file, last = sweep.file, sweep.base.run.iterations
+    if file.scheduler == "asha":
+        return AsyncHyperBandScheduler(
+            time_attr="iteration",
+            max_t=last,
+            grace_period=min(file.asha.grace, last),
+            reduction_factor=file.asha.reduction,
+            metric=file.metric,
+            mode=file.mode,
+        )
+    if file.scheduler == "pbt":
+        return PopulationBasedTraining(
+            time_attr="iteration",
+            metric=file.metric,
+            mode=file.mode,
+            perturbation_interval=file.pbt.every,
+            quantile_fraction=file.pbt.quantile,
+            resample_probability=file.pbt.resample,
+            hyperparam_mutations={
+                item.key: domain(item) if item.is_range else list(item.values) for item in sweep.space
+            },
+            custom_explore_fn=Clipped(sweep.space),
+            log_config=False,
+        )
+    return FIFOScheduler()
+
+
+class Clipped:
+    """PBT multiplies numbers freely; this moves them back into their ranges. Picklable, as Tune stores it."""
+
+    def __init__(self, space: tuple[Range, ...]) -> None:
+        self.space = space
+
+    def __call__(self, chosen: dict[str, Any]) -> dict[str, Any]:
+        return {**chosen, **{item.key: item.clipped(chosen[item.key]) for item in self.space if item.key in chosen}}
+
+
+def trial_resources(config: Config) -> PlacementGroupFactory:
+    """What a trial holds: its own process, and the processes of its plan, placed together.
+
+    With no runners the trial's process runs the model itself and so holds the runner's share.
+    """
+    runners = config.runners
+    own = {"CPU": float(max(runners.cpus, config.model.threads)) if runners.count == 0 else 1.0}
+    if runners.count == 0 and runners.gpus:
+        own["GPU"] = float(runners.gpus)
+    bundles = [own]
+    for role in plan_layout(config).resources.roles:
+        if role.cpus or role.gpus:
+            each = {"CPU": float(role.cpus)} | ({"GPU": float(role.gpus)} if role.gpus else {})
+            bundles += [each] * role.count
+    return PlacementGroupFactory(bundles)
+
+
+def totals(group: PlacementGroupFactory) -> dict[str, float]:
+    """CPUs and GPUs of one trial."""
+    found: dict[str, float] = {"CPU": 0.0, "GPU": 0.0}
+    for bundle in group.bundles:
+        for name, amount in bundle.items():
+            found[name] = found.get(name, 0.0) + amount
+    return found
+
+
+def at_once(sweep: Sweep, trial: dict[str, float], there: dict[str, float]) -> int:
+    """How many trials run at a time: what fits, at most what was asked for."""
+    fits = [math.floor(there.get(name, 0.0) / amount + 1e-9) for name, amount in trial.items() if amount > 0]
+    return max(0, min([sweep.trials, *fits, *([sweep.file.concurrent] if sweep.file.concurrent else [])]))
+
+
+def needed(trial: dict[str, float]) -> ResourcePlan:
+    """One trial as a resource plan, for the wait on the cluster."""
+    from cluster.resources import Role
+
+    return ResourcePlan((Role("trial", 1, trial["CPU"], trial["GPU"]),))

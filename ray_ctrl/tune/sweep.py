@@ -1,0 +1,280 @@
+"""A sweep as its YAML file describes it: fixed settings, what is searched, how, and how many trials.
+
+Every range and choice is checked against the configuration before Ray starts, so that a trial does not die of a typing
+mistake.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from envs.errors import UserError
+from ray_ctrl.config import Config, Flag, Int, Section
+from ray_ctrl.settings import load_config, to_yaml, valid_keys, with_overrides
+
+KINDS = ("uniform", "log_uniform", "int", "log_int", "choice", "grid")
+# What PBT may change in the middle of a run without making another problem of it.
+MUTABLE = ("grpo.lr", "grpo.clip_low", "grpo.clip_high", "grpo.kl_weight", "grpo.entropy_weight", "grpo.epochs",
+           "grpo.max_grad_norm", "grpo.divide_by_spread", "grpo.drop_equal_groups", "grpo.reference_every",
+           "grpo.minibatch")  # fmt: skip
+# Trials that differ here are judged by different budgets or a different scale.
+JUDGES = ("reward.", "budgets.", "clock.", "model.", "task.")
+
+
+class AshaSettings(Section):
+    """Stopping trials that fall behind (asynchronous successive halving)."""
+
+    grace: Int = Field(default=1, ge=1, description="Iterations every trial gets before it may be stopped.")
+    reduction: Int = Field(default=3, ge=2, le=64, description="One in so many trials survives each rung. 2 to 64.")
+
+
+class PbtSettings(Section):
+    """Population based training: trials that fall behind go on from a better one, with changed settings."""
+
+    every: Int = Field(default=5, ge=1, description="Iterations between comparisons; a multiple of evaluation.every.")
+    quantile: float = Field(default=0.25, gt=0, le=0.5, description="Share of trials that copy, and are copied.")
+    resample: float = Field(default=0.25, ge=0, le=1, description="Probability of a fresh draw instead of a change.")
+
+
+class SweepFile(Section):
+    """The file's keys."""
+
+    preset: str | None = Field(default="laptop", description="Shipped settings to start from.")
+    config: str | None = Field(default=None, description="YAML file of settings laid over the preset.")
+    set: dict[str, Any] = Field(default_factory=dict, description="Fixed settings: dotted key to value.")
+    space: dict[str, dict[str, Any]] = Field(description="Dotted key to one of " + ", ".join(KINDS) + ".")
+    search: Literal["random", "grid", "bayesian"] = Field(default="random", description="How settings are drawn.")
+    scheduler: Literal["none", "asha", "pbt"] = Field(default="none", description="Who is stopped or changed.")
+    trials: Int | None = Field(default=None, ge=1, le=100_000, description="Trials; a grid counts its own.")
+    concurrent: Int | None = Field(default=None, ge=1, description="Most trials at once; by default what fits.")
+    seed: Int = Field(default=0, ge=0, lt=2**31, description="Seed of the draws.")
+    metric: str = Field(default="validation/reward", pattern=r"^validation/\w+$", description="What ranks trials.")
+    mode: Literal["max", "min"] = Field(default="max", description="Whether more of the metric is better.")
+    retries: Int = Field(default=2, ge=0, le=100, description="Restarts of a trial whose process died.")
+    asha: AshaSettings = AshaSettings()
+    pbt: PbtSettings = PbtSettings()
+    share_store: Flag = Field(default=True, description="One outcome store for all trials, unless store.path is set.")
+
+
+@dataclass(frozen=True)
+class Range:
+    """One searched setting.
+
+    Attributes:
+        kind: one of KINDS.
+        values: (low, high) of a range, or the choices.
+    """
+
+    key: str
+    kind: str
+    values: tuple[Any, ...]
+
+    @property
+    def is_range(self) -> bool:
+        return self.kind not in ("choice", "grid")
+
+    def corners(self) -> tuple[Any, ...]:
+        """Values that stand for all: the ends of a range, every choice."""
+        return self.values
+
+    def clipped(self, value: Any) -> Any:
+        """`value` moved into the range, whole where it must be."""
+        if not self.is_range:
+            return value if value in self.values else self.values[0]
+        low, high = self.values
+        inside = min(max(value, low), high)
+        return round(inside) if self.kind in ("int", "log_int") else float(inside)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep: the settings all trials share, and what is searched."""
+
+    file: SweepFile
+    base: Config
+    space: tuple[Range, ...]
+
+    @property
+    def trials(self) -> int:
+        """How many trials there will be."""
+        grids = [len(item.values) for item in self.space if item.kind == "grid"]
+        return math.prod(grids) * (1 if self.file.search == "grid" else self.file.trials or 1)
+
+    @property
+    def shares_budgets(self) -> bool:
+        """Whether all trials are judged by the same budgets and latencies."""
+        return not any(item.key.startswith(JUDGES[1:]) for item in self.space)
+
+    def config(self, chosen: Mapping[str, Any]) -> Config:
+        """Settings of one trial.
+
+        Raises:
+            UserError: a value that the configuration does not allow.
+        """
+        return with_overrides(self.base, [f"{key}={_as_yaml(value)}" for key, value in chosen.items()])
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """Every setting's corners beside the first corner of the others: what is checked before the start."""
+        first = {item.key: item.corners()[0] for item in self.space}
+        yield first
+        for item in self.space:
+            for value in item.corners()[1:]:
+                yield first | {item.key: value}
+
+
+def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
+    """The sweep in a YAML file, with dotted settings of all trials laid over its own.
+
+    Raises:
+        UserError: an unreadable file, an unknown key, or a range that is not allowed.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read sweep {path}: {error.strerror}; give a YAML file, see docs/cluster.md") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"sweep {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"sweep {path} holds a {type(tree).__name__}: give keys such as 'space:'")
+    return make_sweep(tree, path.parent, overrides)
+
+
+def make_sweep(tree: Mapping[str, Any], folder: Path, overrides: Sequence[str] = ()) -> Sweep:
+    """A checked sweep from the tree of its file; paths in it start at `folder`."""
+    try:
+        file = SweepFile.model_validate(dict(tree))
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+    fixed = [f"{key}={_as_yaml(value)}" for key, value in file.set.items()]
+    config = folder / file.config if file.config else None
+    base = load_config(file.preset, config, [*fixed, *overrides])
+    space = tuple(_range(key, given) for key, given in file.space.items())
+    sweep = Sweep(file, base, space)
+    _check(sweep)
+    return sweep
+
+
+def dump(sweep: Sweep) -> str:
+    """The sweep as YAML that `make_sweep` reads again, resolved settings included."""
+    tree = sweep.file.model_dump(mode="json") | {"preset": None, "config": None}
+    settings = yaml.safe_load(to_yaml(sweep.base))
+    tree["set"] = {f"{section}.{key}": value for section, keys in settings.items() for key, value in keys.items()}
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def _range(key: str, given: Mapping[str, Any]) -> Range:
+    known = [name for name in valid_keys() if "." in name]
+    if key not in known:
+        import difflib
+
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "all keys are in docs/config.md"
+        raise UserError(f"space: unknown setting {key!r}: {hint}")
+    if len(given) != 1 or next(iter(given)) not in KINDS:
+        raise UserError(f"space: {key} = {dict(given)!r} is not understood: give one of {', '.join(KINDS)}")
+    kind, values = next(iter(given.items()))
+    if not isinstance(values, list) or not values:
+        raise UserError(f"space: {key}.{kind} = {values!r} is not allowed: give a list")
+    if kind in ("choice", "grid"):
+        if len({_as_yaml(value) for value in values}) != len(values):
+            raise UserError(f"space: {key}.{kind} = {values!r} is not allowed: each value once")
+        return Range(key, kind, tuple(values))
+    return Range(key, kind, _ends(key, kind, values))
+
+
+def _ends(key: str, kind: str, values: Sequence[Any]) -> tuple[Any, Any]:
+    wanted = (int,) if kind in ("int", "log_int") else (int, float)
+    numbers = [_number(value) for value in values]
+    if len(numbers) != 2 or not all(isinstance(n, wanted) and not isinstance(n, bool) for n in numbers):
+        what = "two whole numbers" if wanted == (int,) else "two numbers"
+        raise UserError(f"space: {key}.{kind} = {list(values)!r} is not allowed: give {what}, lowest and highest")
+    low, high = numbers
+    if not (math.isfinite(low) and math.isfinite(high) and low < high and (low > 0 or not kind.startswith("log"))):
+        more = ", both above 0" if kind.startswith("log") else ""
+        raise UserError(f"space: {key}.{kind} = {list(values)!r} is not allowed: the lower end comes first{more}")
+    return low, high
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _check(sweep: Sweep) -> None:
+    """What spans several keys, and every corner of the space against the configuration."""
+    from ray_ctrl.feasibility import plan_layout
+
+    file, space = sweep.file, sweep.space
+    if not space:
+        raise UserError("space: is empty: name at least one setting to search")
+    grids = [item.key for item in space if item.kind == "grid"]
+    if file.search == "grid" and len(grids) != len(space):
+        other = next(item for item in space if item.kind != "grid")
+        raise UserError(f"search: grid takes grids alone, but {other.key} is a {other.kind}: write {{grid: [...]}}")
+    if file.search == "bayesian" and grids:
+        raise UserError(f"search: bayesian takes no grid, but {grids[0]} is one: write {{choice: [...]}}")
+    if file.search != "grid" and file.trials is None:
+        raise UserError(f"trials: is missing: search {file.search} needs a number")
+    if file.search == "grid" and file.trials not in (None, sweep.trials):
+        raise UserError(f"trials: {file.trials} is not the size of the grid, {sweep.trials}: leave it out")
+    _check_scheduler(sweep)
+    every = sweep.base.evaluation.every
+    if not every:
+        raise UserError("evaluation.every = 0 is not allowed in a sweep: trials are ranked by validation")
+    for chosen in sweep.samples():
+        plan_layout(sweep.config(chosen))
+
+
+def _check_scheduler(sweep: Sweep) -> None:
+    file, space = sweep.file, sweep.space
+    if file.scheduler != "pbt":
+        return
+    if file.search == "bayesian":
+        raise UserError("scheduler: pbt changes settings by itself: use search random or grid")
+    wrong = [item.key for item in space if item.key not in MUTABLE]
+    if wrong:
+        raise UserError(f"scheduler: pbt cannot change {wrong[0]} within a run: it takes {', '.join(MUTABLE)}")
+    if sweep.trials < 2:
+        raise UserError(f"scheduler: pbt needs at least 2 trials, not {sweep.trials}")
+    every = sweep.base.evaluation.every
+    if every and file.pbt.every % every:
+        raise UserError(
+            f"pbt.every = {file.pbt.every} is no multiple of evaluation.every = {every}: trials are compared there"
+        )
+
+
+def grid_points(sweep: Sweep) -> list[dict[str, Any]]:
+    """All combinations of a grid."""
+    keys = [item.key for item in sweep.space]
+    return [dict(zip(keys, values, strict=True)) for values in itertools.product(*(i.values for i in sweep.space))]
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as one line of YAML, read back as it was."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+
+
+def _explain(error: ValidationError) -> str:
+    import difflib
+
+    problem = error.errors()[0]
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path, list(SweepFile.model_fields), n=1, cutoff=0.5)
+        hint = f"the nearest valid key is {near[0]!r}" if near else f"keys are {', '.join(SweepFile.model_fields)}"
+        return f"unknown sweep key {path!r}: {hint}"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    if problem["type"] == "missing":
+        return f"sweep key {path!r} is missing"
+    return f"sweep: {path} = {problem['input']!r} is not allowed: {message}"

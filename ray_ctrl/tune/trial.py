@@ -1,0 +1,106 @@
+"""One trial: an ordinary run in a run folder of its own, which tells Ray Tune how it does on validation.
+
+A trial whose process died, or whose sweep was interrupted, goes on from the run folder's last good checkpoint, exactly
+as `ray-ctrl train --resume` does. Only a trial that PBT sends on from another one takes Tune's checkpoint.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from ray_ctrl.config import Config
+from ray_ctrl.runs import RunFolder, write_json, write_text
+from ray_ctrl.setting import BUDGETS_FILE, TABLE_FILE, open_setting
+from ray_ctrl.settings import to_yaml
+
+TRIALS = "trials"
+ORIGIN = "origin.json"
+
+
+def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
+    """What runs inside a trial's process.
+
+    Args:
+        chosen: dotted key to value.
+        sweep: the `Sweep`.
+        root: the sweep's folder, seen by all nodes.
+    """
+    from cluster.connect import hush
+    from ray_ctrl.feasibility import plan_layout
+    from ray_ctrl.train import Trainer
+
+    hush()
+    trial = tune.get_context().get_trial_id()
+    config = sweep.config(chosen)
+    folder = open_folder(Path(root), trial, config, share=sweep.shares_budgets)
+    adopt(folder, trial, config)
+    trainer = Trainer(config, folder, open_setting(config).with_clock(folder.root), plan_layout(config).envs)
+    try:
+        while trainer.done < config.run.iterations:
+            row = trainer.iterate()
+            if trainer._due():
+                trainer._checkpoint(row)
+            if sweep.file.metric in row:
+                report(folder, trial, row, sweep.file.metric, keep=sweep.file.scheduler == "pbt")
+    finally:
+        trainer.stop()
+
+
+def open_folder(root: Path, trial: str, config: Config, *, share: bool) -> RunFolder:
+    """The trial's run folder, made where it is missing; with `share` it takes the sweep's profile and budgets."""
+    place = root / TRIALS / trial
+    if (place / "run.json").is_file():
+        return RunFolder.open(place)
+    # Left by a process that died before the folder was complete.
+    shutil.rmtree(place, ignore_errors=True)
+    folder = RunFolder.create(place, config)
+    if share:
+        for name in (TABLE_FILE, BUDGETS_FILE):
+            if (root / name).is_file():
+                shutil.copyfile(root / name, place / name)
+    return folder
+
+
+def adopt(folder: RunFolder, trial: str, config: Config) -> None:
+    """Where Tune hands over another trial's checkpoint (PBT), makes it this trial's newest and only one."""
+    given = tune.get_checkpoint()
+    if given is None:
+        return
+    with given.as_directory() as place:
+        origin = json.loads((Path(place) / ORIGIN).read_text("utf-8"))
+        if origin["trial"] == trial:
+            return
+        taken = folder.root / "checkpoints"
+        # A second start with the same hand-over goes on from what was reached since.
+        marker = folder.root / "adopted.json"
+        if marker.is_file() and json.loads(marker.read_text("utf-8")) == origin:
+            return
+        kept = folder.root / f"checkpoints-before-{origin['trial']}-{origin['iteration']}"
+        shutil.rmtree(kept, ignore_errors=True)
+        if taken.exists():
+            taken.rename(kept)
+        taken.mkdir()
+        shutil.copytree(Path(place) / origin["folder"], taken / origin["folder"])
+    write_text(folder.root / "config.yaml", to_yaml(config))
+    write_json(marker, origin)
+
+
+def report(folder: RunFolder, trial: str, row: Mapping[str, Any], metric: str, *, keep: bool) -> None:
+    """Tells Tune the metric; with `keep` the newest checkpoint goes along, for other trials to start from."""
+    numbers = {"iteration": row["iteration"], metric: row[metric], "reward": row["reward"]}
+    if not keep:
+        tune.report(numbers)
+        return
+    newest = folder.latest()
+    if newest is None:
+        raise RuntimeError(f"no checkpoint in {folder.root} after iteration {row['iteration']}")
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copytree(newest.path, Path(place) / newest.path.name)
+        origin = {"trial": trial, "iteration": newest.iteration, "folder": newest.path.name}
+        write_json(Path(place) / ORIGIN, origin)
+        tune.report(numbers, checkpoint=tune.Checkpoint.from_directory(place))
