@@ -92,8 +92,7 @@ class RolloutEngine:
         self.encoder_seed = encoder_seed
         self.max_new_tokens = max_new_tokens
         self.memory = plan_memory(model.config, model.dtype, model.device, batch_tokens)
-        crops = self.memory.batch_tokens // max(1, model.config.vision.patches // 4)
-        self.prompts = Prompts(model, processor, self.memory.feature_bytes, crops)
+        self.prompts = Prompts(model, processor, self.memory.feature_bytes, self.memory.crops)
         self.prefixes = PrefixCache(self.memory.prefix_bytes)
         self.executor = Executor(model, self.prompts, self.prefixes, self.memory, max_new_tokens)
         self.setting = Setting.of(model, processor, max_new_tokens).to_json()

@@ -165,11 +165,9 @@ class Executor:
         if rows and len(rows) > _REFILL * full_size:
             return False
         count = len(rows) + sum(len(part.rows) for part in waiting) + len(wave)
-        longest = max(
-            *(max(part.prefilled.lengths) for part in waiting),
-            wave[0].prompt.tokens,
-            0 if batch is None else max(batch.lengths),
-        )
+        longest = max([wave[0].prompt.tokens, *(max(part.prefilled.lengths) for part in waiting)])
+        if batch is not None:
+            longest = max(longest, *batch.lengths)
         return not (rows or waiting) or count * (longest + self.max_new_tokens) <= self.memory.decode_tokens
 
     def _prefill(self, wave: Sequence[Job], done: list[Finished]) -> _Waiting:

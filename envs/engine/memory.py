@@ -8,41 +8,47 @@ import torch
 
 from envs.knobs import MODEL_BLOCKS, TOP_KS
 from envs.model.config import MolmoEConfig
-from envs.model.language import MAX_INSERTION
 
 # Shares of the free memory that batches and caches may take; the rest is left to others.
 _BATCH_SHARE, _PREFIX_SHARE, _FEATURE_SHARE = 0.25, 0.125, 0.0625
-# Beyond this a batch gains nothing on a CPU and its activations only leave the processor's caches.
-_CPU_BATCH_TOKENS = 1 << 12
+# Beyond these a CPU gains nothing, and activations only leave its caches.
+_CPU_BATCH_TOKENS, _CPU_CROPS = 1 << 12, 64
+# Cache slots of decoding rows, in units of the prefill budget: many rows share the fixed cost of a step.
+_DECODE_BATCHES = 8
 # Where the system does not tell.
 _DEFAULT_FREE = 4 * 2**30
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bounds of an engine, in tokens and bytes.
+    """Bounds of an engine.
 
     Attributes:
         batch_tokens: padded prompt tokens of one prefill.
-        decode_tokens: padded cache slots (row x time) of rows that wait or decode, per block.
+        decode_tokens: padded cache slots (row x time) of rows that wait or decode, in each block.
+        crops: image crops encoded in one pass.
         prefix_bytes: kept prefixes.
         feature_bytes: kept image features.
+        working_bytes: what encoding, prefill and decoding take at most together, kept things aside; a single prompt
+            longer than `batch_tokens` may exceed it.
     """
 
     batch_tokens: int
     decode_tokens: int
+    crops: int
     prefix_bytes: int
     feature_bytes: int
+    working_bytes: int
 
 
 def prefill_bytes(config: MolmoEConfig, itemsize: int) -> int:
     """Bytes that one padded prompt token of one row takes at most in prefill: all caches, one block's activations."""
     width, hidden, used = config.d_model, config.expert_hidden, max(TOP_KS)
-    caches = 2 * MODEL_BLOCKS * width
-    # Input, normed input, projections, rotated pairs in float32 (twice), attention output, and the experts' pairs.
-    attention = 7 * width * itemsize + 4 * width * 4
-    experts = used * (2 * width + 4 * hidden) * itemsize + used * 24 + config.n_experts * 8
-    return caches * itemsize + attention + experts + 2 * width * itemsize
+    caches = 2 * MODEL_BLOCKS * width * itemsize
+    # States in and out, normed input, projections, rotated pairs in float32, attention output; the experts' pairs.
+    attention = 12 * width * itemsize + 6 * width * 4
+    experts = used * (3 * width + 4 * hidden) * itemsize + used * 24 + config.n_experts * 12
+    return caches + attention + experts
 
 
 def decode_bytes(config: MolmoEConfig, itemsize: int) -> int:
@@ -50,9 +56,14 @@ def decode_bytes(config: MolmoEConfig, itemsize: int) -> int:
     return 2 * 2 * MODEL_BLOCKS * config.d_model * itemsize
 
 
-def prefix_bytes(config: MolmoEConfig, itemsize: int) -> int:
-    """Bytes that one prompt token takes in a kept prefix: hidden states, keys and values."""
-    return (1 + 3 * MAX_INSERTION) * config.d_model * itemsize
+def crop_bytes(config: MolmoEConfig, itemsize: int) -> int:
+    """Bytes that one crop takes while images are encoded: pixels twice, one block's activations, features, pooling."""
+    vision = config.vision
+    tokens, inner = vision.patches + 1, vision.heads * vision.head_dim
+    pixels = 2 * vision.patches * vision.pixels * 4
+    block = tokens * (4 * vision.width + 5 * inner + 4 * vision.mlp_dim) * itemsize
+    pooling = vision.patches * (6 * vision.feature_dim + 6 * inner) * itemsize
+    return pixels + block + pooling + vision.tokens * 4 * config.d_model * itemsize
 
 
 def free_bytes(device: torch.device) -> int:
@@ -76,12 +87,15 @@ def plan_memory(config: MolmoEConfig, dtype: torch.dtype, device: torch.device, 
     Args:
         batch_tokens: padded prompt tokens of a prefill; computed where None.
     """
-    free = free_bytes(device)
-    per_row = prefill_bytes(config, dtype.itemsize)
-    slot = decode_bytes(config, dtype.itemsize)
-    fits = int(free * _BATCH_SHARE) // (per_row + slot)
+    free, size, cpu = free_bytes(device), dtype.itemsize, device.type == "cpu"
+    token, slot, crop = prefill_bytes(config, size), decode_bytes(config, size), crop_bytes(config, size)
+    share = int(free * _BATCH_SHARE)
     if batch_tokens is None:
-        batch_tokens = min(fits, _CPU_BATCH_TOKENS) if device.type == "cpu" else fits
-    batch_tokens = max(1, batch_tokens)
-    decode_tokens = max(batch_tokens, min(int(free * _BATCH_SHARE) // slot, 16 * batch_tokens))
-    return MemoryPlan(batch_tokens, decode_tokens, int(free * _PREFIX_SHARE), int(free * _FEATURE_SHARE))
+        fits = share // (token + _DECODE_BATCHES * slot)
+        batch_tokens = max(1, min(fits, _CPU_BATCH_TOKENS) if cpu else fits)
+    decode_tokens = max(batch_tokens, min(_DECODE_BATCHES * batch_tokens, share // slot))
+    crops = max(1, min(batch_tokens * token // crop, _CPU_CROPS if cpu else batch_tokens))
+    working = batch_tokens * token + decode_tokens * slot + crops * crop
+    return MemoryPlan(
+        batch_tokens, decode_tokens, crops, int(free * _PREFIX_SHARE), int(free * _FEATURE_SHARE), working
+    )

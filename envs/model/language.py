@@ -338,7 +338,7 @@ class _PrefillRun:
         top_k = spread_top_k(nodes.top_k, lengths, tokens, source.device)
         rope = self.language.rope(tokens)[:tokens]
         out, key, value = self.language.blocks[index](source, rope, None, top_k, self.experts)
-        return out, key, value
+        return out, _own(key), _own(value)
 
     def _last_only(self, index: int, nodes: Nodes) -> tuple[Tensor, Tensor, Tensor]:
         assert self.x is not None
@@ -357,7 +357,7 @@ class _PrefillRun:
         query, key, value = block.project_last(source, last, table[:tokens], last_rope)
         top_k = spread_top_k(nodes.top_k, None, 1, source.device)
         out = block.finish(last, attend(query, key, value, mask), top_k, self.experts)
-        return out.squeeze(1), key, value
+        return out.squeeze(1), _own(key), _own(value)
 
     def _lengths(self, nodes: Nodes) -> list[int]:
         return [self.lengths[prompt] for prompt in nodes.prompts]
@@ -390,6 +390,11 @@ def _take(x: Tensor, places: Sequence[int]) -> Tensor:
     if len(places) == len(x) and all(place == i for i, place in enumerate(places)):
         return x
     return x.index_select(0, torch.tensor(places, dtype=torch.long, device=x.device))
+
+
+def _own(part: Tensor) -> Tensor:
+    """A cache that does not keep the projections alive of which it is a view; a single prompt is not worth the copy."""
+    return part if len(part) == 1 else part.contiguous()
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
