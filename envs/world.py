@@ -68,7 +68,7 @@ class WorldConfig:
         batch_tokens: most prompt tokens in a batch; None lets the engine choose.
         encoder_seed: of the latency token's encoder.
         store: the outcome store, as the engine takes it; None keeps outcomes in memory.
-        task, split, limit, task_seed: the samples, as `envs.tasks.load_task` takes them.
+        task, split, limit, task_seed, on_broken: the samples, as `envs.tasks.load_task` takes them.
         clock: `profiled`, `roofline` or `measured`.
         clock_device: of the roofline clock.
         table: file of the profile table, needed by the profiled clock.
@@ -89,6 +89,7 @@ class WorldConfig:
     split: str = "train"
     limit: int | None = None
     task_seed: int = 0
+    on_broken: str = "refuse"
     clock: str = "roofline"
     clock_device: str = "laptop-2-core"
     table: str | None = None
@@ -121,7 +122,7 @@ class WorldConfig:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         engine = self.build_engine()
-        samples = load_task(self.task, self.split, self.limit, self.task_seed)
+        samples = load_task(self.task, self.split, self.limit, self.task_seed, on_broken=self.on_broken)
         space = KnobSpace(importance_of(self.model))
         clock = self.build_clock(engine)
         budgets = self.budgets or self._budgets(engine, clock, space, samples)

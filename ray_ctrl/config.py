@@ -68,7 +68,7 @@ class TaskConfig(Section):
     name: str = Field(
         default="scenes",
         min_length=1,
-        description="A task of `envs.tasks`, or the path of a data file.",
+        description="A task of `envs.tasks`, a data file or folder, or a mix of them; docs/data.md has the grammar.",
     )
     train_samples: Int = Field(
         default=512,
@@ -83,6 +83,11 @@ class TaskConfig(Section):
     )
     test_samples: Int = Field(default=200, ge=1, description="Samples of the test split in the final table, 1 or more.")
     seed: Int = Field(default=0, ge=0, description="Seed of the choice of samples. 0 or more.")
+    on_broken: Literal["refuse", "skip"] = Field(
+        default="refuse",
+        description="Rows of a data file that cannot be used: `refuse` names the first and stops, `skip` leaves "
+        "them out.",
+    )
 
 
 class ClockConfig(Section):
@@ -236,16 +241,16 @@ class GRPOSettings(Section):
     """The learning algorithm."""
 
     group_size: Int = Field(
-        default=16,
+        default=8,
         ge=2,
         le=1024,
         description="Rollouts that share one sample and budget and are compared with one another. 2 to 1024.",
     )
-    groups: Int = Field(default=16, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536.")
+    groups: Int = Field(default=64, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536.")
     lr: float = Field(default=1e-3, gt=0, le=1, description="Adam step size. Above 0, to 1.")
-    epochs: Int = Field(default=2, ge=1, le=100, description="Passes over an iteration's rollouts. 1 to 100.")
+    epochs: Int = Field(default=4, ge=1, le=100, description="Passes over an iteration's rollouts. 1 to 100.")
     minibatch: Int | None = Field(
-        default=None,
+        default=256,
         ge=1,
         description="Steps per minibatch, 1 or more; `null` takes the whole iteration at once.",
     )
@@ -256,9 +261,11 @@ class GRPOSettings(Section):
         description="Lower clip bound of the probability ratio, below 1. 0 to 1.",
     )
     clip_high: float = Field(default=0.28, gt=0, le=10, description="Upper clip bound of the ratio, above 1. 0 to 10.")
-    divide_by_spread: Flag = Field(default=True, description="Divide a group's advantages by their standard deviation.")
+    divide_by_spread: Flag = Field(
+        default=False, description="Divide a group's advantages by their standard deviation."
+    )
     drop_equal_groups: Flag = Field(
-        default=True, description="Leave groups whose rewards are all equal out of the update."
+        default=False, description="Leave groups whose rewards are all equal out of the update."
     )
     kl_weight: float = Field(
         default=0.0,

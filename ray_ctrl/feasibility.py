@@ -30,7 +30,6 @@ def plan_layout(config: Config) -> Layout:
         UserError: sizes that do not divide, or resources that this machine does not have.
     """
     envs, rounds = _spread(config)
-    _check_minibatch(config)
     _check_devices(config)
     runners = config.runners
     resources = resource_plan(
@@ -74,16 +73,6 @@ def _spread(config: Config) -> tuple[int, int]:
             f"{envs} environments: choose grpo.groups a multiple of {per_round // size}"
         )
     return envs, size * groups // per_round
-
-
-def _check_minibatch(config: Config) -> None:
-    steps = 2 * config.grpo.group_size * config.grpo.groups
-    minibatch = config.grpo.minibatch
-    if minibatch is not None and minibatch > steps:
-        raise UserError(
-            f"grpo.minibatch = {minibatch} is more than the {steps} steps of an iteration "
-            f"(2 x group_size x groups): choose {steps} or less, or null"
-        )
 
 
 def _check_devices(config: Config) -> None:

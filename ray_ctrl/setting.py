@@ -92,6 +92,7 @@ def world_config(config: Config, split: str, table: Path | None, budgets: Budget
         split=split,
         limit=limits[split],
         task_seed=task.seed,
+        on_broken=task.on_broken,
         clock=clock.kind if clock.kind != "profiled" or table else "roofline",
         clock_device=clock.device,
         table=str(table.absolute()) if table else None,
@@ -122,7 +123,7 @@ def open_setting(config: Config) -> Setting:
     torch.set_num_threads(config.model.threads)
     world = world_config(config, "train", None, None)
     for split in ("train", "validation", "test"):
-        if not load_task(config.task.name, split, 1, config.task.seed):
+        if not load_task(config.task.name, split, 1, config.task.seed, on_broken=config.task.on_broken):
             raise UserError(f"task {config.task.name!r} has no samples in split {split}")
     engine = world.build_engine()
     if config.clock.kind == "roofline":
@@ -163,7 +164,9 @@ def engine_threads() -> int:
 
 def measure_table(config: Config, engine: Any) -> ProfileTable:
     """Measures this device on training samples, with a bar and a line of what it found."""
-    samples = load_task(config.task.name, "train", config.task.train_samples, config.task.seed)
+    samples = load_task(
+        config.task.name, "train", config.task.train_samples, config.task.seed, on_broken=config.task.on_broken
+    )
     # An untrained controller costs the time of a trained one, and time is all that is asked of it here.
     controller = Controller(int(engine.model.config.d_model), config.controller.hidden).eval()
     steering = Steering(controller, KnobSpace(engine.importance), budget_ms=1.0, reference_ms=1.0)

@@ -159,7 +159,7 @@ class Trainer:
     def __post_init__(self) -> None:
         from ray_ctrl.building import build_algorithm
 
-        self.contexts = validation_contexts(self.config, self.setting.budgets)
+        self.contexts = validation_contexts(len(self.setting.build("validation").samples), self.setting.budgets)
         self.algorithm = build_algorithm(self.setting, self.envs, len(self.contexts))
         self.done = self._restore()
         self.writer = self._writer()
@@ -262,8 +262,8 @@ class Trainer:
         self.folder.prune(self.config.run.keep_checkpoints)
 
 
-def validation_contexts(config: Config, budgets: Any) -> list[tuple[int, float]]:
+def validation_contexts(samples: int, budgets: Any) -> list[tuple[int, float]]:
     """Every validation sample under evenly spread training budgets (never held-out ones, which choose nothing)."""
     shares = (np.arange(VALIDATION_BUDGETS) + 0.5) / VALIDATION_BUDGETS
     spread = [float(ms) for ms in budgets.at(shares)]
-    return [(sample, ms) for sample in range(config.task.validation_samples) for ms in spread]
+    return [(sample, ms) for sample in range(samples) for ms in spread]

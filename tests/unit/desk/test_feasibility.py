@@ -35,7 +35,6 @@ def test_given_vectors_make_rounds() -> None:
         (["runners.count=1", "model.device=cuda"], r"runners\.gpus = 0"),
         (["runners.count=1", "runners.gpus=1.5"], "whole GPUs"),
         (["runners.count=1", "model.threads=2"], r"more than runners\.cpus"),
-        (["grpo.minibatch=1000"], "more than the 32 steps"),
     ],
 )
 def test_infeasible_settings_name_what_to_change(overrides: list[str], words: str) -> None:
