@@ -1,6 +1,7 @@
 """`ray-ctrl train`: one run from settings to controller, learning curve and held-out table."""
 
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,14 +108,11 @@ def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None
     from ray_ctrl.setting import open_setting
 
     started = time.monotonic()
+    runners = config.runners
     with Stopper() as stopper:
         setting = open_setting(config)
-        folder = resumed or RunFolder.create(root, config)
-        console.print(f"run folder {folder.root}", markup=False)
-        setting = setting.with_clock(folder.root)
-        runners = config.runners
         with connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s):
-            trainer = Trainer(config, folder, setting, layout.envs)
+            folder, trainer = _begin(config, layout, root, resumed, setting)
             try:
                 finished = trainer.train(stopper)
             finally:
@@ -124,15 +122,32 @@ def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None
                 return stopper.exit_status
             chosen = export_best(folder)
             console.print(f"controller of iteration {chosen.iteration} exported to {folder.controller}", markup=False)
-            evaluate_setting(setting, folder.controller, free_folder(folder.root / "evaluation"))
+            evaluate_setting(trainer.setting, folder.controller, free_folder(folder.root / "evaluation"))
     console.print(f"finished in {(time.monotonic() - started) / 60:.1f} minutes")
     return 0
 
 
+def _begin(
+    config: Config, layout: Layout, root: Path, resumed: RunFolder | None, setting: Any
+) -> tuple[RunFolder, "Trainer"]:
+    """The run folder and the trainer, ready for the next iteration.
+
+    A folder made here is taken away again where the settings turn out not to do: nothing was trained yet, and it would
+    only stand in the way of the next try.
+    """
+    folder = resumed or RunFolder.create(root, config)
+    console.print(f"run folder {folder.root}", markup=False)
+    try:
+        setting = setting.with_clock(folder.root)
+        return folder, Trainer(config, folder, setting, layout.envs)
+    except UserError:
+        if resumed is None:
+            shutil.rmtree(folder.root, ignore_errors=True)
+        raise
+
+
 def export_best(folder: RunFolder) -> Checkpoint:
     """Copies the best checkpoint's controller to `controller/`, draws the learning curve; returns the checkpoint."""
-    import shutil
-
     from ray_ctrl.plots import learning_curve
 
     chosen = best(folder.checkpoints())

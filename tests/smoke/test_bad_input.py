@@ -20,7 +20,7 @@ SMOKE = ("train", "--preset", "smoke")
     [
         (["grpo.grup_size=4"], "the nearest valid key is 'grpo.group_size'"),
         (["grpo.group_size=4", "runners.envs=6"], "does not divide runners.envs = 6"),
-        (["runners.count=999"], "999 CPUs wanted"),
+        (["runners.count=999", "grpo.groups=999"], "999 CPUs wanted"),
         (["model.name=/no/such/model"], "/no/such/model"),
         (["task.name=nothing"], "nothing"),
         (["clock.device=abacus"], "abacus"),
@@ -31,6 +31,7 @@ SMOKE = ("train", "--preset", "smoke")
 )
 def test_settings_that_do_not_do(tmp_path: Path, overrides: list[str], words: str) -> None:
     assert words in refused(*SMOKE, "--run-dir", tmp_path / "run", *overrides)
+    assert not (tmp_path / "run").exists(), "a run that never began leaves nothing in the way of the next try"
 
 
 def test_existing_run_folder_is_not_overwritten(trained: Path) -> None:
