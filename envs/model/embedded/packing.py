@@ -4,6 +4,7 @@ Image tokens are most of a prompt. Packed, they are paid once for all questions 
 the image and to itself alone, at the positions it would have on its own, so that what is learned is what is run.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,8 +23,10 @@ from envs.tasks.scenes.layout import FORMATS
 IGNORE = -100
 FAMILY_NAMES = (*FAMILIES, "caption")
 _SEEDS_PER_STEP = 1000
-_QUOTAS = {"color": 1, "shape": 2, "count": 2, "digit": 4, "compare": 3, "match": 2}
-"""Most questions of a family about one scene: the hard ones are asked more often."""
+# Most questions of a family about one scene. While captions teach what stands where, questions mostly read it off; then
+# come those that take two steps.
+_EARLY_QUOTAS = {"color": 1, "shape": 2, "count": 2, "digit": 4, "compare": 3, "match": 2}
+_LATE_QUOTAS = {"color": 3, "shape": 1, "count": 3, "digit": 2, "compare": 4, "match": 2}
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class PackedScenes(Dataset[PackedBatch]):
         scenes = self._scenes(rng, step, tier)
         falling = max(0.0, 1 - step / self.steps / self.settings.captions_until)
         caption_share = max(falling, self.settings.caption_floor)
-        questions = [choose_questions(scene, rng, rng.random() < caption_share) for scene in scenes]
+        quotas = _EARLY_QUOTAS if falling > 0 else _LATE_QUOTAS
+        questions = [choose_questions(scene, rng, quotas, rng.random() < caption_share) for scene in scenes]
         plan = random_plan(rng) if rng.random() < self.settings.random_plans else ExecutionPlan()
         return pack(self.processor, scenes, questions, tier, plan, self.settings.text_tokens)
 
@@ -115,9 +119,11 @@ class PackedScenes(Dataset[PackedBatch]):
         return self.processor.tiling((scene.width, scene.height), tier)
 
 
-def choose_questions(scene: Scene, rng: np.random.Generator, with_caption: bool) -> list[Question]:
+def choose_questions(
+    scene: Scene, rng: np.random.Generator, quotas: Mapping[str, int], with_caption: bool
+) -> list[Question]:
     """Questions about one scene in random order, at most some of each family; a caption comes first."""
-    left = dict(_QUOTAS)
+    left = dict(quotas)
     chosen = [caption(scene)] if with_caption else []
     questions = all_questions(scene)
     for index in rng.permutation(len(questions)):

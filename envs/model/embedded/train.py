@@ -47,7 +47,7 @@ class Recipe:
     warmup_steps: int = 1600
     warmup_batch: int = 256
     warmup_lr: float = 1.5e-3
-    scenes_steps: int = 1900
+    scenes_steps: int = 1650
     scenes_lr: float = 1.0e-3
     tower_lr: float = 0.3
     packing: PackingSettings = field(default_factory=PackingSettings)

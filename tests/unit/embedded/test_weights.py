@@ -1,0 +1,66 @@
+"""The weights that are shipped: they fit, load, and answer far above chance."""
+
+import json
+
+import pytest
+import torch
+
+from envs.knobs import ExecutionPlan, KnobSpace
+from envs.model import AdaptiveMolmoE, MolmoEProcessor
+from envs.model.embedded import folder
+from envs.model.embedded.shape import build_config, build_processor
+from envs.model.importance import read_importance
+from envs.model.processor import collate
+from envs.tasks.scenes import load_scenes
+
+
+@pytest.fixture(scope="module")
+def model() -> AdaptiveMolmoE:
+    return AdaptiveMolmoE.from_pretrained("embedded")
+
+
+@pytest.fixture(scope="module")
+def processor() -> MolmoEProcessor:
+    return MolmoEProcessor.from_pretrained("embedded")
+
+
+def test_weights_are_small_and_whole() -> None:
+    files = {path.name: path.stat().st_size for path in folder().iterdir()}
+    assert files["model.safetensors"] <= 16 * 2**20
+    assert {"config.json", "tokenizer.json", "preprocessor_config.json", "importance.json"} <= set(files)
+
+
+def test_the_folder_is_what_the_recipe_describes(processor: MolmoEProcessor, model: AdaptiveMolmoE) -> None:
+    built = build_processor()
+    assert processor.geometry == built.geometry
+    for text in (" What shape is red?", " Which digit is larger, blue or pink?", " an unseen sentence, 東京"):
+        assert processor.encode(text) == built.encode(text)
+    assert model.config == build_config(built.tokenizer.get_vocab_size())
+
+
+def test_importance_ranks_sixteen_blocks() -> None:
+    scores = read_importance("embedded")
+    assert len(scores) == 16
+    assert scores[0] == max(scores)
+    assert json.loads((folder() / "importance.json").read_text())["metric"]
+    space = KnobSpace(scores)
+    assert len(space.plan(space.cheapest).blocks) == 12
+
+
+@pytest.mark.parametrize(("family", "at_least"), [("shape", 0.75), ("digit", 0.5), ("count", 0.5)])
+def test_it_answers_above_chance(
+    model: AdaptiveMolmoE, processor: MolmoEProcessor, family: str, at_least: float
+) -> None:
+    samples = [sample for sample in load_scenes("test") if sample.family == family][:24]
+    batch = collate([processor(sample.image, sample.question, "high") for sample in samples])
+    answers = model.generate(batch, ExecutionPlan(), max_new_tokens=3)
+    right = [processor.decode(ids) == sample.answers[0] for ids, sample in zip(answers, samples, strict=True)]
+    assert sum(right) / len(right) >= at_least
+
+
+def test_every_answer_of_the_scenes_is_one_token(processor: MolmoEProcessor) -> None:
+    assert {len(processor.encode(f" {sample.answers[0]}")) for sample in load_scenes("validation")} == {1}
+
+
+def test_weights_are_finite(model: AdaptiveMolmoE) -> None:
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
