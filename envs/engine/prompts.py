@@ -55,6 +55,7 @@ class Prompts:
         self.crops = 1 if model.device.type == "cpu" else max(1, crops)
         self.images_encoded = 0
         self._features: Bounded[tuple[str, Tiling], Tensor] = Bounded(feature_bytes, tensor_bytes)
+        self._loaded: tuple[str, Image.Image] | None = None
         self._layouts: dict[Tiling, _Layout] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
         self._text_ids = lru_cache(maxsize=1 << 16)(lambda q, style: tuple(processor.prompt_ids(q, style)))
@@ -127,7 +128,8 @@ class Prompts:
                 waiting[_image_key(prompt)] = prompt
             else:
                 found[_image_key(prompt)] = kept
-        pending = list(waiting.items())
+        # Tilings of one image side by side, so that it is loaded once.
+        pending = sorted(waiting.items(), key=lambda item: item[0])
         while pending:
             take, crops = 0, 0
             while take < len(pending) and (not take or crops + _crops(pending[take][0][1]) <= self.crops):
@@ -135,17 +137,17 @@ class Prompts:
                 take += 1
             found.update(self._encode_together(dict(pending[:take])))
             pending = pending[take:]
+        self._loaded = None
         return found
 
     def _encode_together(self, waiting: dict[tuple[str, Tiling], Prompt]) -> dict[tuple[str, Tiling], Tensor]:
         images, masks, counts = [], [], []
-        loaded: dict[str, Image.Image] = {}
         for (digest, tiling), prompt in waiting.items():
             sample = prompt.sample
             assert sample.image is not None
-            if digest not in loaded:
-                loaded[digest] = sample.image.load()
-            inputs = self.processor(loaded[digest], sample.question, prompt.tier, sample.style)
+            if self._loaded is None or self._loaded[0] != digest:
+                self._loaded = digest, sample.image.load()
+            inputs = self.processor(self._loaded[1], sample.question, prompt.tier, sample.style)
             images.append(inputs["images"][0])
             masks.append(inputs["image_masks"][0])
             counts.append(len(images[-1]))

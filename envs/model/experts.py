@@ -21,6 +21,8 @@ _DENSE_TOKENS = 32
 _DENSE_WEIGHTS = 2**19
 # On a CPU, chunks of this many tokens keep their pairs in the caches: two to three times as fast as all at once.
 _CHUNK_TOKENS = 1024
+# What grouped products ask of every row.
+_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,13 @@ def mixture(
     """
     if kernel not in KERNELS:
         raise UserError(f"experts kernel {kernel!r} is not allowed: choose one of {', '.join(KERNELS)}")
+    if kernel != "dense" and not _aligned(x_ND, down_EHD):
+        if kernel == "grouped":
+            raise UserError(
+                f"grouped experts need rows of a multiple of {_ALIGNMENT} bytes; widths {x_ND.shape[1]} and "
+                f"{down_EHD.shape[1]} in {x_ND.dtype} are not: use 'dense'"
+            )
+        kernel = "dense"
     if kernel == "auto":
         small = len(x_ND) <= _DENSE_TOKENS and gate_up_EGD.numel() + down_EHD.numel() <= _DENSE_WEIGHTS
         kernel = "dense" if small else "grouped"
@@ -92,6 +101,11 @@ def mixture(
         return _grouped(x_ND, logits_NE, *weights, top_k)
     parts = zip(x_ND.split(_CHUNK_TOKENS), logits_NE.split(_CHUNK_TOKENS), _split(top_k, len(x_ND)), strict=True)
     return torch.cat([_grouped(x, logits, *weights, k) for x, logits, k in parts])
+
+
+def _aligned(x_ND: Tensor, down_EHD: Tensor) -> bool:
+    widths = (x_ND.shape[1], down_EHD.shape[1])
+    return all(width * x_ND.element_size() % _ALIGNMENT == 0 for width in widths)
 
 
 def _split(top_k: int | TopK, tokens: int) -> Sequence[int | TopK]:

@@ -3,6 +3,7 @@
 import hashlib
 import random
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from envs.model.importance import PUBLISHED_IMPORTANCE
 from envs.tasks.sample import ImageRef, Sample
 
 torch.set_num_threads(1)
+LIMIT = 8
 
 
 @dataclass(frozen=True)
@@ -82,21 +84,22 @@ def space():
 def pairs(samples, space):
     """Random (sample, plan) pairs, repeats among them."""
     rng = random.Random(0)
-    chosen = [(rng.choice(samples), space.plan(rng.choice(space.all))) for _ in range(40)]
-    chosen += chosen[:5]
+    chosen = [(rng.choice(samples), space.plan(rng.choice(space.all))) for _ in range(24)]
+    chosen += chosen[:3]
     return [sample for sample, _ in chosen], [plan for _, plan in chosen]
 
 
 @pytest.fixture
 def engine(small_model, processor):
-    return RolloutEngine(small_model, processor, max_new_tokens=12)
+    return RolloutEngine(small_model, processor, max_new_tokens=LIMIT)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def naive(small_model, processor):
     """One request at batch 1, the plain way."""
 
-    def run(sample, plan, limit=12):
+    @cache
+    def run(sample, plan, limit=LIMIT):
         inputs = processor(sample.image, sample.question, plan.tier, sample.style)
         return tuple(small_model.generate(inputs, plan, limit)[0])
 

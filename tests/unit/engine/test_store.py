@@ -189,7 +189,7 @@ TOP_K = ExecutionPlan().top_k_per_block
 
 @pytest.fixture
 def setting(small_model, processor):
-    return Setting.of(small_model, processor, 12)
+    return Setting.of(small_model, processor, 8)
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Setting)])
@@ -235,12 +235,12 @@ def other_eos(model):
 
 
 SETTING_CHANGES = {
-    "weights": lambda m, p: (changed_weight(m), p, 12),
-    "dtype": lambda m, p: (AdaptiveMolmoE(m.config).bfloat16(), p, 12),
-    "kernels": lambda m, p: (other_kernel(m), p, 12),
-    "stop": lambda m, p: (other_eos(m), p, 12),
-    "max_new_tokens": lambda m, p: (m, p, 13),
-    "margins": lambda m, p: (m, MolmoEProcessor(replace(p.geometry, mean=(0.1, 0.2, 0.3)), p.tokenizer), 12),
+    "weights": lambda m, p: (changed_weight(m), p, 8),
+    "dtype": lambda m, p: (AdaptiveMolmoE(m.config).bfloat16(), p, 8),
+    "kernels": lambda m, p: (other_kernel(m), p, 8),
+    "stop": lambda m, p: (other_eos(m), p, 8),
+    "max_new_tokens": lambda m, p: (m, p, 9),
+    "margins": lambda m, p: (m, MolmoEProcessor(replace(p.geometry, mean=(0.1, 0.2, 0.3)), p.tokenizer), 8),
 }
 
 
@@ -249,7 +249,7 @@ def test_changed_objects_change_the_setting(small_model, processor, setting, nam
     if name == "margins":
         geometry = replace(processor.geometry, mean=(0.1, 0.2, 0.3))
         eos = processor.tokenizer.id_to_token(processor.eos_id)
-        changed = Setting.of(small_model, MolmoEProcessor(geometry, processor.tokenizer, eos), 12)
+        changed = Setting.of(small_model, MolmoEProcessor(geometry, processor.tokenizer, eos), 8)
     else:
         changed = Setting.of(*SETTING_CHANGES[name](small_model, processor))
     assert changed != setting
@@ -259,7 +259,7 @@ def test_matmul_precision_changes_the_setting(small_model, processor, setting):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        assert Setting.of(small_model, processor, 12) != setting
+        assert Setting.of(small_model, processor, 8) != setting
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -271,22 +271,22 @@ def test_processor_fingerprint_survives_pickling(processor):
 def test_engines_share_a_store(small_model, processor, pairs, tmp_path):
     samples, plans = pairs
     tiers, levels = [plan.tier for plan in plans], [5] * len(plans)
-    first = RolloutEngine(small_model, processor, max_new_tokens=12, store=tmp_path / "s.sqlite")
+    first = RolloutEngine(small_model, processor, max_new_tokens=8, store=tmp_path / "s.sqlite")
     tokens, outcomes = first.latency_tokens(samples, tiers, levels), first.outcomes(samples, plans)
-    second = RolloutEngine(small_model, processor, max_new_tokens=12, store=tmp_path / "s.sqlite")
+    second = RolloutEngine(small_model, processor, max_new_tokens=8, store=tmp_path / "s.sqlite")
     assert torch.equal(second.latency_tokens(samples, tiers, levels), tokens)
     assert second.outcomes(samples, plans) == outcomes
     stats = second.stats()
     assert stats["engine/executed"] == stats["engine/seconds"] == 0
     assert stats["engine/seconds_saved"] > 0
     assert stats["engine/outcome_hits"] == stats["engine/latency_token_hits"] == len(samples)
-    other = RolloutEngine(small_model, processor, max_new_tokens=12, encoder_seed=9, store=tmp_path / "s.sqlite")
+    other = RolloutEngine(small_model, processor, max_new_tokens=8, encoder_seed=9, store=tmp_path / "s.sqlite")
     assert not torch.equal(other.latency_tokens(samples, tiers, levels), tokens)
 
 
 def test_the_store_decides_over_ones_own_result(small_model, processor, samples, tmp_path):
     """Another process was first with a different answer: that one counts from then on."""
-    engine = RolloutEngine(small_model, processor, max_new_tokens=12, store=tmp_path / "s.sqlite")
+    engine = RolloutEngine(small_model, processor, max_new_tokens=8, store=tmp_path / "s.sqlite")
     plan = ExecutionPlan()
     prompt = engine.prompts.prompt(samples[0], plan.tier)
     key = outcome_key(engine.setting, prompt.key, plan.top_k_per_block)

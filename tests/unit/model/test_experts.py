@@ -76,6 +76,15 @@ def test_padding_gets_no_expert():
     assert spread_top_k([5, 5], [3, 3], 3, torch.device("cpu")) == 5
 
 
+def test_widths_that_grouped_products_refuse():
+    gate_up, down = torch.randn(E, 12, 10), torch.randn(E, 6, 10)
+    x, logits = torch.randn(3, 10), torch.randn(3, E)
+    wanted = plain(x, logits, gate_up, down, [4] * 3)
+    assert torch.allclose(mixture(x.repeat(20, 1), logits.repeat(20, 1), gate_up, down, 4)[:3], wanted, atol=1e-4)
+    with pytest.raises(UserError, match="multiple of 16 bytes"):
+        mixture(x, logits, gate_up, down, 4, "grouped")
+
+
 def test_unknown_kernel():
     with pytest.raises(UserError, match="fast"):
         mixture(torch.zeros(1, D), torch.zeros(1, E), *weights(), 4, "fast")

@@ -40,7 +40,7 @@ def single(inputs, row, length):
     return {"input_ids": inputs["input_ids"][row : row + 1, :length]}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(batches())
 def test_mixed_plans_equal_single_requests(batch):
     inputs, lengths, chosen = batch
@@ -52,7 +52,7 @@ def test_mixed_plans_equal_single_requests(batch):
         assert ids[row] == MODEL.generate(single(inputs, row, length), plan, max_new_tokens=4, stop_at_eos=False)[0]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(plans(), min_size=1, max_size=8), st.integers(0, 5), st.lists(st.integers(0, 2), min_size=8, max_size=8)
 )
