@@ -3,6 +3,7 @@
 import ctypes
 import json
 import math
+import pickle
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -179,7 +180,7 @@ def _load(path: Path, phase: Phase, optimizer: torch.optim.Optimizer) -> int:
         phase.modules.load_state_dict(state["modules"])
         optimizer.load_state_dict(state["optimizer"])
         return int(state["step"])
-    except (RuntimeError, KeyError, ValueError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, KeyError, ValueError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot resume from {path}: {reason}; remove it to train this phase anew") from None
 
