@@ -31,7 +31,7 @@ from policies.grpo.evaluation import EvaluationRequest, Row, evaluate_with_runne
 from policies.grpo.learner import WEIGHTS, GRPOLearner
 from policies.grpo.metrics import learner_metrics, rollout_metrics
 from policies.grpo.minibatches import minibatches
-from policies.grpo.prices import Prices, PriceSettings
+from policies.grpo.prices import Prices, PriceSettings, overrun_cost
 from policies.grpo.rl_module import ControllerModule
 from policies.grpo.runner import MAX_ATTEMPTS, RolloutRunner, Rollouts, run_jobs, startup_errors
 
@@ -277,8 +277,8 @@ class GRPO(Algorithm):
         if self.config.prices is None:
             returns = rollouts.rewards
         else:
-            overrun = infos["latency_ms"] > infos["budget_ms"]
-            returns = infos["accuracy"] - self.prices.of(_log_ratio(rollouts)) * overrun
+            cost = overrun_cost(infos["latency_ms"], infos["budget_ms"])
+            returns = infos["accuracy"] - self.prices.of(_log_ratio(rollouts)) * cost
         if not np.isfinite(returns).all():
             raise UserError(
                 f"{int((~np.isfinite(returns)).sum())} of {len(returns)} returns are not finite: check the reward"

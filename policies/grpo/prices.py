@@ -13,6 +13,17 @@ from envs.errors import UserError
 FloatArray = npt.NDArray[np.float64]
 
 
+def overrun_cost(latency_ms: npt.ArrayLike, budget_ms: npt.ArrayLike) -> FloatArray:
+    """What the price is paid for, (B,): 0 within budget, else 1 plus the relative overrun, at most 2.
+
+    The 1 is the violation itself, whose rate the prices steer. The overrun on top never matters where the
+    budget can be met, but where no knobs meet it, it still makes the faster ones better; without it such
+    budgets teach the controller to ignore budgets.
+    """
+    overrun = np.asarray(latency_ms, dtype=np.float64) / np.asarray(budget_ms, dtype=np.float64) - 1.0
+    return np.where(overrun > 0.0, 1.0 + np.minimum(overrun, 1.0), 0.0)
+
+
 @dataclass(frozen=True)
 class PriceSettings:
     """How prices move.

@@ -13,7 +13,7 @@ from policies.distribution import LOGITS_WIDTH, KnobDistribution, mask_logits
 from policies.grpo.advantages import complete_groups, group_advantages
 from policies.grpo.losses import LossInputs, LossSettings, clipped_surrogate, grpo_loss, kl_estimate
 from policies.grpo.minibatches import minibatches
-from policies.grpo.prices import Prices, PriceSettings
+from policies.grpo.prices import Prices, PriceSettings, overrun_cost
 
 RETURNS = arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(2, 8)), elements=st.floats(-5, 5))
 
@@ -156,6 +156,12 @@ def test_entropies_count_only_rows_that_decide() -> None:
     _, metrics = grpo_loss(logits, batch, LossSettings())
     for name, options in {"tier": 3, "insertion": 5, "top_k": 5, "blocks": 4}.items():
         assert metrics[f"entropy_{name}"].item() == pytest.approx(np.log(options), abs=1e-5)
+
+
+def test_a_missed_budget_costs_more_the_more_it_is_missed() -> None:
+    assert overrun_cost([50.0, 100.0, 101.0, 150.0, 200.0, 900.0], 100.0).tolist() == pytest.approx(
+        [0.0, 0.0, 1.01, 1.5, 2.0, 2.0]
+    )
 
 
 def test_prices_move_until_each_bin_meets_its_target() -> None:
