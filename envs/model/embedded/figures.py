@@ -110,11 +110,6 @@ def _best(accuracy: FloatArray, latency: FloatArray, budget: float) -> float:
     return float(accuracy.mean(0)[allowed].max()) if allowed.any() else 0.0
 
 
-def importance_figures(full: float, without: Sequence[float]) -> list[float]:
-    """Accuracy each block is worth: what is lost, in 0..1, when it alone is left out. Block 0 is never dropped."""
-    return [full - value for value in without]
-
-
 def markdown_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Nested figures as a table, one row each, one decimal."""
     columns = list(next(iter(rows.values())))

@@ -5,7 +5,7 @@ the image and to itself alone, at the positions it would have on its own, so tha
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -51,6 +51,19 @@ class PackingSettings:
     captions_until: float = 0.4
     caption_floor: float = 0.1
     random_plans: float = 0.12
+
+
+def only_tier(packing: PackingSettings, tier: str) -> PackingSettings:
+    """The same, but questions alone, at one tier and under the full plan: for validation."""
+    low, medium, high = (float(name == tier) for name in TIERS)
+    return replace(
+        packing,
+        early_tiers=(low, medium, high),
+        late_tiers=(low, medium, high),
+        captions_until=1e-9,
+        caption_floor=0.0,
+        random_plans=0.0,
+    )
 
 
 @dataclass(frozen=True)

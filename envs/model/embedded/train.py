@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from envs.errors import UserError
 from envs.model.embedded.loop import LoopSettings, Metrics, Phase, keep_freed_memory, run_phase, to_device
-from envs.model.embedded.packing import PackedBatch, PackedScenes, PackingSettings
+from envs.model.embedded.packing import PackedBatch, PackedScenes, PackingSettings, only_tier
 from envs.model.embedded.scenes_phase import match_scales, scenes_loss
 from envs.model.embedded.shape import build_config, build_tokenizer, write_files
 from envs.model.embedded.warmup import CropBatch, TokenHeads, WarmupCrops, warmup_loss
@@ -87,8 +87,10 @@ def scenes_phase(recipe: Recipe, device: torch.device, warm: VisionBackbone) -> 
     model.vision.load_state_dict(warm.state_dict())
     match_scales(model, to_device(data[0], device))
     held_out = {
-        tier: PackedScenes(3, recipe.seed + _HELD_OUT_SEED, _only(recipe.packing, tier), "validation", data.processor)
-        for tier in (0, 2)
+        tier: PackedScenes(
+            3, recipe.seed + _HELD_OUT_SEED, only_tier(recipe.packing, tier), "validation", data.processor
+        )
+        for tier in ("low", "high")
     }
 
     def loss(batch: PackedBatch) -> tuple[Tensor, Metrics]:
@@ -98,7 +100,7 @@ def scenes_phase(recipe: Recipe, device: torch.device, warm: VisionBackbone) -> 
         figures: Metrics = {}
         for tier, scenes in held_out.items():
             mean = _mean([loss(to_device(scenes[i], device))[1] for i in range(len(scenes))])
-            figures |= {f"{('low', 'medium', 'high')[tier]}_{key}": value for key, value in mean.items()}
+            figures |= {f"{tier}_{key}": value for key, value in mean.items()}
         return figures
 
     return Phase(
@@ -145,19 +147,6 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-
-
-def _only(packing: PackingSettings, tier: int) -> PackingSettings:
-    """Questions alone, at one tier and under the full plan."""
-    low, medium, high = (float(i == tier) for i in range(3))
-    return dataclasses.replace(
-        packing,
-        early_tiers=(low, medium, high),
-        late_tiers=(low, medium, high),
-        captions_until=1e-9,
-        caption_floor=0.0,
-        random_plans=0.0,
-    )
 
 
 def _mean(figures: list[Metrics]) -> Metrics:

@@ -9,7 +9,6 @@ from envs.model.embedded.figures import (
     by_family,
     chance,
     headroom,
-    importance_figures,
     knob_figures,
     markdown_table,
 )
@@ -63,9 +62,8 @@ def test_chance_is_the_commonest_answer() -> None:
     assert found["compare"] == 50.0
 
 
-def test_means_and_losses() -> None:
+def test_means_are_per_family() -> None:
     assert by_family(["a", "b"], np.array([1.0, 0.0])) == {"overall": 50.0, "a": 100.0, "b": 0.0}
-    assert importance_figures(0.9, [0.8, 0.95]) == pytest.approx([0.1, -0.05])
 
 
 def test_table_has_a_row_for_each_entry() -> None:

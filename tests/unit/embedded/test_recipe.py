@@ -13,8 +13,16 @@ from PIL import Image
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
 from envs.model import AdaptiveMolmoE, MolmoEProcessor
+from envs.model.embedded.evaluate import measure_importance
 from envs.model.embedded.loop import LoopSettings, schedule
-from envs.model.embedded.packing import IGNORE, PackedScenes, PackingSettings, pack, random_plan
+from envs.model.embedded.packing import (
+    IGNORE,
+    PackedScenes,
+    PackingSettings,
+    only_tier,
+    pack,
+    random_plan,
+)
 from envs.model.embedded.shape import build_config, build_processor, build_tokenizer
 from envs.model.embedded.train import Recipe, check_folder, train
 from envs.model.embedded.warmup import WarmupCrops
@@ -138,3 +146,16 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates[0] < 0.05
     assert max(rates) == pytest.approx(1.0, abs=0.01)
     assert rates[-1] == pytest.approx(0.03, abs=1e-6)
+
+
+def test_importance_finds_the_block_that_does_nothing() -> None:
+    processor = build_processor()
+    model = AdaptiveMolmoE.initialise(build_config(processor.tokenizer.get_vocab_size()), 0).eval()
+    with torch.no_grad():
+        model.language.blocks[6].attn_out.zero_()
+        model.language.blocks[6].down.zero_()
+    batch = PackedScenes(1, 0, only_tier(TINY.packing, "low"), "validation", processor)[0]
+    scores = measure_importance(model, [batch])["importance"]
+    assert scores[6] == 0.0
+    assert scores[0] == max(scores)
+    assert sum(score != 0 for score in scores) > 12
