@@ -138,9 +138,11 @@ def answer(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Run folder, controller, or profile table.")],
+    path: Annotated[
+        Path, typer.Argument(help="Run folder, controller, profile table, or model: a folder, a hub id, `embedded`.")
+    ],
 ) -> None:
-    """Say what a run folder, an exported controller or a profile table holds."""
+    """Say what a run folder, an exported controller, a profile table or a model holds."""
     from ray_ctrl import inspect as room
 
     room.run(path)

@@ -113,12 +113,12 @@ class ClockConfig(Section):
         description="Folder that keeps profile tables for later runs; `null` keeps the table in the run folder.",
     )
     profile_samples: Int = Field(
-        default=6,
+        default=8,
         ge=1,
         le=1000,
         description="Samples measured per tiling when profiling. 1 to 1000.",
     )
-    profile_repeats: Int = Field(default=3, ge=1, le=100, description="Timed repeats of each profiled point. 1 to 100.")
+    profile_repeats: Int = Field(default=5, ge=1, le=100, description="Timed repeats of each profiled point. 1 to 100.")
 
 
 class StoreConfig(Section):
@@ -246,8 +246,8 @@ class GRPOSettings(Section):
         le=1024,
         description="Rollouts that share one sample and budget and are compared with one another. 2 to 1024.",
     )
-    groups: Int = Field(default=64, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536.")
-    lr: float = Field(default=1e-3, gt=0, le=1, description="Adam step size. Above 0, to 1.")
+    groups: Int = Field(default=32, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536.")
+    lr: float = Field(default=5e-4, gt=0, le=1, description="Adam step size. Above 0, to 1.")
     epochs: Int = Field(default=4, ge=1, le=100, description="Passes over an iteration's rollouts. 1 to 100.")
     minibatch: Int | None = Field(
         default=256,
@@ -356,7 +356,7 @@ class RunConfig(Section):
         description="Name of the run folder; `null` names it by time.",
     )
     seed: Int = Field(default=0, ge=0, lt=2**31, description="Seed of everything random. 0 to 2^31 - 1.")
-    iterations: Int = Field(default=120, ge=1, description="Training iterations, 1 or more.")
+    iterations: Int = Field(default=200, ge=1, description="Training iterations, 1 or more.")
     checkpoint_every: Int = Field(default=10, ge=1, description="Iterations between checkpoints, 1 up.")
     keep_checkpoints: Int = Field(
         default=3,
@@ -365,6 +365,12 @@ class RunConfig(Section):
         description="Latest checkpoints kept, besides the best. 1 to 1000.",
     )
     tensorboard: Flag = Field(default=True, description="Write TensorBoard files.")
+    track: str | None = Field(
+        default=None,
+        pattern=r"^(mlflow|wandb):\S+$",
+        description="Experiment tracker besides TensorBoard: `mlflow:URI` (a server, `sqlite:///FILE`, `file:///FOLDER`) "
+        "or `wandb:PROJECT`; `null` is none.",
+    )
 
 
 class Config(Section):

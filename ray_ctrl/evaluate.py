@@ -37,18 +37,27 @@ def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
     from cluster.connect import connect
 
     folder, home = find_controller(path)
-    config = controller_config(Controller.load(folder)[1], folder)
-    config = with_overrides(config, overrides)
+    stored = controller_config(Controller.load(folder)[1], folder)
+    config = with_overrides(stored, overrides)
     layout = plan_layout(config)
     out = _fresh(out) if out else free_folder(home / "evaluation")
     setting = open_setting(config)
     _check(folder, setting)
-    out.mkdir(parents=True)
-    # The run's own table and budgets serve unless what they depend on was overridden.
-    setting = setting.with_clock(out if overrides else home)
+    keeps = (home / "run.json").is_file() and _same_clock(stored, config)
+    if not keeps:
+        out.mkdir(parents=True)
+    setting = setting.with_clock(home if keeps else out)
     runners = config.runners
     with connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s):
         evaluate_setting(setting, folder, out)
+
+
+def _same_clock(stored: Config, config: Config) -> bool:
+    """Whether the run's own profile table and budgets hold under `config` too."""
+    return (stored.model, stored.clock, stored.budgets) == (config.model, config.clock, config.budgets) and (
+        stored.task.model_dump(exclude={"test_samples", "validation_samples"})
+        == config.task.model_dump(exclude={"test_samples", "validation_samples"})
+    )
 
 
 def find_controller(path: Path) -> tuple[Path, Path]:

@@ -1,10 +1,11 @@
-"""`ray-ctrl inspect`: what a run folder, an exported controller or a profile table holds."""
+"""`ray-ctrl inspect`: what a run folder, an exported controller, a profile table or a model holds."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
+from envs.model.inspect import describe, inspect_model
 from ray_ctrl.console import console
 from ray_ctrl.runs import RunFolder, best
 
@@ -21,8 +22,11 @@ def run(path: Path) -> None:
         facts = _controller(path)
     elif path.is_file() and path.suffix == ".json":
         facts = _table(path)
+    elif (path / "config.json").is_file() or not path.exists():
+        console.print(describe(inspect_model(str(path))), markup=False)
+        return
     else:
-        raise UserError(f"{path} is no run folder, exported controller or profile table (.json)")
+        raise UserError(f"{path} is no run folder, exported controller, profile table (.json) or model")
     for name, value in facts.items():
         console.print(f"{name:<18}{value}", markup=False)
 

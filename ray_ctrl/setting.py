@@ -118,6 +118,11 @@ def open_setting(config: Config) -> Setting:
     Raises:
         UserError: a model, device, task or roofline device that is not there, or too few samples.
     """
+    with console.status("loading model and samples"):
+        return _open(config)
+
+
+def _open(config: Config) -> Setting:
     import torch
 
     torch.set_num_threads(config.model.threads)
