@@ -17,10 +17,18 @@ from ray_ctrl.feasibility import Layout, plan_layout
 from ray_ctrl.runs import Checkpoint, Metrics, RunFolder, best, free_folder, newest_run
 from ray_ctrl.settings import load_config, to_yaml
 from ray_ctrl.stopping import Stopper
+from ray_ctrl.tracking import open_tracker
 
 VALIDATION_BUDGETS = 4
 STATS_TIMEOUT_S = 30.0
-RESUMABLE = ("run.iterations", "run.checkpoint_every", "run.keep_checkpoints", "run.tensorboard", "runners.")
+RESUMABLE = (
+    "run.iterations",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.tensorboard",
+    "run.track",
+    "runners.",
+)
 # What the algorithm calls a number, and what tables and curves call it.
 RENAMED = {
     "reward_mean": "reward",
@@ -174,6 +182,7 @@ class Trainer:
     def __post_init__(self) -> None:
         from ray_ctrl.building import build_algorithm
 
+        self.tracker = open_tracker(self.config.run.track, self.config.model_dump(mode="json"), self.folder.root)
         self.contexts = validation_contexts(len(self.setting.build("validation").samples), self.setting.budgets)
         self.algorithm = build_algorithm(self.setting, self.envs, len(self.contexts))
         self.done = self._restore()
@@ -211,12 +220,16 @@ class Trainer:
             for key, value in row.items():
                 if key != "iteration":
                     self.writer.add_scalar(key, value, self.done)
+        if self.tracker is not None:
+            self.tracker.log({key: value for key, value in row.items() if key != "iteration"}, self.done)
         return row
 
     def stop(self) -> None:
         """Ends the algorithm's processes."""
         if self.writer is not None:
             self.writer.close()
+        if self.tracker is not None:
+            self.tracker.close()
         self.algorithm.stop()
 
     def _restore(self) -> int:

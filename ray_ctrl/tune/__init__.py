@@ -9,11 +9,11 @@ Ctrl-C stops the trials at their last checkpoints; `--resume` goes on: finished 
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from envs.errors import UserError
 from ray_ctrl.console import console, table
@@ -26,6 +26,7 @@ STATE = "tune"
 INTERRUPTED = 130
 # Read by Ray Tune; set only where the user has not.
 TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see Interruption
     "TUNE_GLOBAL_CHECKPOINT_S": "5",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -89,11 +90,10 @@ def _run(sweep: Sweep, root: Path, resume: bool) -> int:
     with connect(runners.address, needed(totals(group)), timeout_s=runners.connect_timeout_s) as there:
         concurrent = at_once(sweep, totals(group), there)
         show_plan(sweep, there)
-        with _terminated_as_interrupted():
+        with Interruption() as interruption:
             statuses = drive(sweep, root, concurrent, resume)
-    finished = bool(statuses) and all(status in ("TERMINATED", "ERROR") for status in statuses.values())
-    finished = finished and len(statuses) >= sweep.trials
-    return finish(sweep, root, statuses, finished)
+    ended = sum(status in ("TERMINATED", "ERROR") for status in statuses.values())
+    return finish(sweep, root, statuses, finished=ended >= sweep.trials and not interruption.asked)
 
 
 def prepare(sweep: Sweep, root: Path) -> Sweep:
@@ -165,6 +165,7 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool) -> dict[str, 
             param_space=param_space(sweep),
             tune_config=tune.TuneConfig(
                 # Schedulers and searchers carry metric and mode themselves.
+                reuse_actors=True,  # a trial begins in a process that has everything loaded
                 num_samples=1 if sweep.file.search == "grid" else sweep.file.trials or 1,
                 search_alg=searcher(sweep, concurrent),
                 scheduler=scheduler(sweep),
@@ -179,14 +180,11 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool) -> dict[str, 
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
             ),
         )
-    try:
-        tuner.fit()
-    finally:
-        statuses = progress.statuses()
-    return statuses
+    tuner.fit()
+    return progress.statuses()
 
 
-def finish(sweep: Sweep, root: Path, statuses: Mapping[str, str], finished: bool) -> int:
+def finish(sweep: Sweep, root: Path, statuses: Mapping[str, str], *, finished: bool) -> int:
     """Table, plot and the best controller; says how to go on where the sweep was interrupted."""
     from ray_ctrl.tune.summary import export_winner, read_results, rows, write_summary
 
@@ -212,17 +210,28 @@ def finish(sweep: Sweep, root: Path, statuses: Mapping[str, str], finished: bool
     return 0
 
 
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM (a stopped job, a drained node) as Ctrl-C, which Ray Tune answers by saving and leaving."""
+class Interruption:
+    """SIGINT and SIGTERM (a stopped job, a drained node) as a wish to stop; the second one interrupts at once.
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+    Ray Tune is told by SIGUSR1, on which it saves its state and leaves.
+    """
 
-    before = signal.signal(signal.SIGTERM, forward)
-    try:
-        yield
-    except KeyboardInterrupt:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        console.print("stopping the trials at their last checkpoints", markup=False)
+        os.kill(os.getpid(), signal.SIGUSR1)

@@ -9,6 +9,8 @@ from ray_ctrl.console import console
 from ray_ctrl.runs import write_json
 from ray_ctrl.tune.sweep import Sweep
 
+DONE = ("TERMINATED", "ERROR")
+
 
 class Progress(tune.Callback):
     """What the user sees of a sweep while it runs."""
@@ -18,16 +20,25 @@ class Progress(tune.Callback):
         self.root = root
         self.best: float | None = None
         self.trials: list[Any] = []
+        self.ended: set[str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"trials": []}
+        return self.__dict__ | {"trials": [], "ended": None}
 
     def statuses(self) -> dict[str, str]:
-        """Trial to Tune's word for its state."""
-        return {trial.trial_id: str(trial.status) for trial in self.trials}
+        """Trial to Tune's word for its state; an interrupted trial, which Tune counts as terminated, is UNFINISHED."""
+        ended = self.ended or set()
+        return {
+            trial.trial_id: "UNFINISHED"
+            if str(trial.status) in DONE and trial.trial_id not in ended
+            else str(trial.status)
+            for trial in self.trials
+        }
 
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.trials = list(trials)
+        if self.ended is None:  # a resumed sweep begins with those that ended before
+            self.ended = {trial.trial_id for trial in trials if str(trial.status) in DONE}
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -45,14 +56,17 @@ class Progress(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.trials = list(trials)
-        # Tune changes this trial's own status only after the callback.
-        done = 1 + sum(t is not trial and str(t.status) in ("TERMINATED", "ERROR") for t in trials)
-        console.print(f"{self._name(trial)} ended  ({done} of {self.sweep.trials})", markup=False)
+        self._end(trial)
+        console.print(f"{self._name(trial)} ended  ({len(self.ended or ())} of {self.sweep.trials})", markup=False)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.trials = list(trials)
+        self._end(trial)
         console.print(f"{self._name(trial)} failed: {cause(trial)}", markup=False)
         write_json(self.root / f"failed-{trial.trial_id}.json", {"trial": trial.trial_id, "cause": cause(trial)})
+
+    def _end(self, trial: Any) -> None:
+        self.ended = (self.ended or set()) | {trial.trial_id}
 
     def _name(self, trial: Any) -> str:
         return f"trial {trial.trial_id}"

@@ -1,0 +1,133 @@
+"""The doctor finds what is wrong, names what mends it, and tells by its exit status."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ray_ctrl import doctor
+from ray_ctrl.doctor import Finding
+from ray_ctrl.settings import load_config
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def findings(check: str, *overrides: str, quick: bool = True) -> list[Finding]:
+    return [f for f in doctor.examine(load_config("smoke", overrides=overrides), quick=quick) if f.check == check]
+
+
+def test_the_command_tells_by_its_exit_status(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ray_ctrl.cli", "doctor", "--quick", "--json", "model.name=" + str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    assert {"python", "packages", "origins", "device", "network", "ports", "disk", "model", "task", "store"} <= (
+        {f["check"] for f in found} | {"disk"}
+    )
+    wrong = [f for f in found if f["level"] == "wrong"]
+    assert [f["check"] for f in wrong] == ["model"]
+    assert all(f["fix"] for f in wrong)
+
+
+def test_packages_of_a_wrong_version_and_missing_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "requirements", lambda: ["numpy<1", "surely-not-installed>=2", "pyyaml>=6"])
+    (found,) = list(doctor.packages())
+    assert found.level == "wrong"
+    assert "surely-not-installed is missing" in found.seen
+    assert "does not meet <1" in found.seen
+    assert "pip install" in found.fix
+
+
+def test_this_environment_has_what_is_required() -> None:
+    (found,) = list(doctor.packages())
+    assert found.level == "ok", found
+    assert len(doctor.requirements()) > 10
+
+
+def test_ports_in_use_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(doctor, "RAY_PORTS", {port: "a test"})
+        (found,) = list(doctor.ports())
+    assert found.level == "note"
+    assert f"{port} (a test)" in found.seen
+    (found,) = list(doctor.ports())
+    assert found.level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("mode", "token", "level"),
+    [("disabled", None, "ok"), ("token", "secret", "ok"), ("token", None, "wrong"), ("maybe", None, "wrong")],
+)
+def test_authentication(
+    mode: str, token: str | None, level: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    if token:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    (found,) = list(doctor.authentication())
+    assert found.level == level
+    assert token is None or token not in found.seen
+
+
+def test_a_token_that_ray_would_pick_up_by_itself_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret", encoding="utf-8")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    (found,) = list(doctor.authentication())
+    assert found.level == "note"
+    assert "secret" not in found.seen
+
+
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = type("Usage", (), {"free": 10**8, "total": 10**13})
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
+    found = list(doctor.disks(load_config("smoke", overrides=[f"run.folder={tmp_path}/runs/deep"])))
+    assert ("run folder", "wrong") in {(f.check, f.level) for f in found}
+    assert any("Ray refuses to write" in f.seen for f in found)
+
+
+def test_settings_that_do_not_fit_this_machine() -> None:
+    (found,) = findings("resources", "runners.count=4000", "grpo.groups=4000")
+    assert found.level == "wrong"
+    assert "cannot hold this run" in found.seen
+    assert found.fix
+
+
+def test_a_store_on_a_network_file_system_or_damaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = load_config("smoke", overrides=[f"store.path={tmp_path / 'outcomes.sqlite'}"])
+    assert [f.level for f in doctor.store(config)] == ["ok"]
+    monkeypatch.setattr(doctor, "_file_system", lambda _: "nfs4")
+    assert "network file system (nfs4)" in next(iter(doctor.store(config))).seen
+    monkeypatch.undo()
+    (tmp_path / "outcomes.sqlite").write_bytes(b"no store at all" * 100)
+    (found,) = findings("store", f"store.path={tmp_path / 'outcomes.sqlite'}")
+    assert found.level == "wrong"
+
+
+def test_a_check_that_breaks_keeps_none_of_the_others() -> None:
+    def broken() -> None:
+        raise ValueError("oh\nno")
+
+    (found,) = list(doctor._guarded("x", broken))  # type: ignore[arg-type]
+    assert (found.level, found.seen) == ("wrong", "the check broke: ValueError: oh")
+
+
+def test_a_cluster_that_does_not_answer() -> None:
+    found = list(
+        doctor.ray_itself(
+            load_config("smoke", overrides=["runners.address=127.0.0.1:9", "runners.connect_timeout_s=2"])
+        )
+    )
+    assert [f.level for f in found] == ["wrong"]
+    assert "no Ray cluster answers" in found[0].seen

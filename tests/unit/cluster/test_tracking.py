@@ -1,0 +1,58 @@
+"""`run.track`: rows reach MLflow's local store once, a resumed run goes on in its entry, errors are told."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from envs.errors import UserError
+from ray_ctrl.settings import load_config
+from ray_ctrl.tracking import open_tracker
+
+SETTINGS = {"grpo": {"lr": 0.001}, "run": {"seed": 3}}
+
+
+def test_none_is_none(tmp_path: Path) -> None:
+    assert load_config("smoke").run.track is None
+    assert open_tracker(None, SETTINGS, tmp_path) is None
+
+
+def test_mlflow_keeps_rows_and_settings_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow-skinny is a development dependency")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = (tmp_path / "mlruns").as_uri()
+    run = tmp_path / "my-run"
+    run.mkdir()
+    for steps in ((1, 2), (3,)):  # the second time round is the resumed run
+        tracker = open_tracker(f"mlflow:{uri}", SETTINGS, run)
+        assert tracker is not None
+        for step in steps:
+            tracker.log({"reward": step / 10, "validation/reward": 1.0}, step)
+        tracker.close()
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("ray-ctrl")
+    entries = client.search_runs([experiment.experiment_id])
+    assert len(entries) == 1
+    assert entries[0].info.run_name == "my-run"
+    assert entries[0].data.params == {"grpo.lr": "0.001", "run.seed": "3"}
+    history = client.get_metric_history(entries[0].info.run_id, "reward")
+    assert [(point.step, point.value) for point in history] == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert entries[0].info.status == "FINISHED"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed here")
+def test_a_missing_package_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run.track = 'wandb:me' needs a package.*pip install wandb"):
+        open_tracker("wandb:me", SETTINGS, tmp_path)
+
+
+def test_an_unreachable_tracker_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    with pytest.raises(UserError, match=r"cannot be used.*run.track=null") as caught:
+        open_tracker("mlflow:nonsense://x", SETTINGS, tmp_path)
+    assert "\n" not in caught.value.message
+
+
+def test_other_trackers_are_refused() -> None:
+    with pytest.raises(UserError, match=r"run.track = 'comet:x' is not allowed"):
+        load_config("smoke", overrides=["run.track=comet:x"])
