@@ -7,7 +7,6 @@ so that they share all they have in common; waves hold prompts of similar length
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from envs.engine.memory import MemoryPlan
@@ -232,9 +231,3 @@ class Executor:
             batch.keep(going)
             return [after[place] for place in going]
         return after if going else []
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -172,22 +172,17 @@ class OutcomeStore:
         """Take over the entries of another store file that this one lacks; how many came."""
         source = OutcomeStore(_existing(other), None)
         source.close()
-        with self._lock:
-            db = self._open()
-            before = db.total_changes
+        with self._read() as db:
+            db.execute("ATTACH DATABASE ? AS other", (str(source.path),))
             try:
-                db.execute("ATTACH DATABASE ? AS other", (str(source.path),))
                 with _transaction(db):
                     db.execute("INSERT OR IGNORE INTO settings SELECT * FROM other.settings")
                     settled = db.total_changes
                     for table in TABLES:
                         db.execute(f"INSERT OR IGNORE INTO {table} SELECT * FROM other.{table}")
                     came = db.total_changes - settled
-            except sqlite3.Error as error:
-                raise self._broken(error) from None
             finally:
-                if db.total_changes >= before:
-                    db.execute("DETACH DATABASE other")
+                db.execute("DETACH DATABASE other")
         self._bound()
         return came
 

@@ -150,8 +150,8 @@ def _linear(key: str, name: str, rows: int, columns: int, start: int = 0) -> Ite
     yield f"{key}.bias", Slot(f"{name}.bias", (rows,), start, start + rows)
 
 
-def resolve_folder(path_or_id: str | Path) -> Path:
-    """A local folder for a folder, "embedded", or a hub id (fetched, without code files).
+def resolve_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """A local folder for a folder, "embedded", or a hub id (fetched at `revision`, without code files).
 
     Raises:
         UserError: there is no such folder, or the hub has or gives nothing of that name.
@@ -170,10 +170,13 @@ def resolve_folder(path_or_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # the hub client raises many unrelated kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot fetch {path_or_id} from the hub ({reason}): check the name and the network") from None
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"cannot fetch {path_or_id}{at} from the hub ({reason}): check the name and the network"
+        ) from None
 
 
 def weight_files(folder: Path) -> list[Path]:

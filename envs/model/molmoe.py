@@ -41,14 +41,18 @@ class AdaptiveMolmoE(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path_or_id: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path_or_id: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
     ) -> "AdaptiveMolmoE":
         """Read a checkpoint in the published layout: a folder, a hub id, or "embedded". In eval mode, frozen.
 
         Raises:
             UserError: nothing there, or files that are corrupt or do not fit each other.
         """
-        folder = resolve_folder(path_or_id)
+        folder = resolve_folder(path_or_id, revision)
         config = MolmoEConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = cls(config)

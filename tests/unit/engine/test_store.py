@@ -142,6 +142,10 @@ def test_merge_takes_what_is_missing(store, tmp_path):
     held = store.get_outcomes([entry(n)[0] for n in range(20)])
     assert [held[entry(n)[0]].token_ids[0] for n in range(20)] == [1] * 10 + [2] * 10
     assert store.merge(tmp_path / "other.sqlite") == 0
+    (tmp_path / "broken.sqlite").write_bytes(b"x" * 5000)
+    with pytest.raises(UserError, match="cannot use store"):
+        store.merge(tmp_path / "broken.sqlite")
+    assert len(store.get_outcomes([entry(n)[0] for n in range(20)])) == 20
 
 
 def test_export(store, tmp_path):

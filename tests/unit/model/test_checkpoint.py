@@ -115,6 +115,17 @@ def test_no_folder(name):
         AdaptiveMolmoE.from_pretrained(name)
 
 
+def test_hub_failures_are_one_line(monkeypatch):
+    def refuse(name, **settings):
+        assert settings["revision"] == "abc"
+        assert not any(pattern.endswith(".py") for pattern in settings["allow_patterns"])
+        raise OSError("no route to host\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(UserError, match=r"someone/model at revision abc from the hub \(no route to host\)"):
+        AdaptiveMolmoE.from_pretrained("someone/model", revision="abc")
+
+
 def test_bad_device(folder):
     with pytest.raises(UserError, match="cannot be used") as caught:
         AdaptiveMolmoE.from_pretrained(folder, device="quantum")
