@@ -6,6 +6,7 @@ A user's mistake is one line on stderr and exit status 2; `RAY_CTRL_DEBUG=1` sho
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -273,7 +274,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problem = wrong_origin()
     if problem is not None:
         return _complain(problem)
-    return _guard(lambda: app(args=arguments, prog_name="ray-ctrl", standalone_mode=False))
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _guard(lambda: app(args=arguments, prog_name="ray-ctrl", standalone_mode=False))
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning as one line, without the place in the code that Python would add."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _guard(command: Callable[[], Any]) -> int:

@@ -1,16 +1,24 @@
-"""Whole commands in subprocesses. One small training run is shared by the tests that only read it."""
+"""Whole commands. One small training run, in a process of its own, is shared by the tests that only read it.
 
+Commands that are killed, stopped or looked at from outside run as subprocesses (`start`, `finish`); the others run
+through the same entry point inside this process (`ray_ctrl`), which spares each of them the imports.
+"""
+
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ray_ctrl.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 240.0
@@ -56,8 +64,11 @@ def finish(process: subprocess.Popen[str]) -> Done:
 
 
 def ray_ctrl(*arguments: str | Path) -> Done:
-    """Runs `ray-ctrl ARGUMENTS` to its end."""
-    return finish(start(arguments))
+    """Runs `ray-ctrl ARGUMENTS` to its end in this process; an exception that escapes fails the test."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = main([str(argument) for argument in arguments])
+    return Done(status, out.getvalue(), err.getvalue())
 
 
 def fine(*arguments: str | Path) -> Done:
@@ -94,7 +105,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of `ray-ctrl train --preset smoke`, only to be read."""
     run = tmp_path_factory.mktemp("smoke") / "run"
-    done = fine("train", "--preset", "smoke", "--run-dir", run)
+    done = finish(start(["train", "--preset", "smoke", "--run-dir", run]))
+    assert done.status == 0, done.out + done.err
     (run.parent / "train.out").write_text(done.out, encoding="utf-8")
     (run.parent / "train.err").write_text(done.err, encoding="utf-8")
     return run

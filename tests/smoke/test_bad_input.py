@@ -34,6 +34,12 @@ def test_settings_that_do_not_do(tmp_path: Path, overrides: list[str], words: st
     assert not (tmp_path / "run").exists(), "a run that never began leaves nothing in the way of the next try"
 
 
+def test_the_program_itself_ends_with_status_2() -> None:
+    done = finish(start(["train", "--dry-run", "grpo.lrr=1"]))
+    assert done.status == 2
+    assert done.err == "error: unknown config key 'grpo.lrr': the nearest valid key is 'grpo.lr'\n"
+
+
 def test_existing_run_folder_is_not_overwritten(trained: Path) -> None:
     before = snapshot(trained)
     assert "exists already: continue it with --resume" in refused(*SMOKE, "--run-dir", trained)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import fine, finish, ray_ctrl, snapshot, stable_metrics, start
+from conftest import fine, finish, refused, snapshot, stable_metrics, start
 from PIL import Image
 
 from ray_ctrl.settings import load_config
@@ -130,8 +130,9 @@ def test_profile_writes_a_table_that_training_takes(tmp_path: Path) -> None:
     table = tmp_path / "table.json"
     fine("profile", "-p", "smoke", "clock.profile_samples=2", "clock.profile_repeats=1", "--out", table)
     assert "reference" in fine("inspect", table).out
-    again = ray_ctrl("profile", "-p", "smoke", "--out", table)
-    assert again.status == 2
+    assert "exists already" in refused("profile", "-p", "smoke", "--out", table)
     run = tmp_path / "run"
-    fine("train", "-p", "smoke", "clock.kind=profiled", f"clock.table={table}", "run.iterations=1", "--run-dir", run)
-    assert "profiled" in (run / "config.yaml").read_text("utf-8")
+    settings = ["clock.kind=profiled", f"clock.table={table}", "run.iterations=1", "evaluation.lookup_samples=0"]
+    fine("train", "-p", "smoke", *settings, "--run-dir", run)
+    summary = json.loads((run / "evaluation/summary.json").read_text("utf-8"))
+    assert set(summary["methods"]) == {"controller", "random knobs", "full plan", "cheapest plan"}

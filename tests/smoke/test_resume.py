@@ -1,11 +1,12 @@
 """A run that is killed or stopped and then resumed equals the one left alone."""
 
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT_S, fine, finish, refused, stable_metrics, start
+from conftest import LIMIT_S, fine, finish, ray_ctrl, refused, snapshot, stable_metrics, start
 
 CRASH = Path(__file__).with_name("crash.py")
 
@@ -36,18 +37,30 @@ def test_killed_before_the_first_checkpoint_starts_over(trained: Path, tmp_path:
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    fine("train", "-p", "smoke", "--run-dir", run)
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("evaluation", "controller.json"))
     weights = max((run / "checkpoints/iteration_000004").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
     weights.write_bytes(weights.read_bytes()[:-7])
+    damaged = snapshot(run / "checkpoints/iteration_000002")
     done = fine("train", "--resume", "--run-dir", run)
-    assert "iteration_000004 is left out" in done.out + done.err
+    assert "warning: checkpoint" in done.err
+    assert "iteration_000004 is left out" in done.err
+    assert "resumed after iteration 2" in done.out
     assert stable_metrics(run) == stable_metrics(trained)
+    assert snapshot(run / "checkpoints/iteration_000002") == damaged
+
+
+def test_no_good_checkpoint_left(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
     for folder in (run / "checkpoints").glob("iteration_*"):
         (folder / "manifest.json").unlink()
-    assert "every checkpoint" in refused("train", "--resume", "--run-dir", run)
+    done = ray_ctrl("train", "--resume", "--run-dir", run)
+    assert done.status == 2
+    assert done.err.splitlines()[-1].startswith("error: every checkpoint")
+    assert len(done.err.splitlines()) == 3  # a warning for each of the two, then the error
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_wish_to_stop_leaves_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     process = start(["train", "-p", "smoke", "run.iterations=2000", "--run-dir", run])
