@@ -1,7 +1,6 @@
 """Shape of the embedded model, its tokenizer and the files that describe both, in the published MolmoE layout."""
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +15,7 @@ END: Final = "<|endoftext|>"
 PADDING: Final = "<|padding|>"
 EMBEDDINGS: Final = 512
 _CORPUS_SCENES: Final = 1500
+_TOKENIZER: Final = Path(__file__).parent / "tokenizer.json"
 
 GEOMETRY: Final = ImageGeometry(
     crop=56,
@@ -67,13 +67,18 @@ def build_config(vocabulary: int) -> MolmoEConfig:
 
 
 def build_tokenizer() -> Tokenizer:
-    """The model's tokenizer, a new object at every call."""
-    return Tokenizer.from_str(_tokenizer_json())
+    """The model's tokenizer, a new object at every call.
+
+    It is kept as a file: were it trained anew from scenes that have changed, ids would change and weights be useless.
+    """
+    return Tokenizer.from_file(str(_TOKENIZER))
 
 
-@cache
-def _tokenizer_json() -> str:
-    """A byte-level BPE in which every word of the scenes' language is one token and any other text still encodes."""
+def train_tokenizer() -> Tokenizer:
+    """How the kept tokenizer was made: a byte-level BPE over the scenes' language.
+
+    Every word of that language is one token, and any other text still encodes.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -90,7 +95,7 @@ def _tokenizer_json() -> str:
         texts += [f"{prompt_text(q.text)} {q.answer}" for q in questions]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(list(IMAGE_TOKENS))
-    return str(tokenizer.to_str())
+    return tokenizer
 
 
 def build_processor() -> MolmoEProcessor:

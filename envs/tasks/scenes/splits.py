@@ -26,6 +26,9 @@ class SplitSize:
     questions: int
 
 
+# Questions that need digits read are asked more often: they are what the number of crops is spent on.
+_WEIGHTS: Final = MappingProxyType({"color": 3, "shape": 2, "count": 3, "digit": 5, "compare": 3, "match": 8})
+
 SPLITS: Final = MappingProxyType(
     {"train": SplitSize(5000, 4), "validation": SplitSize(1000, 2), "test": SplitSize(1000, 2)}
 )
@@ -81,9 +84,8 @@ def load_scenes(split: str) -> tuple[Sample, ...]:
 
 
 def pick_questions(scene: Scene, count: int, rng: np.random.Generator) -> list[Question]:
-    """`count` different questions: families drawn evenly among those the scene allows, then one of the family.
-
-    `match` is possible in fewer scenes than the others, so it is taken first in half of those that allow it.
+    """`count` different questions, of different families where the scene allows it: first a family is drawn by weight
+    among those still open, then one of its questions.
     """
     open_questions = all_questions(scene)
     chosen: list[Question] = []
@@ -91,9 +93,8 @@ def pick_questions(scene: Scene, count: int, rng: np.random.Generator) -> list[Q
         used = {q.family for q in chosen}
         families = [f for f in FAMILIES if any(q.family == f for q in open_questions)]
         fresh = [f for f in families if f not in used] or families
-        if "match" in fresh and not chosen and rng.random() < 0.3:
-            fresh = ["match"]
-        family = fresh[int(rng.integers(len(fresh)))]
+        weights = np.array([_WEIGHTS[f] for f in fresh])
+        family = str(rng.choice(fresh, p=weights / weights.sum()))
         pool = [q for q in open_questions if q.family == family]
         question = pool[int(rng.integers(len(pool)))]
         open_questions.remove(question)

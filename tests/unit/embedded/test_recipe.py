@@ -23,7 +23,7 @@ from envs.model.embedded.packing import (
     pack,
     random_plan,
 )
-from envs.model.embedded.shape import build_config, build_processor, build_tokenizer
+from envs.model.embedded.shape import build_config, build_processor, build_tokenizer, train_tokenizer
 from envs.model.embedded.train import Recipe, check_folder, train
 from envs.model.embedded.warmup import WarmupCrops
 from envs.tasks.scenes import SceneImage, all_questions, make_scene
@@ -139,6 +139,17 @@ def test_every_word_of_the_scenes_is_one_token_and_anything_encodes() -> None:
         assert len(tokenizer.encode(word).ids) == 1, word
     text = " Où est le bébé? 東京 \U0001f600"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_the_kept_tokenizer_knows_the_words_the_scenes_use_now() -> None:
+    """Scenes may change after the tokenizer was made; their words must not."""
+    kept, fresh = build_tokenizer(), train_tokenizer()
+    words = {word for word in fresh.get_vocab() if word.startswith("\u0120")}
+    text = {fresh.decode([fresh.token_to_id(word)]) for word in words}
+    used = {w for seed in range(200) for q in all_questions(make_scene("corpus", seed)) for w in q.text.split()}
+    whole = {word for word in used if f" {word}" in text}
+    assert len(whole) > 20
+    assert all(len(kept.encode(f" {word}").ids) == 1 for word in whole)
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
