@@ -114,7 +114,7 @@ class PackedScenes(Dataset[PackedBatch]):
     def _scenes(self, rng: np.random.Generator, step: int, tier: str) -> list[Scene]:
         """Scenes of one canvas, and of the tiling that the first of them has."""
         name = str(rng.choice(list(FORMATS), p=[f.weight for f in FORMATS.values()]))
-        # No seed is used twice, by any step or any seed of the recipe.
+        # No scene is drawn twice in a run.
         first = (self.seed * 10_000_000 + step) * _SEEDS_PER_STEP
         wanted = self.settings.images[TIERS.index(tier)]
         scenes: list[Scene] = []
