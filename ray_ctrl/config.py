@@ -206,10 +206,11 @@ class BudgetConfig(Section):
     """Latency budgets. The device's range goes from the cheapest plan's 95th percentile to the full plan's."""
 
     low: float = Field(
-        default=1.0,
+        default=1.3,
         gt=0,
         le=100,
-        description="Smallest training budget as a multiple of the lower end of the device's range. Above 0, to 100.",
+        description="Smallest training budget as a multiple of the lower end of the device's range. With 1.3 the "
+        "smallest held-out budget still lets the cheapest plan through. Above 0, to 100.",
     )
     high: float = Field(
         default=1.0,
