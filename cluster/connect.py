@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -77,7 +79,8 @@ def connect(address: str, plan: ResourcePlan, *, timeout_s: float) -> Iterator[d
         _check_reachable(target, timeout_s)
         options["address"] = target
     try:
-        ray.init(**options)
+        with _sigterm_kept():
+            ray.init(**options)
     except Exception as error:
         what = "a local Ray" if local else f"the Ray cluster at {options['address']}"
         raise ConnectError(f"cannot start or reach {what}: {_first_line(error)}") from error
@@ -85,6 +88,20 @@ def connect(address: str, plan: ResourcePlan, *, timeout_s: float) -> Iterator[d
         yield _wait_for(plan, 5.0 if local else timeout_s, "the local Ray" if local else "the cluster")
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Gives SIGTERM back to whoever had it: ray.init makes it an immediate exit, and a checkpoint would be lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before not in (None, signal.SIG_DFL):
+            signal.signal(signal.SIGTERM, before)
 
 
 def _local_options(plan: ResourcePlan) -> dict[str, Any]:

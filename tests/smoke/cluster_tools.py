@@ -65,6 +65,7 @@ class Head:
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
         }
+        environment["RAY_worker_niceness"] = "0"  # tests share their machine with others
         environment.pop("RAY_ADDRESS", None)
         self.log = (self.folder / "start.log").open("w")
         self.process = subprocess.Popen(
