@@ -25,6 +25,7 @@ QUIET_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "PYTHONWARNINGS": "ignore",
     "GLOG_minloglevel": "3",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
 

@@ -101,7 +101,11 @@ def _common(setting: Setting, split: str, contexts: int) -> GRPOConfig:
         ENVIRONMENT,
         env_config={"world": setting.world("train"), "group_size": config.grpo.group_size, "seed": config.run.seed},
     )
-    settings.training(hidden=config.controller.hidden, runner_threads=config.model.threads)
+    settings.training(
+        hidden=config.controller.hidden,
+        runner_threads=config.model.threads,
+        restart_timeout_s=runners.restart_timeout_s,
+    )
     settings.evaluation(
         evaluation_interval=None,
         evaluation_num_env_runners=runners.evaluation,

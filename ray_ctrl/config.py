@@ -328,6 +328,12 @@ class RunnersConfig(Section):
     sample_timeout_s: float = Field(
         default=600.0, gt=0, le=86400, description="Wait for one runner's rollouts, s. To 86400."
     )
+    restart_timeout_s: float = Field(
+        default=300.0,
+        gt=0,
+        le=86400,
+        description="Wait for a first runner to come back when all are dead, s. To 86400.",
+    )
 
 
 class EvaluationConfig(Section):

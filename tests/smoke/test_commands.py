@@ -89,7 +89,7 @@ def test_answer_shows_choice_answer_and_stages(trained: Path, picture: Path) -> 
 def test_answer_without_an_image(trained: Path) -> None:
     said = json.loads(fine("answer", "-", "what?", "-b", "40", "--controller", trained, "--json").out)
     assert said["knobs"]["tier"] == "low"
-    assert said["stages_ms"]["vision"] == 0
+    assert said["stages_ms"]["vision"] < 0.1 * said["latency_ms"]
 
 
 def test_inspect(trained: Path) -> None:
