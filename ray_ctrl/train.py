@@ -21,6 +21,7 @@ from ray_ctrl.tracking import open_tracker
 
 VALIDATION_BUDGETS = 4
 STATS_TIMEOUT_S = 30.0
+LEARNER_LOSSES = 4  # a run gives up at the fourth
 RESUMABLE = (
     "run.iterations",
     "run.checkpoint_every",
@@ -180,13 +181,17 @@ class Trainer:
     envs: int
 
     def __post_init__(self) -> None:
-        from ray_ctrl.building import build_algorithm
-
         self.tracker = open_tracker(self.config.run.track, self.config.model_dump(mode="json"), self.folder.root)
         self.contexts = validation_contexts(len(self.setting.build("validation").samples), self.setting.budgets)
+        self.lost = 0
+        self._build()
+        self.writer = self._writer()
+
+    def _build(self) -> None:
+        from ray_ctrl.building import build_algorithm
+
         self.algorithm = build_algorithm(self.setting, self.envs, len(self.contexts))
         self.done = self._restore()
-        self.writer = self._writer()
 
     def train(self, stopper: Stopper) -> bool:
         """Runs to the last iteration; False when a signal ended it before."""
@@ -195,13 +200,36 @@ class Trainer:
         with progress_bar() as bar:
             task = bar.add_task("training", total=total, completed=self.done)
             while self.done < total and not stopper.requested:
-                row = self.iterate()
+                row = self._iterate_or_recover()
+                if row is None:
+                    first, begun = self.done, time.monotonic()
+                    continue
                 spent = (time.monotonic() - begun) / (self.done - first)
                 console.print(iteration_line(row, total, spent * (total - self.done)), markup=False)
                 bar.update(task, completed=self.done)
                 if self._due() or stopper.requested:
                     self._checkpoint(row)
         return self.done >= total
+
+    def _iterate_or_recover(self) -> Metrics | None:
+        """One iteration; where a learner died, None, with everything back at the last checkpoint.
+
+        Raises:
+            LearnerDied: learners keep dying.
+        """
+        from policies.grpo.learner import LearnerDied
+
+        try:
+            row = self.iterate()
+        except LearnerDied as error:
+            self.lost += 1
+            if self.lost >= LEARNER_LOSSES:
+                raise
+            console.print(f"{error.message} (done by itself, {self.lost} of {LEARNER_LOSSES - 1})", markup=False)
+            self.algorithm.stop()
+            self._build()
+            return None
+        return row
 
     def iterate(self) -> Metrics:
         """One iteration, written to metrics.jsonl and TensorBoard."""

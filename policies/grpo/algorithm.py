@@ -27,7 +27,7 @@ from policies.grpo import checkpoint
 from policies.grpo.advantages import GroupAdvantages, complete_groups, group_advantages
 from policies.grpo.config import GRPOConfig
 from policies.grpo.evaluation import EvaluationRequest, Row
-from policies.grpo.learner import WEIGHTS
+from policies.grpo.learner import WEIGHTS, learner_errors
 from policies.grpo.metrics import learner_metrics, rollout_metrics
 from policies.grpo.minibatches import minibatches
 from policies.grpo.prices import Prices, PriceSettings, overrun_cost
@@ -73,7 +73,8 @@ class GRPO(Algorithm):
             shutil.rmtree(self._logdir, ignore_errors=True)
 
     def step(self) -> dict[str, Any]:
-        result: dict[str, Any] = super().step()
+        with learner_errors(self.round):
+            result: dict[str, Any] = super().step()
         evaluated = self.config.evaluation_interval and (self.iteration + 1) % self.config.evaluation_interval == 0
         if not evaluated:
             result.pop(EVALUATION_RESULTS, None)  # RLlib repeats the last one otherwise

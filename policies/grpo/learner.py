@@ -1,17 +1,44 @@
 """The learner: RLlib's torch learner with the GRPO loss. Nothing is drawn here: the driver cuts the minibatches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import ray
 import torch
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from torch import Tensor
 
+from envs.errors import UserError
 from policies.grpo.losses import LossInputs, LossSettings, grpo_loss
 from policies.grpo.rl_module import REFERENCE_LOGITS, ControllerModule
 
 WEIGHTS = "row_weights"
+
+
+class LearnerDied(UserError):
+    """A learner's process is gone, and with it the weights since the last checkpoint."""
+
+
+@contextmanager
+def learner_errors(round_number: int) -> Iterator[None]:
+    """Say that a learner died: deaths of runners never come this far.
+
+    Raises:
+        LearnerDied: with the cause of death.
+    """
+    try:
+        yield
+    except ray.exceptions.RayActorError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        cause = next(
+            (line for line in reversed(lines) if "exit" in line or "dead" in line), lines[-1] if lines else "?"
+        )
+        raise LearnerDied(
+            f"a learner died in round {round_number}: {cause.split(' Some common causes')[0]}; resume from the last "
+            "checkpoint"
+        ) from error
 
 
 class GRPOLearner(TorchLearner):

@@ -1,0 +1,384 @@
+"""What dies on a real cluster of several nodes (simulated on one machine), and what training makes of it.
+
+Killed processes are killed from outside, by SIGKILL to their process or by taking their node away. The toy environment
+has a known answer; runs are compared with one that nobody disturbed, number by number.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpo_toy
+import numpy as np
+import pytest
+import ray
+from conftest import LIMIT_S, fine, finish, stable_metrics, start
+from grpo_toy import configuration, numbers, resumable
+from ray.cluster_utils import Cluster
+from ray.tune import register_env
+from ray.util.state import list_actors
+
+from envs.errors import UserError
+
+# Before Ray is imported by anything: it would take up any token that lies around.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+STORE_BYTES = 80_000_000
+ITERATIONS = 4
+
+
+class Nodes:
+    """A cluster whose head runs nothing, and workers that can be taken away."""
+
+    def __init__(self) -> None:
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 0,
+                "object_store_memory": STORE_BYTES,
+                "include_dashboard": False,
+                "_system_config": {"health_check_period_ms": 1000, "health_check_failure_threshold": 5},
+            },
+        )
+        ray.init(address=self.cluster.address, log_to_driver=False, configure_logging=False)
+        ray.cloudpickle.register_pickle_by_value(sys.modules[grpo_toy.ToyVectorEnv.__module__])
+        register_env(grpo_toy.ENVIRONMENT, grpo_toy.ToyVectorEnv)
+
+    def add(self, cpus: float = 1, gpus: int = 0) -> Any:
+        return self.cluster.add_node(num_cpus=cpus, num_gpus=gpus, object_store_memory=STORE_BYTES)
+
+    def remove(self, node: Any) -> None:
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def close(self) -> None:
+        ray.shutdown()
+        self.cluster.shutdown()
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    found = Nodes()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> list[dict[str, float]]:
+    """Numbers of a run with everything in one process, computed without Ray's help."""
+    register_env(grpo_toy.ENVIRONMENT, grpo_toy.ToyVectorEnv)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=STORE_BYTES, log_to_driver=False)
+    algorithm = resumable(0).build_algo()
+    rows = [numbers(algorithm.train()) for _ in range(ITERATIONS)]
+    algorithm.stop()
+    ray.shutdown()
+    return rows
+
+
+def build(runners: int = 2, **changes: Any) -> Any:
+    config = resumable(runners)
+    for method, settings in changes.items():
+        getattr(config, method)(**settings)
+    return config.build_algo()
+
+
+def pid_of(actor: Any) -> int:
+    return int(ray.get(actor.apply.remote(lambda _: os.getpid()), timeout=60))
+
+
+def runners_of(algorithm: Any) -> dict[int, Any]:
+    return dict(algorithm.env_runner_group._worker_manager.actors())
+
+
+def full_strength(algorithm: Any, count: int, timeout_s: float = 60.0) -> float:
+    """Seconds until `count` runners answer."""
+    started = time.monotonic()
+    while time.monotonic() - started < timeout_s:
+        algorithm.restore_env_runners(algorithm.env_runner_group)
+        if algorithm.env_runner_group.num_healthy_remote_env_runners() == count:
+            return time.monotonic() - started
+        time.sleep(0.2)
+    pytest.fail(f"only {algorithm.env_runner_group.num_healthy_remote_env_runners()} of {count} runners after 60 s")
+
+
+def checked(algorithm: Any, undisturbed: list[dict[str, float]], first: int = 0) -> None:
+    """The rest of the run: every round once, whole groups alone, numbers as if nothing had happened."""
+    for index in range(first, ITERATIONS):
+        row = algorithm.train()["grpo"]
+        assert row["round"] == index
+        assert row["rollouts"] == 32
+        assert row["groups"] == 8
+        assert row["rollouts_discarded"] == 0
+        assert {k: v for k, v in row.items() if k in undisturbed[index]} == pytest.approx(undisturbed[index], abs=1e-6)
+
+
+def test_runners_killed_in_sampling_and_between_are_back_within_30_s(
+    nodes: Nodes, undisturbed: list[dict[str, float]], tmp_path: Path
+) -> None:
+    nodes.add()
+    nodes.add()
+    # The process of one runner ends itself in the middle of its second sample; SIGKILL takes another one later.
+    broken = {"break": "die", "break_round": 1, "once": str(tmp_path / "died")}
+    algorithm = build(environment={"env_config": {"group_size": 4, "seed": 1, **broken}})
+    checked_rows = [algorithm.train()["grpo"] for _ in range(2)]
+    assert (tmp_path / "died").exists()
+    assert checked_rows[1]["chunks_rerun"] == 1.0
+    seconds = full_strength(algorithm, 2)
+    os.kill(pid_of(runners_of(algorithm)[2]), signal.SIGKILL)
+    time.sleep(0.5)
+    checked(algorithm, undisturbed, first=2)
+    seconds = max(seconds, full_strength(algorithm, 2))
+    print(f"full strength after {seconds:.1f} s")
+    assert seconds < 30
+    algorithm.stop()
+
+
+def test_a_lost_node_costs_its_work_and_nothing_else(nodes: Nodes, undisturbed: list[dict[str, float]]) -> None:
+    lost = nodes.add()
+    nodes.add(cpus=2)
+    algorithm = build()
+    assert algorithm.train()["grpo"]["round"] == 0
+    nodes.remove(lost)
+    checked(algorithm, undisturbed, first=1)
+    full_strength(algorithm, 2)
+    algorithm.stop()
+
+
+def test_a_node_lost_while_it_samples(nodes: Nodes, undisturbed: list[dict[str, float]], tmp_path: Path) -> None:
+    lost = nodes.add()
+    nodes.add(cpus=2)
+    # In round 1 one runner hangs; in that moment a node goes away, with that runner or with the other one.
+    hung = tmp_path / "hung"
+    broken = {"break": "stall", "break_round": 1, "once": str(hung)}
+    algorithm = build(
+        environment={"env_config": {"group_size": 4, "seed": 1, **broken}}, env_runners={"sample_timeout_s": 20}
+    )
+    algorithm.train()
+
+    def take_away() -> None:
+        deadline = time.monotonic() + 60
+        while not hung.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        nodes.remove(lost)
+
+    thread = threading.Thread(target=take_away)
+    thread.start()
+    checked(algorithm, undisturbed, first=1)
+    thread.join(60)
+    assert hung.exists()
+    assert sum(node["Alive"] for node in ray.nodes()) == 2
+    algorithm.stop()
+
+
+def test_all_nodes_with_runners_lost_is_an_error_in_time_and_a_new_node_mends_it(
+    nodes: Nodes, undisturbed: list[dict[str, float]], tmp_path: Path
+) -> None:
+    from policies.grpo.checkpoint import restore_checkpoint, save_checkpoint
+
+    lost = nodes.add(cpus=2)
+    algorithm = build(env_runners={"sample_timeout_s": 10}, training={"restart_timeout_s": 10})
+    algorithm.train()
+    saved = save_checkpoint(algorithm, tmp_path / "saved")
+    nodes.remove(lost)
+    started = time.monotonic()
+    with pytest.raises(UserError, match="all env runners are dead") as caught:
+        algorithm.train()
+    assert time.monotonic() - started < 90
+    assert "\n" not in caught.value.message
+    algorithm.stop()
+    nodes.add(cpus=2)
+    again = build()
+    restore_checkpoint(again, saved)
+    checked(again, undisturbed, first=1)
+    again.stop()
+
+
+def test_a_killed_learner_is_named_and_the_run_goes_on_from_its_checkpoint(
+    nodes: Nodes, undisturbed: list[dict[str, float]], tmp_path: Path
+) -> None:
+    from policies.grpo.checkpoint import restore_checkpoint, save_checkpoint
+
+    nodes.add(cpus=2)
+    algorithm = build(1, learners={"num_learners": 1})
+    algorithm.train()
+    saved = save_checkpoint(algorithm, tmp_path / "saved")
+    learner = next(iter(algorithm.learner_group._worker_manager.actors().values()))
+    os.kill(pid_of(learner), signal.SIGKILL)
+    with pytest.raises(UserError, match=r"a learner died in round 1: .*resume from the last checkpoint") as caught:
+        algorithm.train()
+    assert "\n" not in caught.value.message
+    algorithm.stop()
+    again = build(1, learners={"num_learners": 1})
+    restore_checkpoint(again, saved)
+    checked(again, undisturbed, first=1)
+    again.stop()
+
+
+def test_runners_with_stale_weights_are_brought_up_to_date(
+    nodes: Nodes, undisturbed: list[dict[str, float]], tmp_path: Path
+) -> None:
+    from policies.grpo.checkpoint import fingerprint, restore_checkpoint, save_checkpoint
+
+    nodes.add()
+    nodes.add()
+    algorithm = build()
+    algorithm.train()
+    saved = save_checkpoint(algorithm, tmp_path / "saved")
+    algorithm.train()
+    restore_checkpoint(algorithm, saved)
+    wanted = fingerprint(ray.get(algorithm.weights()))
+
+    def held(runner: Any) -> str:
+        return fingerprint(runner.module.get_state())
+
+    assert set(algorithm.env_runner_group.foreach_env_runner(held, local_env_runner=False)) == {wanted}
+
+    def spoil(runner: Any) -> None:
+        runner.module.set_state({name: np.zeros_like(value) for name, value in runner.module.get_state().items()})
+
+    algorithm.env_runner_group.foreach_env_runner(spoil, local_env_runner=False)
+    checked(algorithm, undisturbed, first=1)
+    algorithm.stop()
+
+
+def test_eight_runners_on_four_nodes_hold_eight_gpus(nodes: Nodes) -> None:
+    for _ in range(4):
+        nodes.add(cpus=1, gpus=2)
+    config = configuration(8, groups_per_iteration=32)
+    config.env_runners(num_cpus_per_env_runner=0.25, num_gpus_per_env_runner=1)
+    algorithm = config.build_algo()
+
+    def place(_: Any) -> tuple[str, str]:
+        context = ray.get_runtime_context()
+        return context.get_node_id(), ",".join(context.get_accelerator_ids()["GPU"])
+
+    places = algorithm.env_runner_group.foreach_env_runner(place, local_env_runner=False)
+    assert len(places) == len(set(places)) == 8
+    assert {gpu for _, gpu in places} == {"0", "1"}
+    assert len({node for node, _ in places}) == 4
+    row = algorithm.train()["grpo"]
+    assert (row["rollouts"], row["rollouts_discarded"]) == (128, 0)
+    algorithm.stop()
+
+
+# -- whole commands ---------------------------------------------------------------------------------------
+
+TRAIN = ("train", "-p", "smoke")
+RESULTS = ("controller/controller.safetensors", "evaluation/rollouts.csv")
+
+
+def same(run: Path, undisturbed_run: Path) -> None:
+    assert stable_metrics(run) == stable_metrics(undisturbed_run)
+    for name in RESULTS:
+        assert (run / name).read_bytes() == (undisturbed_run / name).read_bytes(), name
+
+
+def test_drivers_killed_at_random_moments_end_as_if_undisturbed(trained: Path, tmp_path: Path) -> None:
+    """As often as RAY_CTRL_KILLS says; each time at a moment drawn from the length of an undisturbed run."""
+    started = time.monotonic()
+    fine(*TRAIN, "--run-dir", tmp_path / "timed")
+    length = time.monotonic() - started
+    draw = random.Random(1)
+    landed = []
+    for index in range(int(os.environ.get("RAY_CTRL_KILLS", "2"))):
+        run = tmp_path / f"run-{index}"
+        process = start([*TRAIN, "--run-dir", run])
+        try:
+            process.communicate(timeout=draw.uniform(0.1, 1.0) * length)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        begun = (run / "run.json").is_file()
+        landed.append(len(stable_metrics(run)) if (run / "metrics.jsonl").is_file() else -1)
+        if not (run / "evaluation" / "summary.json").is_file():
+            shutil.rmtree(run / "evaluation", ignore_errors=True)
+            fine("train", "--resume", "--run-dir", run) if begun else fine(*TRAIN, "--run-dir", run)
+        same(run, trained)
+    print("iterations done when killed:", landed)
+
+
+def test_a_driver_and_its_node_killed_in_a_store_write(trained: Path, tmp_path: Path) -> None:
+    """Half of the store's third transaction is written when SIGKILL comes; nothing of it may count."""
+    script = tmp_path / "crash_in_store.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from envs.engine.store import OutcomeStore\n"
+        "from ray_ctrl.cli import main\n"
+        "insert, calls = OutcomeStore._insert, []\n"
+        "def deadly(self, table, columns, setting, rows):\n"
+        "    calls.append(table)\n"
+        "    if len(calls) == 3:\n"
+        "        db = self._open()\n"
+        "        db.execute('BEGIN IMMEDIATE')\n"
+        "        db.execute('DELETE FROM outcomes')\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return insert(self, table, columns, setting, rows)\n"
+        "OutcomeStore._insert = deadly\n"
+        "sys.exit(main(sys.argv[1:]))\n",
+        encoding="utf-8",
+    )
+    run, store = tmp_path / "run", tmp_path / "outcomes.sqlite"
+    died = finish(start([*TRAIN, f"store.path={store}", "--run-dir", run], program=(script,)))
+    assert died.status == -signal.SIGKILL, died.err
+    fine("train", "--resume", "--run-dir", run)
+    same(run, trained)
+
+
+def test_a_full_disk_at_a_checkpoint_keeps_the_ones_before(trained: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    sized = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+    if subprocess.run(sized, capture_output=True, check=False).returncode:
+        pytest.skip("a file system of a chosen size needs the right to mount")
+    try:
+        run = disk / "run"
+        process = start([*TRAIN, "--run-dir", run])
+        filler = disk / "filler"
+        deadline = time.monotonic() + LIMIT_S
+        while not (run / "checkpoints" / "iteration_000002").is_dir():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        # All but a few pages for metrics: the next checkpoint does not fit.
+        free = shutil.disk_usage(disk).free
+        filler.write_bytes(b"x" * max(0, free - 64 * 1024))
+        done = finish(process)
+        assert done.status == 2, done.out + done.err
+        assert "cannot write checkpoint" in done.err
+        assert "No space left on device" in done.err
+        assert "continue with --resume" in done.err
+        assert "Traceback" not in done.err
+        names = sorted(path.name for path in (run / "checkpoints").iterdir())
+        assert names == ["iteration_000002"]
+        filler.unlink()
+        fine("train", "--resume", "--run-dir", run)
+        same(run, trained)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+def test_a_run_goes_on_by_itself_when_its_learner_is_killed(nodes: Nodes, tmp_path: Path) -> None:
+    nodes.add(cpus=2)
+    run = tmp_path / "run"
+    settings = ("runners.learners=1", f"runners.address={nodes.cluster.address}", "run.iterations=6")
+    process = start([*TRAIN, *settings, "--run-dir", run])
+    deadline = time.monotonic() + LIMIT_S
+    while not (run / "checkpoints" / "iteration_000002").is_dir():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    learners = [actor for actor in list_actors(filters=[("state", "=", "ALIVE")]) if "Executable" in actor.class_name]
+    assert len(learners) == 1
+    os.kill(learners[0].pid, signal.SIGKILL)
+    done = finish(process)
+    assert done.status == 0, done.out + done.err
+    assert "a learner died" in done.out
+    assert [row["iteration"] for row in stable_metrics(run)] == [1, 2, 3, 4, 5, 6]
