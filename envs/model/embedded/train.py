@@ -2,10 +2,9 @@
 
 `python -m envs.model.embedded.train --out DIR [--minutes M] [--seed S] [--device cpu] [--resume]`
 
-Three phases: the vision tower alone on single crops (`warmup`); everything on whole scenes (`scenes_phase`), where
-captions give way to packed questions and few crops to many; and the same without captions and under the full plan
-alone, which makes blocks and experts worth their time. The model folder is DIR/model; the training state and the log
-lie beside it.
+Two phases: the vision tower alone on single crops (`warmup`), then everything on whole scenes (`scenes_phase`), where
+captions give way to packed questions and few crops to many. The model folder is DIR/model; the training state and the
+log lie beside it.
 """
 
 import argparse
@@ -30,7 +29,6 @@ from envs.model.molmoe import AdaptiveMolmoE
 from envs.model.vision import VisionBackbone
 
 _HELD_OUT_SEED = 1
-_FINISH_SEED = 2
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,7 @@ class Recipe:
         seed: of initial weights and data.
         warmup_steps, warmup_batch, warmup_lr: crops for the vision tower alone.
         scenes_steps, scenes_lr: packed scenes for the whole model.
-        finish_steps, finish_lr: packed questions under the full plan.
-        tower_lr, finish_tower_lr: factors on the rate of the vision tower.
+        tower_lr: factor on the rate of the warmed-up tower.
         packing: how scenes are drawn and packed.
     """
 
@@ -53,9 +50,6 @@ class Recipe:
     scenes_steps: int = 1650
     scenes_lr: float = 1.0e-3
     tower_lr: float = 0.3
-    finish_steps: int = 600
-    finish_lr: float = 5.0e-4
-    finish_tower_lr: float = 0.6
     packing: PackingSettings = field(default_factory=PackingSettings)
 
 
@@ -92,28 +86,6 @@ def scenes_phase(recipe: Recipe, device: torch.device, warm: VisionBackbone) -> 
     model = AdaptiveMolmoE.initialise(build_config(data.processor.tokenizer.get_vocab_size()), recipe.seed).to(device)
     model.vision.load_state_dict(warm.state_dict())
     match_scales(model, to_device(data[0], device))
-    return _language_phase("scenes", model, data, recipe, recipe.scenes_lr, recipe.tower_lr, device)
-
-
-def finish_phase(recipe: Recipe, device: torch.device, model: AdaptiveMolmoE) -> Phase:
-    """The trained `model` once more, on late scenes without captions and without random plans."""
-    packing = recipe.packing
-    late = dataclasses.replace(
-        packing, early_tiers=packing.late_tiers, captions_until=1e-9, caption_floor=0.0, random_plans=0.0
-    )
-    data = PackedScenes(recipe.finish_steps, recipe.seed + _FINISH_SEED, late)
-    return _language_phase("finish", model, data, recipe, recipe.finish_lr, recipe.finish_tower_lr, device)
-
-
-def _language_phase(
-    name: str,
-    model: AdaptiveMolmoE,
-    data: PackedScenes,
-    recipe: Recipe,
-    lr: float,
-    tower_lr: float,
-    device: torch.device,
-) -> Phase:
     held_out = {
         tier: PackedScenes(
             3, recipe.seed + _HELD_OUT_SEED, only_tier(recipe.packing, tier), "validation", data.processor
@@ -132,14 +104,14 @@ def _language_phase(
         return figures
 
     return Phase(
-        name=name,
+        name="scenes",
         modules=nn.ModuleDict({"model": model}),
         data=data,
         loss=loss,
-        steps=data.steps,
-        lr=lr,
+        steps=recipe.scenes_steps,
+        lr=recipe.scenes_lr,
         validate=validate,
-        tower_lr=tower_lr,
+        tower_lr=recipe.tower_lr,
     )
 
 
@@ -160,8 +132,6 @@ def train(recipe: Recipe, settings: LoopSettings) -> bool:
     complete = run_phase(scenes, settings)
     model = scenes.modules["model"]
     assert isinstance(model, AdaptiveMolmoE)
-    if complete:
-        complete = run_phase(finish_phase(recipe, settings.device, model), settings)
     export(model, settings.folder / "model")
     return complete
 

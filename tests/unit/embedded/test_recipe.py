@@ -33,7 +33,6 @@ TINY = Recipe(
     warmup_steps=2,
     warmup_batch=2,
     scenes_steps=2,
-    finish_steps=1,
     packing=PackingSettings(images=(2, 1, 1), text_tokens=60, early_tiers=(1, 0, 0), late_tiers=(1, 0, 0)),
 )
 
@@ -52,7 +51,7 @@ def test_the_recipe_leaves_a_model_that_answers(tmp_path: Path) -> None:
     assert len(answer) == 1
     assert len(answer[0]) <= 2
     phases = {line.split('"')[3] for line in (tmp_path / "log.jsonl").read_text().splitlines()}
-    assert phases == {"warmup", "scenes", "finish"}
+    assert phases == {"warmup", "scenes"}
 
 
 def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -64,7 +63,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     while not train(TINY, settings(parts, seconds=0)):  # out of time after every step
         runs += 1
     assert runs == 2
-    a, b = (torch.load(f / "finish.pt", weights_only=True)["modules"] for f in (whole, parts))
+    a, b = (torch.load(f / "scenes.pt", weights_only=True)["modules"] for f in (whole, parts))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
 
