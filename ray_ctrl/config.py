@@ -71,7 +71,7 @@ class TaskConfig(Section):
         description="A task of `envs.tasks`, a data file or folder, or a mix of them; docs/data.md has the grammar.",
     )
     train_samples: Int = Field(
-        default=512,
+        default=384,
         ge=1,
         description="Samples of the train split used for training, 1 or more. Training returns "
         "to the same finite set, so outcomes are reused.",
@@ -125,7 +125,7 @@ class StoreConfig(Section):
     """The outcome store: what the frozen model answered, kept for reuse."""
 
     path: str | None = Field(
-        default=None,
+        default="runs/outcomes.sqlite",
         description="File of the store, shared by runners and runs; `null` keeps outcomes in each process's memory.",
     )
 
@@ -206,11 +206,11 @@ class BudgetConfig(Section):
     """Latency budgets. The device's range goes from the cheapest plan's 95th percentile to the full plan's."""
 
     low: float = Field(
-        default=1.3,
+        default=1.0,
         gt=0,
         le=100,
-        description="Smallest training budget as a multiple of the lower end of the device's range. With 1.3 the "
-        "smallest held-out budget still lets the cheapest plan through. Above 0, to 100.",
+        description="Smallest training budget as a multiple of the lower end of the device's range. Below it no plan "
+        "is in time; from 1.0 on the controller sees budgets that only the cheapest meets. Above 0, to 100.",
     )
     high: float = Field(
         default=1.0,
@@ -247,11 +247,11 @@ class GRPOSettings(Section):
         le=1024,
         description="Rollouts that share one sample and budget and are compared with one another. 2 to 1024.",
     )
-    groups: Int = Field(default=32, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536.")
-    lr: float = Field(default=5e-4, gt=0, le=1, description="Adam step size. Above 0, to 1.")
+    groups: Int = Field(default=64, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536.")
+    lr: float = Field(default=3e-4, gt=0, le=1, description="Adam step size. Above 0, to 1.")
     epochs: Int = Field(default=4, ge=1, le=100, description="Passes over an iteration's rollouts. 1 to 100.")
     minibatch: Int | None = Field(
-        default=256,
+        default=512,
         ge=1,
         description="Steps per minibatch, 1 or more; `null` takes the whole iteration at once.",
     )
@@ -363,7 +363,7 @@ class RunConfig(Section):
         description="Name of the run folder; `null` names it by time.",
     )
     seed: Int = Field(default=0, ge=0, lt=2**31, description="Seed of everything random. 0 to 2^31 - 1.")
-    iterations: Int = Field(default=200, ge=1, description="Training iterations, 1 or more.")
+    iterations: Int = Field(default=150, ge=1, description="Training iterations, 1 or more.")
     checkpoint_every: Int = Field(default=10, ge=1, description="Iterations between checkpoints, 1 up.")
     keep_checkpoints: Int = Field(
         default=3,
