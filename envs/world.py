@@ -7,7 +7,7 @@ runner and builds the world there.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 
@@ -89,7 +89,7 @@ class WorldConfig:
     split: str = "train"
     limit: int | None = None
     task_seed: int = 0
-    on_broken: str = "refuse"
+    on_broken: Literal["refuse", "skip"] = "refuse"
     clock: str = "roofline"
     clock_device: str = "laptop-2-core"
     table: str | None = None

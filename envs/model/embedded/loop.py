@@ -74,7 +74,7 @@ def fast_math(device: torch.device) -> Iterator[None]:
 
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory instead of returning it: large tensors come and go at every step, and fetching
-    their pages anew costs more than the arithmetic on them (measured: 10 times slower steps). Elsewhere a no-op."""
+    their pages anew can cost more than the arithmetic on them. Elsewhere a no-op."""
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
