@@ -25,7 +25,6 @@ QUIET_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "PYTHONWARNINGS": "ignore",
     "GLOG_minloglevel": "3",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
 

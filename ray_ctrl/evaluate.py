@@ -177,12 +177,16 @@ def write_report(methods: Sequence[Rollouts], out: Path) -> dict[str, Any]:
     overall = [report.summarise(m) for m in methods]
     chosen = methods[0]
     correlation = report.budget_rank_correlation(chosen)
+    within = report.request_rank_correlation(chosen)
     origin = provenance()
     budget_rows = report.budget_rows([*lines[chosen.name], overall[0]])
     method_rows = report.method_rows(overall)
     console.print(table(report.BUDGET_HEADER, budget_rows, f"{chosen.name}, held-out budgets"))
     console.print(table(report.METHOD_HEADER, method_rows, "all held-out budgets"))
-    console.print(f"rank correlation of budget and chosen latency: {correlation:.3f}")
+    console.print(
+        f"rank correlation of budget and chosen latency: {correlation:.3f} over all rollouts, "
+        f"{within:.3f} within a request"
+    )
 
     write_text(out / "table.csv", report.to_csv([line for name in lines for line in lines[name]] + overall))
     write_text(out / "rollouts.csv", report.rollouts_csv(methods))
@@ -191,6 +195,7 @@ def write_report(methods: Sequence[Rollouts], out: Path) -> dict[str, Any]:
         "methods": {line.method: asdict(line) for line in overall},
         "per_budget": {name: [asdict(line) for line in some] for name, some in lines.items()},
         "rank_correlation": correlation,
+        "rank_correlation_within_request": within,
         **origin,
     }
     write_json(out / "summary.json", summary)

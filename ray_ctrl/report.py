@@ -137,6 +137,12 @@ def budget_rank_correlation(rollouts: Rollouts) -> float:
     return float(spearmanr(budgets, latencies).statistic)
 
 
+def request_rank_correlation(rollouts: Rollouts) -> float:
+    """The same within each sample, averaged: what more budget buys one request, whatever its image's size."""
+    samples = np.unique(rollouts["sample"])
+    return float(np.mean([budget_rank_correlation(rollouts.select(rollouts["sample"] == s)) for s in samples]))
+
+
 def lookup_choices(
     budgets_ms: Sequence[float],
     accuracy_PS: Array,

@@ -74,6 +74,14 @@ def test_rank_correlation() -> None:
     assert report.budget_rank_correlation(follows) == pytest.approx(1.0)
 
 
+def test_rank_correlation_within_a_request_ignores_its_size() -> None:
+    rollouts = Rollouts.of("policy", _rows())
+    sizes = 1000.0 * rollouts["sample"]
+    grows = Rollouts("grows", {**rollouts.columns, "latency_ms": rollouts["budget_ms"] + sizes})
+    assert report.request_rank_correlation(grows) == pytest.approx(1.0)
+    assert report.budget_rank_correlation(grows) < 0.99
+
+
 def test_lookup_takes_the_most_accurate_plan_that_fits() -> None:
     accuracy = np.array([[0.5] * 20, [0.7] * 20, [0.9] * 20, [0.7] * 20])
     latency = np.array([[5.0] * 20, [10.0] * 20, [20.0] * 20, [8.0] * 20])
