@@ -40,6 +40,8 @@ def hush() -> None:
     warnings.filterwarnings("ignore", message=".*Overriding environment")
     for name in ("ray", "ray.rllib", "ray.tune", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Logs a dead runner with a traceback of its own; our loop names the cause of death in one line.
+    logging.getLogger("ray.rllib.utils.actor_manager").setLevel(logging.CRITICAL)
 
 
 def is_local(address: str) -> bool:
