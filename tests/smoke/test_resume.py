@@ -37,7 +37,9 @@ def test_killed_before_the_first_checkpoint_starts_over(trained: Path, tmp_path:
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("evaluation", "controller.json"))
+    shutil.copytree(trained, run)
+    for later in ("evaluation", "controller"):
+        shutil.rmtree(run / later)
     weights = max((run / "checkpoints/iteration_000004").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
     weights.write_bytes(weights.read_bytes()[:-7])
     damaged = snapshot(run / "checkpoints/iteration_000002")
