@@ -86,22 +86,6 @@ def reward(
     return Reward(np.asarray(total, dtype=np.float64), terms)
 
 
-def priced_return(
-    accuracy_B: npt.ArrayLike,
-    latency_ms_B: npt.ArrayLike,
-    budget_ms_B: npt.ArrayLike,
-    price_B: npt.ArrayLike,
-) -> Array:
-    """Return of the constrained mode: accuracy minus the price of a violation, where there is one.
-    All (B,).
-
-    The Lagrangian of maximising accuracy while the violation rate meets a target (Altman, "Constrained Markov
-    Decision Processes", 1999); the target's constant part cancels within a group.
-    """
-    violated = np.asarray(latency_ms_B, dtype=np.float64) > np.asarray(budget_ms_B, dtype=np.float64)
-    return np.asarray(accuracy_B, dtype=np.float64) - np.asarray(price_B, dtype=np.float64) * violated
-
-
 def plan_share(plan: ExecutionPlan) -> float:
     """Computation of `plan` as a share of the full plan's, 0 to 1: views encoded times experts run, over all blocks."""
     views = (TIER_CROPS[plan.tier] + 1) / (max(TIER_CROPS.values()) + 1)

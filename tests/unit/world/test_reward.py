@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
-from envs.reward import TERMS, RewardConfig, plan_share, priced_return, reward
+from envs.reward import TERMS, RewardConfig, plan_share, reward
 
 ALL = RewardConfig(accuracy=1.0, latency=0.5, temperature=0.1, overrun=2.0, efficiency=0.3, complexity=0.2)
 times = st.floats(0.01, 1e4)
@@ -74,11 +74,6 @@ def test_only_the_ratio_to_the_budget_counts(accuracy, latency, budget, scale):
 def test_extreme_overruns_do_not_overflow():
     with np.errstate(all="raise"):
         assert np.isfinite(one(ALL, 0.0, 1e6, 0.1)[0])
-
-
-def test_priced_return_charges_violations_alone():
-    priced = priced_return([1.0, 1.0, 0.0, 1.0], [90.0, 110.0, 110.0, 100.0], [100.0] * 4, [0.7, 0.7, 0.7, 0.7])
-    assert priced.tolist() == pytest.approx([1.0, 0.3, -0.7, 1.0])
 
 
 @pytest.mark.parametrize(
