@@ -70,16 +70,15 @@ def connect(address: str, plan: ResourcePlan, *, timeout_s: float) -> Iterator[d
         os.environ.setdefault(name, value)
     hush()
     local = is_local(address)
+    target = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
+    if not local:
+        # Before the look at what is connected already: an address that cannot be right is never passed over.
+        _check_reachable(target, timeout_s)
     if ray.is_initialized():
         yield dict(ray.cluster_resources())
         return
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if local:
-        options |= _local_options(plan)
-    else:
-        target = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
-        _check_reachable(target, timeout_s)
-        options["address"] = target
+    options |= _local_options(plan) if local else {"address": target}
     try:
         with _sigterm_kept():
             ray.init(**options)

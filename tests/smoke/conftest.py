@@ -10,13 +10,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from ray_ctrl.cli import main
 
@@ -99,6 +100,13 @@ def stable_metrics(run: Path) -> list[dict[str, Any]]:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file below `folder`, to prove that nothing was overwritten."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_ray_left_behind() -> Iterator[None]:
+    """Lets go of a Ray that RLlib started by itself inside this process: the next module must not find it."""
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

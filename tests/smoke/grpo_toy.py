@@ -180,13 +180,12 @@ def start_ray() -> None:
     register_env(ENVIRONMENT, ToyVectorEnv)
 
 
-def share_ray(request: Any) -> None:
-    """One Ray for all tests of GRPO; it goes when the tests end."""
+def share_ray() -> None:
+    """One Ray for the tests of a module; `conftest` lets go of it when they end."""
     import ray
 
     if not ray.is_initialized():
         start_ray()
-        request.config.add_cleanup(ray.shutdown)
 
 
 def configuration(runners: int = 0, *, broken: dict[str, Any] | None = None, **training: Any) -> Any:

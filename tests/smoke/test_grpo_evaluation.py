@@ -16,8 +16,8 @@ CONTEXTS = [(sample, budget) for budget in (25.0, 60.0, 110.0) for sample in ran
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_session(request: pytest.FixtureRequest) -> None:
-    grpo_toy.share_ray(request)
+def ray_session() -> None:
+    grpo_toy.share_ray()
 
 
 def evaluating(runners: int, **changes: Any) -> Any:

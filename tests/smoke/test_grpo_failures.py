@@ -13,8 +13,8 @@ from envs.errors import UserError
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_session(request: pytest.FixtureRequest) -> None:
-    grpo_toy.share_ray(request)
+def ray_session() -> None:
+    grpo_toy.share_ray()
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from policies.grpo.evaluation import evaluate_contexts
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_session(request: pytest.FixtureRequest) -> None:
-    grpo_toy.share_ray(request)
+def ray_session() -> None:
+    grpo_toy.share_ray()
 
 
 def train(algorithm: Any, iterations: int) -> list[dict[str, float]]:

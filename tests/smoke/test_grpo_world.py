@@ -21,8 +21,8 @@ ENVIRONMENT = "grpo-world"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def world(request: pytest.FixtureRequest) -> Any:
-    grpo_toy.share_ray(request)
+def world() -> Any:
+    grpo_toy.share_ray()
     ray.cloudpickle.register_pickle_by_value(world_double)
     world = world_double.make_world(12)
     register_env(ENVIRONMENT, lambda config: AdaptiveVQAVectorEnv({**config, "world": world}))

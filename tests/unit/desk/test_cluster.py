@@ -56,3 +56,8 @@ def test_unreachable_cluster_is_one_line_within_the_timeout(address: str, words:
     )
     with pytest.raises(ConnectError, match=words), connect(address, plan, timeout_s=2.0):
         pass
+
+
+def test_an_address_is_looked_at_even_where_ray_runs_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    test_unreachable_cluster_is_one_line_within_the_timeout("127.0.0.1:9", "no Ray cluster answers at")
