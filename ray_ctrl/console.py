@@ -54,8 +54,8 @@ def iteration_line(metrics: Mapping[str, Any], total: int, eta_s: float) -> str:
         f"latency {metrics['latency_ms']:.1f} ms",
         f"violations {metrics['violations']:.1%}",
     ]
-    if "validation/reward" in metrics:
-        parts.append(f"validation {metrics['validation/reward']:+.3f}")
+    if "validation/score" in metrics:
+        parts.append(f"validation {metrics['validation/score']:+.3f}")
     parts.append(f"{metrics['time/iteration_s']:.1f} s, {clock_time(eta_s)} left")
     return "  ".join(parts)
 

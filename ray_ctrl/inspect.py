@@ -57,7 +57,7 @@ def _controller(path: Path) -> dict[str, Any]:
     config = metadata.get("config", {})
     facts |= {"model": config.get("model", {}).get("name"), "task": config.get("task", {}).get("name")}
     facts["clock"] = config.get("clock", {}).get("kind")
-    facts |= {key: metadata.get(key) for key in ("fingerprint", "iteration", "validation_reward", "reference_ms")}
+    facts |= {key: metadata.get(key) for key in ("fingerprint", "iteration", "validation_score", "reference_ms")}
     return facts
 
 

@@ -58,9 +58,16 @@ class Setting:
 
     def with_clock(self, folder: Path) -> "Setting":
         """This setting with a profile table (measured where a valid one is missing) and budgets kept in `folder`."""
-        table = find_table(self.config, self.engine, folder) if self.config.clock.kind == "profiled" else None
+        kind, kept = self.config.clock.kind, folder / TABLE_FILE
+        table = find_table(self.config, self.engine, folder) if kind == "profiled" else None
+        if kind == "measured" and kept.is_file():
+            table = kept
         known = replace(self, table=table)
         return replace(known, given_budgets=_budgets(known, folder / BUDGETS_FILE))
+
+    def profiled(self) -> ProfiledClock | None:
+        """The clock of the profile table, whichever clock is in use; None where there is no table."""
+        return ProfiledClock.for_engine(ProfileTable.load(self.table), self.engine) if self.table else None
 
     def metadata(self) -> dict[str, Any]:
         """What an exported controller needs to be used: model, encoder, settings, reference latency, origin."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from envs.errors import UserError
-from ray_ctrl.config import Config
+from ray_ctrl.config import Config, RewardConfig
 from ray_ctrl.console import console, iteration_line, progress_bar
 from ray_ctrl.feasibility import Layout, plan_layout
 from ray_ctrl.runs import Checkpoint, Metrics, RunFolder, best, free_folder, newest_run
@@ -299,23 +299,44 @@ class Trainer:
         return self.done % every == 0 or self.done == total or self._validates()
 
     def _validate(self) -> Metrics:
-        """Means over the validation contexts, acting by argmax."""
+        """Means over the validation contexts, acting by argmax, and the score that chooses the best checkpoint."""
         from policies.grpo.evaluation import evaluate_contexts, summary
 
-        means = summary(evaluate_contexts(self.algorithm, self.contexts))
+        rows = evaluate_contexts(self.algorithm, self.contexts)
+        means = summary(rows)
         means.pop("contexts")
-        return {f"validation/{RENAMED.get(key, key)}": value for key, value in means.items()}
+        figures = {f"validation/{RENAMED.get(key, key)}": value for key, value in means.items()}
+        return figures | {"validation/score": validation_score(rows, self.config.reward)}
 
     def _checkpoint(self, row: Metrics) -> None:
-        score = row.get("validation/reward")
+        score = row.get("validation/score")
 
         def write(aside: Path) -> None:
             self.algorithm.save_to_path((aside / "algorithm").absolute())
-            metadata = self.setting.metadata() | {"iteration": self.done, "validation_reward": score}
+            metadata = self.setting.metadata() | {"iteration": self.done, "validation_score": score}
             self.algorithm.controller().save(aside / "controller", metadata)
 
         self.folder.save_checkpoint(self.done, score, write)
         self.folder.prune(self.config.run.keep_checkpoints)
+
+
+def validation_score(rows: Sequence[Mapping[str, float]], settings: RewardConfig) -> float:
+    """What checkpoints are chosen by, the aim of the training: higher is better.
+
+    Mode `fixed`: mean reward. Mode `constrained`: mean accuracy less the highest price times the violation rate beyond
+    the target, mean over budgets. The reward at fixed prices would not do there: it goes on paying for every
+    millisecond below the budget, and picks checkpoints that leave much of it unused.
+
+    Args:
+        rows: one per (validation sample, budget), with accuracy, reward, latency_ms and budget_ms.
+    """
+    if settings.mode == "fixed":
+        return float(np.mean([row["reward"] for row in rows]))
+    late: dict[float, list[bool]] = {}
+    for row in rows:
+        late.setdefault(row["budget_ms"], []).append(row["latency_ms"] > row["budget_ms"])
+    excess = np.mean([max(0.0, float(np.mean(some)) - settings.violation_target) for some in late.values()])
+    return float(np.mean([row["accuracy"] for row in rows]) - settings.price_max * excess)
 
 
 def validation_contexts(samples: int, budgets: Any) -> list[tuple[int, float]]:

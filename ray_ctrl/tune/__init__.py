@@ -109,10 +109,10 @@ def prepare(sweep: Sweep, root: Path) -> Sweep:
         if setting.table is not None:
             base = with_overrides(base, [f"clock.table={setting.table.absolute()}"])
     judged = [item.key for item in sweep.space if item.key.startswith("reward.")]
-    if judged and sweep.file.metric == "validation/reward":
+    if judged and sweep.file.metric in ("validation/reward", "validation/score"):
         console.print(
-            f"note: {judged[0]} is searched and changes what a reward means; rank by metric: validation/accuracy, or "
-            "another that it does not change",
+            f"note: {judged[0]} is searched and changes what {sweep.file.metric} means; rank by metric: "
+            "validation/accuracy, or another that it does not change",
             markup=False,
         )
     return replace(sweep, base=base)

@@ -54,7 +54,7 @@ class SweepFile(Section):
     trials: Int | None = Field(default=None, ge=1, le=100_000, description="Trials; a grid counts its own.")
     concurrent: Int | None = Field(default=None, ge=1, description="Most trials at once; by default what fits.")
     seed: Int = Field(default=0, ge=0, lt=2**31, description="Seed of the draws.")
-    metric: str = Field(default="validation/reward", pattern=r"^validation/\w+$", description="What ranks trials.")
+    metric: str = Field(default="validation/score", pattern=r"^validation/\w+$", description="What ranks trials.")
     mode: Literal["max", "min"] = Field(default="max", description="Whether more of the metric is better.")
     retries: Int = Field(default=2, ge=0, le=100, description="Restarts of a trial whose process died.")
     asha: AshaSettings = AshaSettings()

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from envs.knobs import INSERTIONS, MODEL_BLOCKS, TIERS, TOP_KS, ExecutionPlan
+from envs.knobs import INSERTIONS, MODEL_BLOCKS, TIERS, ExecutionPlan
 from envs.model.embedded.shape import build_processor
 from envs.model.processor import MolmoEProcessor, collate
 from envs.tasks.scenes import FAMILIES, Question, Scene, all_questions, caption, make_scene
@@ -22,11 +22,11 @@ from envs.tasks.scenes.layout import FORMATS
 
 IGNORE = -100
 FAMILY_NAMES = (*FAMILIES, "caption")
+DROP_ORDER = (13, 11, 14, 12)
+"""Blocks that random plans leave out, first to last: behind those that read the image, before the one that answers."""
+_PLAN_TOP_KS = (6, 7, 8)
 _SEEDS_PER_STEP = 1000
-# Most questions of a family about one scene. While captions teach what stands where, questions mostly read it off; then
-# come those that take two steps.
-_EARLY_QUOTAS = {"color": 1, "shape": 2, "count": 2, "digit": 4, "compare": 3, "match": 2}
-_LATE_QUOTAS = {"color": 3, "shape": 1, "count": 3, "digit": 2, "compare": 4, "match": 2}
+Quotas = Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,32 @@ class PackingSettings:
         tiers_until: part of the steps over which the first turn into the last.
         text_tokens: tokens of questions and answers behind each image.
         captions_until: part of the steps over which the share of scenes with a caption falls from 1 to `caption_floor`.
-        random_plans: share of steps run under a random plan instead of the full one.
+        random_plans: share of steps, once the share of captions has fallen, run under a random plan instead of the
+            full one.
+        early_quotas: most questions of each family about one scene while the share of captions falls: they teach what
+            stands where, and questions mostly read it off.
+        late_quotas: the same from then on, with more of those that take two steps.
+        plan_quotas: the same under a random plan, where no captions are asked for. Families left out of it are never
+            answered with less than the whole model, and come to need it.
     """
 
     images: tuple[int, int, int] = (18, 12, 9)
     early_tiers: tuple[float, float, float] = (0.55, 0.25, 0.2)
-    late_tiers: tuple[float, float, float] = (0.16, 0.22, 0.62)
-    tiers_until: float = 0.35
-    text_tokens: int = 140
-    captions_until: float = 0.4
+    late_tiers: tuple[float, float, float] = (0.25, 0.22, 0.53)
+    tiers_until: float = 0.2
+    text_tokens: int = 150
+    captions_until: float = 0.2
     caption_floor: float = 0.1
-    random_plans: float = 0.12
+    random_plans: float = 0.2
+    early_quotas: Quotas = field(
+        default_factory=lambda: {"color": 1, "shape": 2, "count": 2, "sum": 2, "digit": 4, "compare": 2, "match": 2}
+    )
+    late_quotas: Quotas = field(
+        default_factory=lambda: {
+            "color": 1, "shape": 1, "count": 3, "sum": 3, "pair": 3, "digit": 2, "compare": 3, "match": 2,
+        }
+    )  # fmt: skip
+    plan_quotas: Quotas = field(default_factory=lambda: {"digit": 4, "match": 4})
 
 
 def only_tier(packing: PackingSettings, tier: str) -> PackingSettings:
@@ -101,9 +116,11 @@ class PackedScenes(Dataset[PackedBatch]):
         scenes = self._scenes(rng, step, tier)
         falling = max(0.0, 1 - step / self.steps / self.settings.captions_until)
         caption_share = max(falling, self.settings.caption_floor)
-        quotas = _EARLY_QUOTAS if falling > 0 else _LATE_QUOTAS
+        quotas = self.settings.early_quotas if falling > 0 else self.settings.late_quotas
+        plan = ExecutionPlan()
+        if rng.random() < self.settings.random_plans and falling == 0:
+            plan, quotas, caption_share = random_plan(rng), self.settings.plan_quotas, 0.0
         questions = [choose_questions(scene, rng, quotas, rng.random() < caption_share) for scene in scenes]
-        plan = random_plan(rng) if rng.random() < self.settings.random_plans else ExecutionPlan()
         return pack(self.processor, scenes, questions, tier, plan, self.settings.text_tokens)
 
     def _tier_shares(self, step: int) -> list[float]:
@@ -132,27 +149,29 @@ class PackedScenes(Dataset[PackedBatch]):
         return self.processor.tiling((scene.width, scene.height), tier)
 
 
-def choose_questions(
-    scene: Scene, rng: np.random.Generator, quotas: Mapping[str, int], with_caption: bool
-) -> list[Question]:
+def choose_questions(scene: Scene, rng: np.random.Generator, quotas: Quotas, with_caption: bool) -> list[Question]:
     """Questions about one scene in random order, at most some of each family; a caption comes first."""
     left = dict(quotas)
     chosen = [caption(scene)] if with_caption else []
     questions = all_questions(scene)
     for index in rng.permutation(len(questions)):
         question = questions[int(index)]
-        if left[question.family]:
+        if left.get(question.family, 0):
             left[question.family] -= 1
             chosen.append(question)
     return chosen
 
 
 def random_plan(rng: np.random.Generator) -> ExecutionPlan:
-    """Any insertion position and top-k, with up to four blocks behind it dropped."""
+    """Any insertion position, at least 6 experts, and up to four blocks dropped, always in the same order.
+
+    Nested like this (ordered dropout: Horvath et al. 2021, FjORD), the blocks that go first are left to the questions
+    that are never asked without them.
+    """
     insertion = int(rng.choice(INSERTIONS))
-    dropped = rng.permutation(np.arange(insertion, MODEL_BLOCKS))[: int(rng.integers(5))]
+    dropped = DROP_ORDER[: int(rng.integers(1, len(DROP_ORDER) + 1))]
     kept = tuple(block for block in range(MODEL_BLOCKS) if block not in dropped)
-    return ExecutionPlan("high", insertion, int(rng.choice(TOP_KS)), kept)
+    return ExecutionPlan("high", insertion, int(rng.choice(_PLAN_TOP_KS)), kept)
 
 
 def pack(

@@ -26,7 +26,10 @@ def match_scales(model: AdaptiveMolmoE, batch: PackedBatch) -> None:
 
 
 def scenes_loss(model: AdaptiveMolmoE, batch: PackedBatch) -> tuple[Tensor, Metrics]:
-    """Mean cross entropy of answer tokens, and under the full plan the share of answers predicted right, by family."""
+    """Mean cross entropy of answer tokens, and the share of answers predicted right, by family.
+
+    Figures under another plan than the full one are named `reduced_...`.
+    """
     hidden = model.language(
         model.embed(batch.inputs),
         plans=batch.plan,
@@ -38,11 +41,10 @@ def scenes_loss(model: AdaptiveMolmoE, batch: PackedBatch) -> tuple[Tensor, Metr
     logits = model.logits(hidden[asked]).float()
     labels = batch.labels[asked]
     loss = F.cross_entropy(logits, labels)
-    if batch.plan != ExecutionPlan():
-        return loss, {"random_plan_loss": float(loss.detach())}
-    metrics = {"full_plan_loss": float(loss.detach())}
+    prefix = "" if batch.plan == ExecutionPlan() else "reduced_"
+    metrics = {f"{prefix or 'full_'}plan_loss": float(loss.detach())}
     right, families = (logits.argmax(-1) == labels).float(), batch.families[asked]
     for number, name in enumerate(FAMILY_NAMES):
         chosen = right[families == number]
-        metrics[name] = float(chosen.mean()) if len(chosen) else math.nan
+        metrics[prefix + name] = float(chosen.mean()) if len(chosen) else math.nan
     return loss, metrics

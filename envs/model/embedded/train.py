@@ -3,8 +3,9 @@
 `python -m envs.model.embedded.train --out DIR [--minutes M] [--seed S] [--device cpu] [--resume]`
 
 Two phases: the vision tower alone on single crops (`warmup`), then everything on whole scenes (`scenes_phase`), where
-captions give way to packed questions and few crops to many. The model folder is DIR/model; the training state and the
-log lie beside it.
+captions give way to packed questions and few crops to many. Reading digits is practised under random plans as well,
+all else is only ever answered by the whole model: so some families of questions want crops, others depth. The model
+folder is DIR/model; the training state and the log lie beside it.
 """
 
 import argparse
@@ -13,15 +14,16 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from envs.errors import UserError
 from envs.model.embedded.loop import LoopSettings, Metrics, Phase, keep_freed_memory, run_phase, to_device
-from envs.model.embedded.packing import PackedBatch, PackedScenes, PackingSettings, only_tier
+from envs.model.embedded.packing import PackedBatch, PackedScenes, PackingSettings, only_tier, random_plan
 from envs.model.embedded.scenes_phase import match_scales, scenes_loss
 from envs.model.embedded.shape import build_config, build_tokenizer, write_files
 from envs.model.embedded.warmup import CropBatch, TokenHeads, WarmupCrops, warmup_loss
@@ -29,6 +31,7 @@ from envs.model.molmoe import AdaptiveMolmoE
 from envs.model.vision import VisionBackbone
 
 _HELD_OUT_SEED = 1
+_HELD_OUT = 4  # validation batches a tier
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,10 @@ class Recipe:
     """
 
     seed: int = 0
-    warmup_steps: int = 1600
+    warmup_steps: int = 2000
     warmup_batch: int = 256
     warmup_lr: float = 1.5e-3
-    scenes_steps: int = 1650
+    scenes_steps: int = 2800
     scenes_lr: float = 1.0e-3
     tower_lr: float = 0.3
     packing: PackingSettings = field(default_factory=PackingSettings)
@@ -88,7 +91,7 @@ def scenes_phase(recipe: Recipe, device: torch.device, warm: VisionBackbone) -> 
     match_scales(model, to_device(data[0], device))
     held_out = {
         tier: PackedScenes(
-            3, recipe.seed + _HELD_OUT_SEED, only_tier(recipe.packing, tier), "validation", data.processor
+            _HELD_OUT, recipe.seed + _HELD_OUT_SEED, only_tier(recipe.packing, tier), "validation", data.processor
         )
         for tier in ("low", "high")
     }
@@ -99,7 +102,10 @@ def scenes_phase(recipe: Recipe, device: torch.device, warm: VisionBackbone) -> 
     def validate() -> Metrics:
         figures: Metrics = {}
         for tier, scenes in held_out.items():
-            mean = _mean([loss(to_device(scenes[i], device))[1] for i in range(len(scenes))])
+            batches = [scenes[i] for i in range(len(scenes))]
+            if tier == "high":
+                batches += [replace(b, plan=random_plan(np.random.default_rng(i))) for i, b in enumerate(batches)]
+            mean = _mean([loss(to_device(batch, device))[1] for batch in batches])
             figures |= {f"{tier}_{key}": value for key, value in mean.items()}
         return figures
 
@@ -151,8 +157,8 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
 
 def _mean(figures: list[Metrics]) -> Metrics:
     means = {}
-    for key in figures[0]:
-        values = [figure[key] for figure in figures if not math.isnan(figure[key])]
+    for key in dict.fromkeys(key for figure in figures for key in figure):
+        values = [figure[key] for figure in figures if not math.isnan(figure.get(key, math.nan))]
         means[key] = sum(values) / len(values) if values else math.nan
     return means
 

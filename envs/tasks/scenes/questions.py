@@ -5,18 +5,22 @@
 | color | the colour of a shape | few crops |
 | shape | which shape has a colour | few crops |
 | count | shapes, digits or one kind of shape | few crops |
+| sum | two kinds of shapes, or everything | few crops, much of the model: counted, then added |
+| pair | which digits share a shape's colour, how many | few crops, much of the model: colours joined, then counted |
 | digit | the digit of a colour | crops, where digits are small |
 | compare | the larger of two digits, by colour | two digits read |
 | match | the digit with a shape's colour | two steps: shape to colour, colour to digit |
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Final
 
 from envs.tasks.scenes.layout import COLORS, SHAPES, Scene
 
-FAMILIES: Final = ("color", "shape", "count", "digit", "compare", "match")
+FAMILIES: Final = ("color", "shape", "count", "sum", "pair", "digit", "compare", "match")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,12 @@ def all_questions(scene: Scene) -> list[Question]:
     missing = [kind for kind in SHAPES if not kinds[kind]]
     counted = [*sorted(kinds), *missing[scene.noise_seed % len(missing) :][:1]] if missing else sorted(kinds)
     questions += [Question("count", f"How many {_plural(kind)} are there?", str(kinds[kind])) for kind in counted]
+    questions += _sums(scene, kinds)
+    shared = {o.color for o in scene.shapes} & set(by_color)
+    questions.append(Question("pair", "How many digits have the color of a shape?", str(len(shared))))
+    for o in lone:
+        answer = "yes" if o.color in by_color else "no"
+        questions.append(Question("pair", f"Does a digit have the color of the {o.kind}?", answer))
     questions += [Question("digit", f"What digit is {o.color}?", str(o.value)) for o in scene.digits]
     for a in scene.digits:
         for b in scene.digits:
@@ -52,6 +62,18 @@ def all_questions(scene: Scene) -> list[Question]:
         if o.color in by_color:
             text = f"What digit has the color of the {o.kind}?"
             questions.append(Question("match", text, str(by_color[o.color].value)))
+    return questions
+
+
+def _sums(scene: Scene, kinds: Mapping[str, int]) -> list[Question]:
+    """Questions of the family `sum`. Of the pairs of kinds that add up to 1 only one is asked for, or most would."""
+    questions = [Question("sum", "How many shapes and digits are there?", str(len(scene.objects)))]
+    pairs = list(combinations(SHAPES, 2))
+    ones = [pair for pair in pairs if kinds[pair[0]] + kinds[pair[1]] == 1]
+    asked = [pair for pair in pairs if kinds[pair[0]] + kinds[pair[1]] > 1]
+    for first, second in [*asked, *ones[scene.noise_seed % max(len(ones), 1) :][:1]]:
+        text = f"How many {_plural(first)} and {_plural(second)} are there?"
+        questions.append(Question("sum", text, str(kinds[first] + kinds[second])))
     return questions
 
 

@@ -8,6 +8,7 @@ from cluster.connect import ConnectError
 from envs.budgets import BudgetDistribution
 from envs.errors import UserError
 from ray_ctrl import cli, console, evaluate, train
+from ray_ctrl.config import RewardConfig
 from ray_ctrl.runs import RunFolder, free_folder
 from ray_ctrl.settings import load_config
 
@@ -84,13 +85,25 @@ def test_iteration_line_and_clock_time() -> None:
         "accuracy": 0.5,
         "latency_ms": 12.34,
         "violations": 0.05,
-        "validation/reward": 0.3,
+        "validation/score": 0.3,
         "time/iteration_s": 1.5,
     }
     line = console.iteration_line(row, 10, 75.0)
     for words in ("3/10", "reward +0.250", "12.3 ms", "5.0%", "validation +0.300", "1:15 left"):
         assert words in line
     assert console.clock_time(3723) == "1:02:03"
+
+
+def test_checkpoints_are_chosen_by_what_training_aims_at() -> None:
+    rows = [
+        {"accuracy": 1.0, "reward": 0.4, "latency_ms": ms, "budget_ms": budget}
+        for ms, budget in ((9.0, 10.0), (11.0, 10.0), (9.0, 20.0), (9.0, 20.0))
+    ]
+    fixed = RewardConfig(mode="fixed")
+    strict = RewardConfig(mode="constrained", violation_target=0.1, price_max=2.0)
+    assert train.validation_score(rows, fixed) == pytest.approx(0.4)
+    # Half of the requests of one budget in two are late, 0.4 above the target.
+    assert train.validation_score(rows, strict) == pytest.approx(1.0 - 2.0 * 0.4 / 2)
 
 
 def test_validation_never_sees_a_held_out_budget() -> None:

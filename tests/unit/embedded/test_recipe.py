@@ -16,6 +16,7 @@ from envs.model import AdaptiveMolmoE, MolmoEProcessor
 from envs.model.embedded.evaluate import measure_importance
 from envs.model.embedded.loop import LoopSettings, schedule
 from envs.model.embedded.packing import (
+    FAMILY_NAMES,
     IGNORE,
     PackedScenes,
     PackingSettings,
@@ -126,16 +127,28 @@ def test_a_packed_question_is_answered_as_if_it_stood_alone() -> None:
     assert int((batch.labels != IGNORE).sum()) == 2 * len(questions)
 
 
-def test_random_plans_are_legal_and_varied() -> None:
+def test_only_families_that_want_crops_meet_random_plans() -> None:
+    packing = dataclasses.replace(TINY.packing, random_plans=1.0, captions_until=0.5)
+    early, late = (PackedScenes(10, 0, packing)[step] for step in (2, 7))
+    assert early.plan == ExecutionPlan()
+    assert late.plan != ExecutionPlan()
+    families = {FAMILY_NAMES[index] for index in late.families.unique().tolist() if index >= 0}
+    assert families <= set(packing.plan_quotas)
+    assert families
+
+
+def test_random_plans_drop_nested_sets_of_blocks() -> None:
     rng = np.random.default_rng(0)
-    plans = {random_plan(rng) for _ in range(50)}
-    assert len(plans) > 40
-    assert min(len(plan.blocks) for plan in plans) == 12
+    plans = [random_plan(rng) for _ in range(100)]
+    dropped = {frozenset(range(16)) - set(plan.blocks) for plan in plans}
+    assert sorted(map(len, dropped)) == [1, 2, 3, 4]
+    assert all(a <= b or b <= a for a in dropped for b in dropped)
+    assert len({(plan.insertion, plan.top_k) for plan in plans}) == 15
 
 
 def test_every_word_of_the_scenes_is_one_token_and_anything_encodes() -> None:
     tokenizer = build_tokenizer()
-    for word in (" red", " circle", " 7", " What", " User", " Assistant", " larger"):
+    for word in (" red", " circle", " 7", " What", " User", " Assistant", " larger", " yes", " Does"):
         assert len(tokenizer.encode(word).ids) == 1, word
     text = " Où est le bébé? 東京 \U0001f600"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
