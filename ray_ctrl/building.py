@@ -50,6 +50,8 @@ def build_algorithm(setting: Setting, envs: int, contexts: int) -> GRPO:
         kl_coeff=grpo.kl_weight,
         reference_interval=grpo.reference_every,
         entropy_coeff=grpo.entropy_weight,
+        max_staleness=grpo.max_staleness,
+        ratio_max=grpo.ratio_max,
         prices=price_settings(setting) if config.reward.mode == "constrained" else None,
         lr=grpo.lr,
         num_epochs=grpo.epochs,

@@ -285,6 +285,19 @@ class GRPOSettings(Section):
     max_grad_norm: float = Field(
         default=1.0, gt=0, le=1e6, description="Longest gradient, Euclidean norm. Above 0, to 1e6."
     )
+    max_staleness: Int = Field(
+        default=0,
+        ge=0,
+        le=16,
+        description="Updates between the weights that sample a round and those that learn from it; 0 samples and "
+        "learns in turns, with more the env runners sample the next rounds meanwhile. 0 to 16.",
+    )
+    ratio_max: float = Field(
+        default=3.0,
+        gt=1,
+        le=1e6,
+        description="With `max_staleness`, the probability ratio is cut off there. Above 1 + `clip_high`, to 1e6.",
+    )
 
 
 class RunnersConfig(Section):

@@ -20,7 +20,6 @@ from ray_ctrl.stopping import Stopper
 from ray_ctrl.tracking import open_tracker
 
 VALIDATION_BUDGETS = 4
-STATS_TIMEOUT_S = 30.0
 LEARNER_LOSSES = 4  # a run gives up at the fourth
 RESUMABLE = (
     "run.iterations",
@@ -241,7 +240,7 @@ class Trainer:
         row |= {RENAMED.get(key, key): value for key, value in numbers.items() if math.isfinite(value)}
         if self._validates():
             row |= self._validate()
-        row |= self._engine_stats()
+        row |= self.algorithm.engine_stats()
         row["time/iteration_s"] = time.perf_counter() - started
         self.folder.append_metrics(row)
         if self.writer is not None:
@@ -279,16 +278,6 @@ class Trainer:
         from tensorboardX import SummaryWriter
 
         return SummaryWriter(str(self.folder.root / "tensorboard"), purge_step=self.done + 1)
-
-    def _engine_stats(self) -> Metrics:
-        """Cumulative counters of the engines that sample, summed over runners."""
-        answers = self.algorithm.env_runner_group.foreach_env_runner(
-            lambda runner: runner.env.unwrapped.stats(),
-            local_env_runner=self.config.runners.count == 0,
-            timeout_seconds=STATS_TIMEOUT_S,
-        )
-        keys = sorted({key for stats in answers for key in stats})
-        return {key: sum(stats.get(key, 0.0) for stats in answers) for key in keys}
 
     def _validates(self) -> bool:
         every = self.config.evaluation.every

@@ -1,5 +1,6 @@
 """The learner: RLlib's torch learner with the GRPO loss. Nothing is drawn here: the driver cuts the minibatches."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -58,7 +59,13 @@ class GRPOLearner(TorchLearner):
             weights=batch[WEIGHTS],
             reference_logits=fwd_out.get(REFERENCE_LOGITS),
         )
-        settings = LossSettings(config.clip_low, config.clip_high, config.kl_coeff, config.entropy_coeff)
+        settings = LossSettings(
+            config.clip_low,
+            config.clip_high,
+            config.kl_coeff,
+            config.entropy_coeff,
+            ratio_max=config.ratio_max if config.max_staleness else math.inf,
+        )
         loss, metrics = grpo_loss(fwd_out[Columns.ACTION_DIST_INPUTS], inputs, settings)
         for name, value in metrics.items():
             self.metrics.log_value((module_id, name), value.item(), reduce="mean")
