@@ -107,6 +107,7 @@ def _common(setting: Setting, split: str, contexts: int) -> GRPOConfig:
         hidden=config.controller.hidden,
         runner_threads=config.model.threads,
         restart_timeout_s=runners.restart_timeout_s,
+        learner_timeout_s=runners.learner_timeout_s,
     )
     settings.evaluation(
         evaluation_interval=None,

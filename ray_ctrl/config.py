@@ -347,6 +347,9 @@ class RunnersConfig(Section):
         le=86400,
         description="Wait for a first runner to come back when all are dead, s. To 86400.",
     )
+    learner_timeout_s: float = Field(
+        default=600.0, gt=0, le=86400, description="Wait for learners' answer to an update, s. To 86400."
+    )
 
 
 class EvaluationConfig(Section):
@@ -385,6 +388,10 @@ class RunConfig(Section):
         description="Latest checkpoints kept, besides the best. 1 to 1000.",
     )
     tensorboard: Flag = Field(default=True, description="Write TensorBoard files.")
+    prometheus: Flag = Field(
+        default=False,
+        description="Show each iteration's numbers at the Prometheus endpoint of Ray's nodes, as `ray_ctrl_*`.",
+    )
     track: str | None = Field(
         default=None,
         pattern=r"^(mlflow|wandb):\S+$",

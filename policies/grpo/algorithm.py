@@ -28,7 +28,7 @@ from policies.grpo import checkpoint
 from policies.grpo.advantages import GroupAdvantages, group_advantages
 from policies.grpo.config import GRPOConfig
 from policies.grpo.evaluation import EvaluationRequest, Row
-from policies.grpo.learner import WEIGHTS, learner_errors
+from policies.grpo.learner import WEIGHTS, answering, each_learner, learner_errors
 from policies.grpo.metrics import learner_metrics, rollout_metrics
 from policies.grpo.minibatches import minibatches
 from policies.grpo.prices import Prices, PriceSettings, overrun_cost
@@ -118,7 +118,7 @@ class GRPO(Algorithm):
         self.round += 1
         interval = self.config.reference_interval
         if self.config.kl_coeff > 0 and interval and self.round % interval == 0:
-            self.learner_group.foreach_learner(lambda learner: learner.refresh_reference())
+            each_learner(self.learner_group, lambda learner: learner.refresh_reference())
         self._row |= learner_metrics(self.metrics) | counts
         self._row["seconds_sample"] = sampled - started
         self._row["seconds_learn"] = time.perf_counter() - sampled
@@ -160,19 +160,21 @@ class GRPO(Algorithm):
             count = 2 * rows.size
             order, weights, size = minibatches(count, self.config.minibatch_size or count, learners, generator)
             batch = SampleBatch(_take(columns, order) | {WEIGHTS: weights})
-            results += self.learner_group.update(
-                batch=MultiAgentBatch({DEFAULT_MODULE_ID: batch}, env_steps=len(order)),
-                timesteps={"num_env_steps_sampled_lifetime": (self.round + 1) * count},
-                minibatch_size=size // learners,
-                num_epochs=1,
-            )
+            with answering(self.learner_group, self.config.learner_timeout_s):
+                results += self.learner_group.update(
+                    batch=MultiAgentBatch({DEFAULT_MODULE_ID: batch}, env_steps=len(order)),
+                    timesteps={"num_env_steps_sampled_lifetime": (self.round + 1) * count},
+                    minibatch_size=size // learners,
+                    num_epochs=1,
+                )
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
 
     def weights(self) -> Any:
         """The controller's inference weights as the runners take them (in the object store if they are remote)."""
-        state = self.learner_group.get_state(
-            components=f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", inference_only=True
-        )[COMPONENT_LEARNER][COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
+        with answering(self.learner_group, self.config.learner_timeout_s):
+            state = self.learner_group.get_state(
+                components=f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", inference_only=True
+            )[COMPONENT_LEARNER][COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
         return ray.put(state) if ray.is_initialized() else state
 
     def engine_stats(self) -> dict[str, float]:

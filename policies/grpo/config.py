@@ -32,6 +32,7 @@ OWN_SETTINGS: Final = (
     "hidden",
     "runner_threads",
     "restart_timeout_s",
+    "learner_timeout_s",
 )
 
 
@@ -55,6 +56,7 @@ class GRPOConfig(AlgorithmConfig):
         hidden: width of the controller's MLPs.
         runner_threads: torch threads of each remote env runner.
         restart_timeout_s: longest wait for a first runner to come back when all are dead.
+        learner_timeout_s: longest wait for remote learners' answer to an update; then they are killed.
         num_epochs, minibatch_size, lr, grad_clip: RLlib's own; a minibatch counts decisions (two a
             rollout) over all learners.
     """
@@ -78,6 +80,7 @@ class GRPOConfig(AlgorithmConfig):
         self.hidden: int = 256
         self.runner_threads: int = 1
         self.restart_timeout_s: float = 300.0
+        self.learner_timeout_s: float = 600.0
         self.lr = 5e-4
         self.num_epochs = 4
         self.minibatch_size = 256

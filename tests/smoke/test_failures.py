@@ -227,6 +227,19 @@ def test_a_killed_learner_is_named_and_the_run_goes_on_from_its_checkpoint(
     again.stop()
 
 
+def test_a_learner_that_hangs_is_killed_in_time(nodes: Nodes) -> None:
+    nodes.add(cpus=2)
+    algorithm = build(1, learners={"num_learners": 1}, training={"learner_timeout_s": 5})
+    algorithm.train()
+    learner = next(iter(algorithm.learner_group._worker_manager.actors().values()))
+    os.kill(pid_of(learner), signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(UserError, match="a learner gave no answer within 5 s and was killed"):
+        algorithm.train()
+    assert time.monotonic() - started < 60
+    algorithm.stop()
+
+
 def test_runners_with_stale_weights_are_brought_up_to_date(
     nodes: Nodes, undisturbed: list[dict[str, float]], tmp_path: Path
 ) -> None:
