@@ -93,6 +93,8 @@ class GRPOConfig(AlgorithmConfig):
         self.sample_timeout_s = 600.0
         self.restart_failed_env_runners = True
         self.delay_between_env_runner_restarts_s = 0.0
+        # The others wait for so long in each iteration while a lost runner loads its model again.
+        self.env_runner_health_probe_timeout_s = 2.0
         # Runners are sent what they need with each chunk; RLlib would wait for all of them after each iteration.
         self.merge_env_runner_states = False
         self.broadcast_env_runner_states = False
