@@ -21,6 +21,8 @@ from envs.errors import UserError
 logger = logging.getLogger(__name__)
 MAX_ATTEMPTS: Final = 3
 STOP_TIMEOUT_S: Final = 5.0
+PAUSE_S: Final = 0.0005
+MOST_PAUSE_S: Final = 0.2
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ class Spread:
         oldest = min(queue[0].since for queue in self.queues.values() if queue)
         patience = max(0.0, oldest + self.timeout_s - time.monotonic())
         ray.wait(list(heads), num_returns=1, timeout=min(patience, 5.0))
+        # Every look costs in proportion to the runners, so with many of them let a few more answers come.
+        time.sleep(min(MOST_PAUSE_S, PAUSE_S * len(heads)))
         ready, _ = ray.wait(list(heads), num_returns=len(heads), timeout=0)
         for answer in ready:
             self._receive(heads[answer], answer)
