@@ -86,7 +86,7 @@ def connect(address: str, plan: ResourcePlan, *, timeout_s: float) -> Iterator[d
         what = "a local Ray" if local else f"the Ray cluster at {options['address']}"
         raise ConnectError(f"cannot start or reach {what}: {_first_line(error)}") from error
     try:
-        yield _wait_for(plan, 5.0 if local else timeout_s, "the local Ray" if local else "the cluster")
+        yield wait_for(plan, 5.0 if local else timeout_s, "the local Ray" if local else "the cluster")
     finally:
         ray.shutdown()
 
@@ -138,9 +138,11 @@ def _check_reachable(address: str, timeout_s: float) -> None:
         ) from error
 
 
-def _wait_for(plan: ResourcePlan, timeout_s: float, where: str) -> dict[str, float]:
-    """Total resources once they hold the plan; nodes of an autoscaling cluster may still be
-    joining.
+def wait_for(plan: ResourcePlan, timeout_s: float, where: str) -> dict[str, float]:
+    """Total resources once they hold the plan; nodes of an autoscaling cluster may still be joining.
+
+    Raises:
+        ConnectError: they do not within `timeout_s`; it names what is wanted and what is there.
     """
     deadline = time.monotonic() + timeout_s
     while True:

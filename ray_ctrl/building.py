@@ -50,6 +50,8 @@ def build_algorithm(setting: Setting, envs: int, contexts: int) -> GRPO:
         kl_coeff=grpo.kl_weight,
         reference_interval=grpo.reference_every,
         entropy_coeff=grpo.entropy_weight,
+        max_staleness=grpo.max_staleness,
+        ratio_max=grpo.ratio_max,
         prices=price_settings(setting) if config.reward.mode == "constrained" else None,
         lr=grpo.lr,
         num_epochs=grpo.epochs,
@@ -105,6 +107,7 @@ def _common(setting: Setting, split: str, contexts: int) -> GRPOConfig:
         hidden=config.controller.hidden,
         runner_threads=config.model.threads,
         restart_timeout_s=runners.restart_timeout_s,
+        learner_timeout_s=runners.learner_timeout_s,
     )
     settings.evaluation(
         evaluation_interval=None,

@@ -285,6 +285,19 @@ class GRPOSettings(Section):
     max_grad_norm: float = Field(
         default=1.0, gt=0, le=1e6, description="Longest gradient, Euclidean norm. Above 0, to 1e6."
     )
+    max_staleness: Int = Field(
+        default=0,
+        ge=0,
+        le=16,
+        description="Updates between the weights that sample a round and those that learn from it; 0 samples and "
+        "learns in turns, with more the env runners sample the next rounds meanwhile. 0 to 16.",
+    )
+    ratio_max: float = Field(
+        default=3.0,
+        gt=1,
+        le=1e6,
+        description="With `max_staleness`, the probability ratio is cut off there. Above 1 + `clip_high`, to 1e6.",
+    )
 
 
 class RunnersConfig(Section):
@@ -334,6 +347,9 @@ class RunnersConfig(Section):
         le=86400,
         description="Wait for a first runner to come back when all are dead, s. To 86400.",
     )
+    learner_timeout_s: float = Field(
+        default=600.0, gt=0, le=86400, description="Wait for learners' answer to an update, s. To 86400."
+    )
 
 
 class EvaluationConfig(Section):
@@ -372,6 +388,10 @@ class RunConfig(Section):
         description="Latest checkpoints kept, besides the best. 1 to 1000.",
     )
     tensorboard: Flag = Field(default=True, description="Write TensorBoard files.")
+    prometheus: Flag = Field(
+        default=False,
+        description="Show each iteration's numbers at the Prometheus endpoint of Ray's nodes, as `ray_ctrl_*`.",
+    )
     track: str | None = Field(
         default=None,
         pattern=r"^(mlflow|wandb):\S+$",

@@ -31,6 +31,7 @@ def plan_layout(config: Config) -> Layout:
     """
     envs, rounds = _spread(config)
     _check_devices(config)
+    _check_staleness(config)
     runners = config.runners
     resources = resource_plan(
         runners=runners.count,
@@ -93,6 +94,19 @@ def _check_devices(config: Config) -> None:
             f"model.threads = {model.threads} is more than runners.cpus = {runners.cpus:g}: "
             f"runners "
             f"would slow one another down; set runners.cpus={model.threads}"
+        )
+
+
+def _check_staleness(config: Config) -> None:
+    grpo = config.grpo
+    if grpo.max_staleness and not config.runners.count:
+        raise UserError(
+            f"grpo.max_staleness = {grpo.max_staleness} needs env runners of their own, but runners.count = 0: set "
+            "runners.count to 1 or more, or grpo.max_staleness=0"
+        )
+    if grpo.max_staleness and grpo.ratio_max <= 1 + grpo.clip_high:
+        raise UserError(
+            f"grpo.ratio_max = {grpo.ratio_max:g} is not allowed: above 1 + grpo.clip_high = {1 + grpo.clip_high:g}"
         )
 
 

@@ -92,9 +92,19 @@ class RunFolder:
     # -- metrics ------------------------------------------------------------------------------
 
     def append_metrics(self, metrics: Metrics) -> None:
-        """Adds one iteration as a line of JSON, in one write."""
-        with (self.root / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        """Adds one iteration as a line of JSON, in one write.
+
+        Raises:
+            UserError: the disk refuses; a half-written line is left out by every reader.
+        """
+        path = self.root / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {error.strerror or error}; free space there and continue with --resume"
+            ) from error
 
     def metrics(self) -> list[Metrics]:
         """All whole lines; a torn last line (the process died in writing it) is left out."""

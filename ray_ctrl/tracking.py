@@ -1,4 +1,4 @@
-"""Experiment trackers by one setting, `run.track`, through Ray's own integrations.
+"""Experiment trackers by one setting, `run.track`, through Ray's own integrations; and Ray's Prometheus endpoint.
 
 `mlflow:URI` (a server, `sqlite:///FILE` or `file:///FOLDER`) or `wandb:PROJECT`. Each iteration's row is logged once: a
 resumed run continues its entry.
@@ -6,6 +6,7 @@ resumed run continues its entry.
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,6 +50,30 @@ def open_tracker(track: str | None, settings: Mapping[str, Any], folder: Path) -
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"run.track = {track!r} cannot be used ({reason}): check it, or set run.track=null") from error
+
+
+class Gauges:
+    """An iteration's numbers as gauges `ray_ctrl_<number>`, tagged with the run, at Ray's Prometheus endpoint.
+
+    Slashes in a number's name become underscores. Ray adds a prefix of its own, `ray_`.
+    """
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+        self.gauges: dict[str, Any] = {}
+
+    def log(self, row: Mapping[str, float], step: int) -> None:
+        """Show `row`, and `step` as `ray_ctrl_iteration`."""
+        from ray.util.metrics import Gauge
+
+        for key, value in {**row, "iteration": float(step)}.items():
+            name = "ray_ctrl_" + re.sub(r"\W", "_", key)
+            if name not in self.gauges:
+                self.gauges[name] = Gauge(name, description=f"{key} of the last iteration", tag_keys=("run",))
+            self.gauges[name].set(float(value), tags={"run": self.run})
+
+    def close(self) -> None:
+        """Nothing is held; Ray drops the numbers of processes that ended."""
 
 
 def _known(folder: Path) -> str | None:

@@ -17,10 +17,9 @@ from ray_ctrl.feasibility import Layout, plan_layout
 from ray_ctrl.runs import Checkpoint, Metrics, RunFolder, best, free_folder, newest_run
 from ray_ctrl.settings import load_config, to_yaml
 from ray_ctrl.stopping import Stopper
-from ray_ctrl.tracking import open_tracker
+from ray_ctrl.tracking import Gauges, open_tracker
 
 VALIDATION_BUDGETS = 4
-STATS_TIMEOUT_S = 30.0
 LEARNER_LOSSES = 4  # a run gives up at the fourth
 RESUMABLE = (
     "run.iterations",
@@ -28,6 +27,7 @@ RESUMABLE = (
     "run.keep_checkpoints",
     "run.tensorboard",
     "run.track",
+    "run.prometheus",
     "runners.",
 )
 # What the algorithm calls a number, and what tables and curves call it.
@@ -148,7 +148,7 @@ def _begin(
     console.print(f"run folder {folder.root}", markup=False)
     try:
         setting = setting.with_clock(folder.root)
-        return folder, Trainer(config, folder, setting, layout.envs)
+        return folder, Trainer(config, folder, setting, layout)
     except UserError:
         if resumed is None:
             shutil.rmtree(folder.root, ignore_errors=True)
@@ -178,10 +178,13 @@ class Trainer:
     config: Config
     folder: RunFolder
     setting: Any
-    envs: int
+    layout: Layout
 
     def __post_init__(self) -> None:
-        self.tracker = open_tracker(self.config.run.track, self.config.model_dump(mode="json"), self.folder.root)
+        run = self.config.run
+        tracker = open_tracker(run.track, self.config.model_dump(mode="json"), self.folder.root)
+        gauges = Gauges(self.folder.root.name) if run.prometheus else None
+        self.trackers = [found for found in (tracker, gauges) if found is not None]
         self.contexts = validation_contexts(len(self.setting.build("validation").samples), self.setting.budgets)
         self.lost = 0
         self._build()
@@ -190,7 +193,7 @@ class Trainer:
     def _build(self) -> None:
         from ray_ctrl.building import build_algorithm
 
-        self.algorithm = build_algorithm(self.setting, self.envs, len(self.contexts))
+        self.algorithm = build_algorithm(self.setting, self.layout.envs, len(self.contexts))
         self.done = self._restore()
 
     def train(self, stopper: Stopper) -> bool:
@@ -200,33 +203,37 @@ class Trainer:
         with progress_bar() as bar:
             task = bar.add_task("training", total=total, completed=self.done)
             while self.done < total and not stopper.requested:
-                row = self._iterate_or_recover()
+                row = self._iterate_or_recover(stopper)
                 if row is None:
                     first, begun = self.done, time.monotonic()
                     continue
                 spent = (time.monotonic() - begun) / (self.done - first)
                 console.print(iteration_line(row, total, spent * (total - self.done)), markup=False)
                 bar.update(task, completed=self.done)
-                if self._due() or stopper.requested:
-                    self._checkpoint(row)
         return self.done >= total
 
-    def _iterate_or_recover(self) -> Metrics | None:
-        """One iteration; where a learner died, None, with everything back at the last checkpoint.
+    def _iterate_or_recover(self, stopper: Stopper) -> Metrics | None:
+        """One iteration and its checkpoint; where a learner died, None, with everything back at the last checkpoint.
 
         Raises:
             LearnerDied: learners keep dying.
+            UserError: the cluster has no place for a new one in time.
         """
-        from policies.grpo.learner import LearnerDied
+        from cluster.connect import wait_for
+        from policies.grpo.learner import LearnerDied, learner_errors
 
         try:
-            row = self.iterate()
+            with learner_errors(self.done):
+                row = self.iterate()
+                if self._due() or stopper.requested:
+                    self._checkpoint(row)
         except LearnerDied as error:
             self.lost += 1
             if self.lost >= LEARNER_LOSSES:
                 raise
             console.print(f"{error.message} (done by itself, {self.lost} of {LEARNER_LOSSES - 1})", markup=False)
             self.algorithm.stop()
+            wait_for(self.layout.resources, self.config.runners.connect_timeout_s, "the cluster")
             self._build()
             return None
         return row
@@ -241,23 +248,23 @@ class Trainer:
         row |= {RENAMED.get(key, key): value for key, value in numbers.items() if math.isfinite(value)}
         if self._validates():
             row |= self._validate()
-        row |= self._engine_stats()
+        row |= self.algorithm.engine_stats()
         row["time/iteration_s"] = time.perf_counter() - started
         self.folder.append_metrics(row)
         if self.writer is not None:
             for key, value in row.items():
                 if key != "iteration":
                     self.writer.add_scalar(key, value, self.done)
-        if self.tracker is not None:
-            self.tracker.log({key: value for key, value in row.items() if key != "iteration"}, self.done)
+        for tracker in self.trackers:
+            tracker.log({key: value for key, value in row.items() if key != "iteration"}, self.done)
         return row
 
     def stop(self) -> None:
         """Ends the algorithm's processes."""
         if self.writer is not None:
             self.writer.close()
-        if self.tracker is not None:
-            self.tracker.close()
+        for tracker in self.trackers:
+            tracker.close()
         self.algorithm.stop()
 
     def _restore(self) -> int:
@@ -279,16 +286,6 @@ class Trainer:
         from tensorboardX import SummaryWriter
 
         return SummaryWriter(str(self.folder.root / "tensorboard"), purge_step=self.done + 1)
-
-    def _engine_stats(self) -> Metrics:
-        """Cumulative counters of the engines that sample, summed over runners."""
-        answers = self.algorithm.env_runner_group.foreach_env_runner(
-            lambda runner: runner.env.unwrapped.stats(),
-            local_env_runner=self.config.runners.count == 0,
-            timeout_seconds=STATS_TIMEOUT_S,
-        )
-        keys = sorted({key for stats in answers for key in stats})
-        return {key: sum(stats.get(key, 0.0) for stats in answers) for key in keys}
 
     def _validates(self) -> bool:
         every = self.config.evaluation.every

@@ -2,7 +2,8 @@
 
 One iteration: sample whole chunks -> complete groups -> returns at current prices -> advantages within
 groups -> epochs of minibatches on the learners -> prices -> reference. Everything random is derived from
-(seed, round), and the round is part of the checkpoint, so a resumed run repeats the undisturbed one.
+(seed, round), and the round is part of the checkpoint, so a resumed run repeats the undisturbed one. With
+`max_staleness` above 0, runners sample the next rounds meanwhile, under weights that old at most.
 """
 
 import shutil
@@ -24,14 +25,16 @@ from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS, LEAR
 from envs.errors import UserError
 from policies.controller import Controller
 from policies.grpo import checkpoint
-from policies.grpo.advantages import GroupAdvantages, complete_groups, group_advantages
+from policies.grpo.advantages import GroupAdvantages, group_advantages
 from policies.grpo.config import GRPOConfig
 from policies.grpo.evaluation import EvaluationRequest, Row
-from policies.grpo.learner import WEIGHTS, learner_errors
+from policies.grpo.learner import WEIGHTS, answering, each_learner, learner_errors
 from policies.grpo.metrics import learner_metrics, rollout_metrics
 from policies.grpo.minibatches import minibatches
 from policies.grpo.prices import Prices, PriceSettings, overrun_cost
-from policies.grpo.runner import MAX_ATTEMPTS, Rollouts, run_jobs, startup_errors
+from policies.grpo.rounds import Rounds, summed
+from policies.grpo.runner import Rollouts
+from policies.grpo.spread import Spread, startup_errors, stop_runners
 
 STATE: Final = "grpo"
 __all__ = ["GRPO", "GRPOConfig"]
@@ -59,6 +62,19 @@ class GRPO(Algorithm):
         self._row: dict[str, float] = {}
         with startup_errors():
             super().setup(config)
+        self.spread = Spread(
+            self.env_runner_group,
+            "sample_chunk",
+            timeout_s=self.config.sample_timeout_s,
+            restart_timeout_s=self.config.restart_timeout_s,
+            restore=self.restore_env_runners,
+        )
+        self.rounds = Rounds(
+            self.spread,
+            chunks=self.config.chunks_per_iteration,
+            group_size=self.config.group_size,
+            ahead=self.config.max_staleness,
+        )
 
     def _setup_logdir(self) -> None:
         # RLlib would leave an empty folder in the user's home for every algorithm built.
@@ -68,6 +84,8 @@ class GRPO(Algorithm):
             self._logdir = tempfile.mkdtemp(prefix="grpo-")
 
     def cleanup(self) -> None:
+        for name in ("env_runner_group", "eval_env_runner_group"):
+            stop_runners(getattr(self, name, None))
         super().cleanup()
         if not self._storage:
             shutil.rmtree(self._logdir, ignore_errors=True)
@@ -100,51 +118,18 @@ class GRPO(Algorithm):
         self.round += 1
         interval = self.config.reference_interval
         if self.config.kl_coeff > 0 and interval and self.round % interval == 0:
-            self.learner_group.foreach_learner(lambda learner: learner.refresh_reference())
-        self.env_runner_group.sync_weights(from_worker_or_learner_group=self.learner_group, inference_only=True)
+            each_learner(self.learner_group, lambda learner: learner.refresh_reference())
         self._row |= learner_metrics(self.metrics) | counts
         self._row["seconds_sample"] = sampled - started
         self._row["seconds_learn"] = time.perf_counter() - sampled
 
     def _sample(self) -> tuple[Rollouts, dict[str, float]]:
-        """Complete groups of this round from every chunk, in chunk order.
-
-        Chunks that come back with incomplete groups are sampled again; what stays incomplete is left out and counted.
-        """
-        chunks, weights = self.config.chunks_per_iteration, self.weights()
-        kept: dict[int, Rollouts] = {}
-        todo, rerun, discarded = list(range(chunks)), 0, 0
-        for attempt in range(MAX_ATTEMPTS):
-            jobs = [
-                {"round_number": self.round, "chunk": chunk, "chunks": chunks, "attempt": attempt, "weights": weights}
-                for chunk in todo
-            ]
-            parts, report = run_jobs(
-                self.env_runner_group,
-                "sample_chunk",
-                jobs,
-                timeout_s=self.config.sample_timeout_s,
-                restart_timeout_s=self.config.restart_timeout_s,
-                restore=self.restore_env_runners,
-            )
-            self.metrics.aggregate([part.metrics for part in parts], key=ENV_RUNNER_RESULTS)
-            rerun += report.rerun
-            for chunk, part in zip(list(todo), parts, strict=True):
-                rows, left_over = complete_groups(part.infos["context"], self.config.group_size)
-                discarded += left_over
-                if len(rows) > len(kept.get(chunk, ())) // self.config.group_size:
-                    kept[chunk] = part.take(rows.reshape(-1))
-                if not left_over:
-                    todo.remove(chunk)
-            if not todo:
-                break
-        if not kept:
-            raise UserError(
-                f"no complete group of {self.config.group_size} rollouts arrived in round {self.round}: "
-                f"{discarded} rollouts of partial groups were discarded; check the environment's group ids"
-            )
-        counts = {"chunks_rerun": float(rerun), "rollouts_discarded": float(discarded)}
-        return Rollouts.concatenate([kept[chunk] for chunk in sorted(kept)]), counts
+        """Complete groups of this round; when they are here, the rounds ahead are in the runners' queues."""
+        self.rounds.order(self.round, self.weights())
+        rollouts, runner_metrics, counts = self.rounds.collect(self.round)
+        self.spread.fill()
+        self.metrics.aggregate(runner_metrics, key=ENV_RUNNER_RESULTS)
+        return rollouts, counts
 
     def _returns(self, rollouts: Rollouts) -> npt.NDArray[np.float64]:
         """Return of each rollout (N,): the environment's reward, or accuracy less the current price of overrunning."""
@@ -175,20 +160,26 @@ class GRPO(Algorithm):
             count = 2 * rows.size
             order, weights, size = minibatches(count, self.config.minibatch_size or count, learners, generator)
             batch = SampleBatch(_take(columns, order) | {WEIGHTS: weights})
-            results += self.learner_group.update(
-                batch=MultiAgentBatch({DEFAULT_MODULE_ID: batch}, env_steps=len(order)),
-                timesteps={"num_env_steps_sampled_lifetime": (self.round + 1) * count},
-                minibatch_size=size // learners,
-                num_epochs=1,
-            )
+            with answering(self.learner_group, self.config.learner_timeout_s):
+                results += self.learner_group.update(
+                    batch=MultiAgentBatch({DEFAULT_MODULE_ID: batch}, env_steps=len(order)),
+                    timesteps={"num_env_steps_sampled_lifetime": (self.round + 1) * count},
+                    minibatch_size=size // learners,
+                    num_epochs=1,
+                )
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
 
     def weights(self) -> Any:
         """The controller's inference weights as the runners take them (in the object store if they are remote)."""
-        state = self.learner_group.get_state(
-            components=f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", inference_only=True
-        )[COMPONENT_LEARNER][COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
+        with answering(self.learner_group, self.config.learner_timeout_s):
+            state = self.learner_group.get_state(
+                components=f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", inference_only=True
+            )[COMPONENT_LEARNER][COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
         return ray.put(state) if ray.is_initialized() else state
+
+    def engine_stats(self) -> dict[str, float]:
+        """Cumulative counters of the engines that sample, summed over runners, as of their last chunks."""
+        return summed(list(self.rounds.stats.values()))
 
     def controller(self) -> Controller:
         """A copy of the controller as trained so far, on the CPU, ready for `Controller.save`."""
@@ -201,11 +192,14 @@ class GRPO(Algorithm):
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state: dict[str, Any] = super().get_state(*args, **kwargs)
         state[STATE] = {"round": self.round, "seed": self.config.seed, "prices": self.prices.state()}
+        state[STATE]["rounds"] = self.rounds.state()
         return state
 
     def set_state(self, state: Mapping[str, Any]) -> None:
+        self.spread.drop()
         super().set_state(state)
         if STATE in state:
+            self.rounds.restore(state[STATE]["rounds"])
             self.round = int(state[STATE]["round"])
             self.prices = self.prices.restored(state[STATE]["prices"])
 

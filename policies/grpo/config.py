@@ -26,10 +26,13 @@ OWN_SETTINGS: Final = (
     "kl_coeff",
     "reference_interval",
     "entropy_coeff",
+    "max_staleness",
+    "ratio_max",
     "prices",
     "hidden",
     "runner_threads",
     "restart_timeout_s",
+    "learner_timeout_s",
 )
 
 
@@ -46,10 +49,14 @@ class GRPOConfig(AlgorithmConfig):
         kl_coeff: weight of the KL to a frozen reference; 0 keeps no reference.
         reference_interval: iterations between refreshes of the reference; 0 never.
         entropy_coeff: weight of the entropy bonus, per nat.
+        max_staleness: updates between the weights that sample a round and those that learn from it; 0 samples and
+            learns in turns. Needs remote env runners.
+        ratio_max: with staleness, the ratio is cut off there.
         prices: the constrained mode; None takes the environment's fixed-price reward.
         hidden: width of the controller's MLPs.
         runner_threads: torch threads of each remote env runner.
         restart_timeout_s: longest wait for a first runner to come back when all are dead.
+        learner_timeout_s: longest wait for remote learners' answer to an update; then they are killed.
         num_epochs, minibatch_size, lr, grad_clip: RLlib's own; a minibatch counts decisions (two a
             rollout) over all learners.
     """
@@ -67,10 +74,13 @@ class GRPOConfig(AlgorithmConfig):
         self.kl_coeff: float = 0.0
         self.reference_interval: int = 0
         self.entropy_coeff: float = 0.01
+        self.max_staleness: int = 0
+        self.ratio_max: float = 3.0
         self.prices: PriceSettings | None = None
         self.hidden: int = 256
         self.runner_threads: int = 1
         self.restart_timeout_s: float = 300.0
+        self.learner_timeout_s: float = 600.0
         self.lr = 5e-4
         self.num_epochs = 4
         self.minibatch_size = 256
@@ -83,6 +93,11 @@ class GRPOConfig(AlgorithmConfig):
         self.sample_timeout_s = 600.0
         self.restart_failed_env_runners = True
         self.delay_between_env_runner_restarts_s = 0.0
+        # The others wait for so long in each iteration while a lost runner loads its model again.
+        self.env_runner_health_probe_timeout_s = 2.0
+        # Runners are sent what they need with each chunk; RLlib would wait for all of them after each iteration.
+        self.merge_env_runner_states = False
+        self.broadcast_env_runner_states = False
         self.custom_evaluation_function = evaluate_with_runners
         self.evaluation_sample_timeout_s = 600.0
         self.evaluation_contexts: tuple[Any, ...] = ()
@@ -131,6 +146,16 @@ class GRPOConfig(AlgorithmConfig):
             raise UserError(
                 f"clip_low {self.clip_low}, clip_high {self.clip_high}, kl_coeff {self.kl_coeff}, entropy_coeff "
                 f"{self.entropy_coeff} are not allowed: 0 < clip_low < 1, 0 < clip_high, both coefficients >= 0"
+            )
+        if self.max_staleness < 0 or (self.max_staleness and not self.ratio_max > 1 + self.clip_high):
+            raise UserError(
+                f"max_staleness {self.max_staleness}, ratio_max {self.ratio_max} are not allowed: max_staleness >= 0, "
+                f"ratio_max above 1 + clip_high = {1 + self.clip_high:g}"
+            )
+        if not self.in_evaluation and self.max_staleness and not self.num_env_runners:
+            raise UserError(
+                f"max_staleness {self.max_staleness} needs remote env runners, and there are none: set num_env_runners "
+                "to 1 or more, or max_staleness to 0"
             )
         if self.seed is None:
             raise UserError("a seed of None is not allowed: give an integer, every draw is derived from it")

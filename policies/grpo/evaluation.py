@@ -15,7 +15,7 @@ from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
 from envs.errors import UserError
 from policies.baselines import Baseline
-from policies.grpo.runner import run_jobs
+from policies.grpo.spread import Spread
 
 if TYPE_CHECKING:
     from policies.grpo.algorithm import GRPO
@@ -63,23 +63,20 @@ def evaluate_with_runners(algorithm: "GRPO", group: EnvRunnerGroup | None) -> tu
         raise UserError("no contexts to evaluate: give at least one (sample index, budget in ms)")
     width = algorithm.evaluation_config.num_envs_per_env_runner
     weights = None if request.baseline else algorithm.weights()
-    jobs = [
-        {
-            "contexts": request.contexts[first : first + width],
-            "first": first,
-            "weights": weights,
-            "baseline": request.baseline,
-        }
-        for first in range(0, len(request.contexts), width)
-    ]
-    parts, _ = run_jobs(
+    spread = Spread(
         group,
         "run_contexts",
-        jobs,
         timeout_s=algorithm.evaluation_config.evaluation_sample_timeout_s,
         restart_timeout_s=algorithm.config.restart_timeout_s,
         restore=algorithm.restore_env_runners,
     )
+    keys = []
+    for first in range(0, len(request.contexts), width):
+        contexts = request.contexts[first : first + width]
+        keys.append(f"evaluation of contexts {first} to {first + len(contexts) - 1}")
+        job = {"contexts": contexts, "first": first, "weights": weights, "baseline": request.baseline}
+        spread.add(keys[-1], job)
+    parts = spread.collect(keys)
     rows = [row for part in parts for row in part]
     missing = sorted(set(range(len(request.contexts))) - {int(row["context"]) for row in rows})
     if missing:

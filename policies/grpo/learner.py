@@ -1,12 +1,15 @@
 """The learner: RLlib's torch learner with the GRPO loss. Nothing is drawn here: the driver cuts the minibatches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 import torch
 from ray.rllib.core.columns import Columns
+from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from torch import Tensor
 
@@ -41,6 +44,43 @@ def learner_errors(round_number: int) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def answering(group: LearnerGroup, timeout_s: float) -> Iterator[None]:
+    """End learners that give no answer in time: RLlib would wait for ever.
+
+    Raises:
+        LearnerDied: they did not, and are gone.
+    """
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        for actor in group._worker_manager.actors().values():
+            ray.kill(actor)
+
+    timer = threading.Timer(timeout_s, end)
+    timer.daemon = True
+    if not group.is_local:
+        timer.start()
+    try:
+        yield
+    except ray.exceptions.RayActorError as error:
+        if not late.is_set():
+            raise
+        raise LearnerDied(
+            f"a learner gave no answer within {timeout_s:g} s and was killed; resume from the last checkpoint"
+        ) from error
+    finally:
+        timer.cancel()
+
+
+def each_learner(group: LearnerGroup, change: Callable[[Any], None]) -> None:
+    """Have every learner do `change`; RLlib alone would pass over those that died."""
+    for answer in group.foreach_learner(change):
+        if not answer.ok:
+            raise answer.get()
+
+
 class GRPOLearner(TorchLearner):
     """One Adam over the controller; the frozen reference is left out."""
 
@@ -58,7 +98,13 @@ class GRPOLearner(TorchLearner):
             weights=batch[WEIGHTS],
             reference_logits=fwd_out.get(REFERENCE_LOGITS),
         )
-        settings = LossSettings(config.clip_low, config.clip_high, config.kl_coeff, config.entropy_coeff)
+        settings = LossSettings(
+            config.clip_low,
+            config.clip_high,
+            config.kl_coeff,
+            config.entropy_coeff,
+            ratio_max=config.ratio_max if config.max_staleness else math.inf,
+        )
         loss, metrics = grpo_loss(fwd_out[Columns.ACTION_DIST_INPUTS], inputs, settings)
         for name, value in metrics.items():
             self.metrics.log_value((module_id, name), value.item(), reduce="mean")

@@ -1,5 +1,6 @@
 """The GRPO loss: clipped surrogate, KL to a reference, entropy bonus. Pure functions on torch tensors."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,15 @@ class LossSettings:
         clip_high: the ratio may rise to 1 + clip_high before its gradient stops.
         kl_coeff: weight of the KL to the reference policy; 0 leaves the reference out.
         entropy_coeff: weight of the entropy bonus, per nat.
+        ratio_max: the ratio is cut off there, and with it the gradient of a bad action that has become much more
+            likely since it was taken, which the clip alone leaves unbounded.
     """
 
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_coeff: float = 0.0
     entropy_coeff: float = 0.01
+    ratio_max: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def grpo_loss(logits: Tensor, inputs: LossInputs, settings: LossSettings) -> tup
     policy = KnobDistribution(logits)
     log_prob_B = policy.log_prob(inputs.actions)
     ratio_B = (log_prob_B - inputs.old_log_prob).exp()
-    surrogate_B = clipped_surrogate(ratio_B, inputs.advantages, settings.clip_low, settings.clip_high)
+    cut_B = ratio_B.clamp(max=settings.ratio_max)
+    surrogate_B = clipped_surrogate(cut_B, inputs.advantages, settings.clip_low, settings.clip_high)
     entropy_B = policy.entropy()
     loss_B = -surrogate_B - settings.entropy_coeff * entropy_B
     metrics = {}
@@ -104,6 +109,9 @@ def _diagnostics(
             "clip_low_share": _mean(low_B.float(), inputs.weights),
             "clip_high_share": _mean(high_B.float(), inputs.weights),
         }
+        if math.isfinite(settings.ratio_max):
+            cut_B = (ratio_B > settings.ratio_max) & (inputs.advantages < 0)
+            metrics["ratio_cut_share"] = _mean(cut_B.float(), inputs.weights)
         entropies_BH = policy.head_entropies()
         for column, (name, log_p) in enumerate(zip(HEADS, policy.log_probs, strict=True)):
             deciding_B = ((log_p > -1.0e6).sum(-1) > 1) & real_B

@@ -19,6 +19,7 @@ LEARNER_KEYS: Final = (
     "kl_reference",
     "clip_low_share",
     "clip_high_share",
+    "ratio_cut_share",
     "grad_norm",
     *(f"entropy_{head}" for head in HEADS),
 )

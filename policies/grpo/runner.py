@@ -1,39 +1,36 @@
-"""Rollouts: what an env runner does with one chunk of work, and how chunks are spread over runners that may die.
+"""Rollouts: what an env runner does with one chunk of work.
 
 A chunk is one reset of all of a runner's environments. Its contexts and its random draws are a function
 of (seed, round, chunk) and of the weights that come with the request, never of the runner or its past:
 a chunk lost with a dead runner is simply run again, anywhere, with the same result.
 """
 
-import logging
-import time
-import traceback
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import ray
 import torch
 from ray.rllib.core.columns import Columns
-from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
-from envs.errors import UserError
 from policies.baselines import Baseline
 from policies.grpo.rl_module import BaselineModule
 
-logger = logging.getLogger(__name__)
-MAX_ATTEMPTS: Final = 3
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """N finished two-step episodes as arrays: steps (N, 2, ...), final infos (N,)."""
+    """N finished two-step episodes as arrays: steps (N, 2, ...), final infos (N,).
+
+    Attributes:
+        metrics: RLlib's, of the runner that made them.
+        runner: its index.
+        stats: cumulative counters of its engine.
+    """
 
     obs: Mapping[str, Array]
     actions: Array
@@ -42,6 +39,8 @@ class Rollouts:
     rewards: Array
     infos: Mapping[str, Array]
     metrics: Any = None
+    runner: int = 0
+    stats: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -73,15 +72,6 @@ class Rollouts:
         )
 
 
-@dataclass(frozen=True)
-class Failure:
-    """An exception inside a runner, sent home as a value: RLlib would kill the runner and hide the cause."""
-
-    error: UserError | None
-    summary: str
-    details: str
-
-
 class RolloutRunner(SingleAgentEnvRunner):
     """RLlib's env runner, working in chunks."""
 
@@ -108,7 +98,9 @@ class RolloutRunner(SingleAgentEnvRunner):
         environment.set_worker(chunk, chunks)
         environment.set_round(round_number)
         torch.manual_seed(_seed(self.config.seed, round_number, chunk, attempt))
-        return _pack(self.sample(explore=True), self.get_metrics())
+        rollouts = _pack(self.sample(explore=True), self.get_metrics())
+        stats = environment.stats() if hasattr(environment, "stats") else {}
+        return replace(rollouts, runner=int(self.worker_index or 0), stats=stats)
 
     def run_contexts(
         self, *, contexts: Sequence[Any], first: int, weights: Any, baseline: Baseline | None
@@ -183,189 +175,3 @@ def _rows(rollouts: Rollouts, first: int, count: int) -> list[dict[str, float]]:
             row["reward"] = float(rollouts.rewards[index])
             rows[context] = row
     return [rows[context] for context in sorted(rows)]
-
-
-@dataclass
-class JobReport:
-    """What happened while chunks were spread."""
-
-    rerun: int = 0
-    causes: tuple[str, ...] = ()
-
-
-def run_jobs(
-    group: EnvRunnerGroup,
-    method: str,
-    jobs: Sequence[Mapping[str, Any]],
-    *,
-    timeout_s: float,
-    restart_timeout_s: float,
-    restore: Callable[[EnvRunnerGroup], Sequence[int]],
-) -> tuple[list[Any], JobReport]:
-    """Call `method` once per job on the runners of a group, re-running what is lost; results in the order of the jobs.
-
-    Args:
-        jobs: keyword arguments of each call.
-        timeout_s: longest a call may take before its runner counts as stalled and is killed.
-        restart_timeout_s: longest to wait for a first runner to come back when all are dead.
-        restore: brings restarted runners back into service, returns their ids.
-
-    Raises:
-        UserError: raised by an environment, or all runners dead, or one job failing too often.
-    """
-    if group.num_remote_env_runners() == 0:
-        return [getattr(group.local_env_runner, method)(**job) for job in jobs], JobReport()
-    return _Spread(group, method, jobs, (timeout_s, restart_timeout_s), restore).run()
-
-
-class _Spread:
-    """One pass of `run_jobs` over remote runners: each healthy runner holds one job at a time."""
-
-    def __init__(
-        self,
-        group: EnvRunnerGroup,
-        method: str,
-        jobs: Sequence[Mapping[str, Any]],
-        timeouts_s: tuple[float, float],
-        restore: Callable[[EnvRunnerGroup], Sequence[int]],
-    ) -> None:
-        self.group, self.method, self.jobs = group, method, jobs
-        self.timeout_s, self.restart_timeout_s = timeouts_s
-        self.restore = restore
-        self.manager = group._worker_manager
-        self.waiting = deque(range(len(jobs)))
-        self.running: dict[Any, tuple[int, int, float]] = {}
-        self.results: dict[int, Any] = {}
-        self.attempts = [0] * len(jobs)
-        self.report = JobReport()
-
-    def run(self) -> tuple[list[Any], JobReport]:
-        idle_since = time.monotonic()
-        while len(self.results) < len(self.jobs):
-            self._dispatch()
-            if self.running:
-                self._collect()
-                idle_since = time.monotonic()
-            elif not self._revive(idle_since):
-                time.sleep(0.2)
-        return [self.results[index] for index in range(len(self.jobs))], self.report
-
-    def _dispatch(self) -> None:
-        """Give every idle healthy runner one waiting job."""
-        busy = {runner for _, runner, _ in self.running.values()}
-        actors = self.manager.actors()
-        for runner in self.manager.healthy_actor_ids():
-            if not self.waiting:
-                return
-            if runner in busy:
-                continue
-            index = self.waiting.popleft()
-            self.attempts[index] += 1
-            call = actors[runner].apply.remote(_guarded, method=self.method, job=self.jobs[index])
-            self.running[call] = (index, runner, time.monotonic())
-
-    def _collect(self) -> None:
-        """Wait for a first answer, take all that are ready, and give up on runners past the timeout."""
-        oldest = min(started for _, _, started in self.running.values())
-        patience = max(0.0, oldest + self.timeout_s - time.monotonic())
-        ready, _ = ray.wait(list(self.running), num_returns=1, timeout=min(patience, 5.0))
-        for call in ready:
-            index, runner, _ = self.running.pop(call)
-            try:
-                answer = ray.get(call)
-            except ray.exceptions.RayError as error:
-                self.manager.set_actor_state(runner, healthy=False)
-                self._lost(index, f"runner {runner} died: {_first_line(error)}")
-                continue
-            if not isinstance(answer, Failure):
-                self.results[index] = answer
-            elif answer.error is not None:
-                raise answer.error
-            else:
-                logger.warning("runner %s failed:\n%s", runner, answer.details)
-                self._lost(index, f"runner {runner} failed: {answer.summary}")
-        now = time.monotonic()
-        for call, (index, runner, started) in list(self.running.items()):
-            if now - started > self.timeout_s:
-                del self.running[call]
-                ray.kill(self.manager.actors()[runner], no_restart=False)
-                self.manager.set_actor_state(runner, healthy=False)
-                self._lost(index, f"runner {runner} gave no answer within {self.timeout_s:g} s")
-
-    def _lost(self, index: int, cause: str) -> None:
-        logger.warning("%s; its work is run again", cause)
-        self.report.rerun += 1
-        self.report.causes = (*self.report.causes, cause)
-        if self.attempts[index] >= MAX_ATTEMPTS:
-            raise UserError(
-                f"chunk {index} of {len(self.jobs)} failed {self.attempts[index]} times; the last cause: {cause}"
-            )
-        self.waiting.appendleft(index)
-
-    def _revive(self, idle_since: float) -> bool:
-        """With no runner at work: bring restarted ones back, or give up when none can or the wait is over."""
-        if self.restore(self.group):
-            return True
-        # RLlib keeps restarted runners unhealthy until a call to them succeeds.
-        if self.manager.healthy_actor_ids():
-            return True
-        waited = time.monotonic() - idle_since
-        if self.group._remote_config.restart_failed_env_runners and waited < self.restart_timeout_s:
-            return False
-        dead = ", ".join(str(runner) for runner in self.manager.actor_ids())
-        last = self.report.causes[-1] if self.report.causes else "they died before this round"
-        raise UserError(
-            f"all env runners are dead (runners {dead}; waited {waited:.0f} s for a restart); last cause: {last}; "
-            "look at the runners' logs, then resume from the last checkpoint"
-        )
-
-
-@contextmanager
-def startup_errors() -> Iterator[None]:
-    """Say why no runner could start: RLlib only logs it, then stumbles over the empty group.
-
-    Raises:
-        UserError: with the first cause RLlib logged.
-    """
-    causes: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            causes.append(record.getMessage())
-
-    listener = Listener(logging.ERROR)
-    sources = [logging.getLogger(f"ray.rllib.{name}") for name in ("utils.actor_manager", "env.env_runner_group")]
-    for source in sources:
-        source.addHandler(listener)
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if not causes:
-            raise
-        raise UserError(f"no env runner could start: {_last_line(causes[0])}") from error
-    finally:
-        for source in sources:
-            source.removeHandler(listener)
-
-
-def _guarded(runner: Any, method: str, job: Mapping[str, Any]) -> Any:
-    """Run a job inside a runner and send exceptions home as values."""
-    try:
-        return getattr(runner, method)(**job)
-    except UserError as error:
-        return Failure(error, str(error), "")
-    except Exception as error:
-        return Failure(None, f"{type(error).__name__}: {_first_line(error)}", traceback.format_exc())
-
-
-def _last_line(text: str) -> str:
-    """The line of a Ray error that names the exception, without Ray's trailing remark."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1].split("), taking actor")[0]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -150,13 +150,17 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool) -> dict[str, 
 
     from ray_ctrl.tune.progress import Progress
     from ray_ctrl.tune.search import param_space, scheduler, searcher, trial_resources
-    from ray_ctrl.tune.trial import train_trial
+    from ray_ctrl.tune.trial import TRIALS, train_trial
 
     trainable = tune.with_parameters(train_trial, sweep=sweep, root=str(root))
     trainable = tune.with_resources(trainable, trial_resources(sweep.base))
     progress = Progress(sweep, root)
     state = root / STATE
-    if resume and tune.Tuner.can_restore(str(state)):
+    restorable = resume and tune.Tuner.can_restore(str(state))
+    if (root / TRIALS).exists() and not restorable:
+        # Killed before Tune had saved anything: it will name its trials anew, and none may count twice.
+        (root / TRIALS).rename(free_folder(root / f"{TRIALS}-before"))
+    if restorable:
         tuner = tune.Tuner.restore(str(state), trainable, restart_errored=True, param_space=param_space(sweep))
         tuner._local_tuner.get_run_config().callbacks = [progress]
     else:

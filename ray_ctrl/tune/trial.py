@@ -39,7 +39,7 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
     config = sweep.config(chosen)
     folder = open_folder(Path(root), trial, config, share=sweep.shares_budgets)
     adopt(folder, trial, config)
-    trainer = Trainer(config, folder, open_setting(config).with_clock(folder.root), plan_layout(config).envs)
+    trainer = Trainer(config, folder, open_setting(config).with_clock(folder.root), plan_layout(config))
     try:
         while trainer.done < config.run.iterations:
             row = trainer.iterate()

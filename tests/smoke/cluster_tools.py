@@ -67,6 +67,7 @@ class Head:
         }
         environment["RAY_worker_niceness"] = "0"  # tests share their machine with others
         environment.pop("RAY_ADDRESS", None)
+        self.metrics = f"http://127.0.0.1:{metrics}/metrics"
         self.log = (self.folder / "start.log").open("w")
         self.process = subprocess.Popen(
             [

@@ -53,14 +53,14 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str]) -> Done:
+def finish(process: subprocess.Popen[str], limit_s: float = LIMIT_S) -> Done:
     """Waits for a command; ends its whole group where it hangs."""
     try:
-        out, err = process.communicate(timeout=LIMIT_S)
+        out, err = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-        pytest.fail(f"{process.args} did not end within {LIMIT_S:g} s\n{out}\n{err}")
+        pytest.fail(f"{process.args} did not end within {limit_s:g} s\n{out}\n{err}")
     return Done(process.returncode, out, err)
 
 

@@ -1,7 +1,7 @@
 """Runs the command line and kills its own process at a chosen place: `crash.py PLACE CALL ARGUMENTS...`.
 
-PLACE is where (`sampling`, `update`, `checkpoint`), CALL which call of it, counted from 1. The work of that call is
-done first, so that half an iteration is lost and half a checkpoint left behind.
+PLACE is where (`sampling`, `collecting` what other processes sampled, `update`, `checkpoint`), CALL which call of it,
+counted from 1. The work of that call is done first: half an iteration is lost, half a checkpoint left.
 """
 
 import functools
@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 from policies.grpo.algorithm import GRPO
+from policies.grpo.rounds import Rounds
 from policies.grpo.runner import RolloutRunner
 from ray_ctrl.cli import main
 
 PLACES = {
     "sampling": (RolloutRunner, "sample_chunk"),
+    "collecting": (Rounds, "collect"),
     "update": (GRPO, "_learn"),
     "checkpoint": (GRPO, "save_to_path"),
 }

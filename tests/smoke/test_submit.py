@@ -1,9 +1,11 @@
 """Jobs on a real head node: by `ray job submit`, by `ray-ctrl submit`, failing, and stopped."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +30,18 @@ def head() -> Iterator[Head]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"model.name={model_folder(tmp_path_factory.mktemp('model') / 'tiny')}"
+
+
+def scraped(head: Head, wanted: str, deadline: float) -> dict[str, str]:
+    """Lines of the node's Prometheus endpoint by the metric's name, once `wanted` is among them."""
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), urllib.request.urlopen(head.metrics, timeout=10) as answer:
+            lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
+            found = {line.partition("{")[0]: line for line in lines}
+            if wanted in found:
+                return found
+        time.sleep(1.0)
+    pytest.fail(f"no {wanted} at {head.metrics}")
 
 
 def test_a_job_through_rays_own_command(head: Head, model: str, tmp_path: Path) -> None:
@@ -57,13 +71,16 @@ def test_ctrl_c_stops_the_job_at_a_checkpoint(head: Head, model: str, tmp_path: 
     long = [word for word in TINY if not word.startswith("run.iterations")]
     process = start(
         ["submit", "--address", head.jobs, "--stop-on-interrupt", "--submission-id", "to-be-stopped", "--",
-         "--preset", "smoke", *long, "run.iterations=5000", model, "--run-dir", run]
+         "--preset", "smoke", *long, "run.iterations=5000", "run.prometheus=true", model, "--run-dir", run]
     )  # fmt: skip
     deadline = time.monotonic() + 200
     while not (run / "metrics.jsonl").is_file():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.5)
+    numbers = scraped(head, "ray_ray_ctrl_reward", deadline)
+    assert 'run="run"' in numbers["ray_ray_ctrl_reward"]
+    assert {"ray_ray_ctrl_iteration", "ray_ray_ctrl_violations", "ray_node_cpu_count"} <= set(numbers)
     process.send_signal(signal.SIGINT)
     done = finish(process)
     assert done.status == 130, done.out + done.err

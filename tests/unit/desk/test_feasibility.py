@@ -35,6 +35,8 @@ def test_given_vectors_make_rounds() -> None:
         (["runners.count=1", "model.device=cuda"], r"runners\.gpus = 0"),
         (["runners.count=1", "runners.gpus=1.5"], "whole GPUs"),
         (["runners.count=1", "model.threads=2"], r"more than runners\.cpus"),
+        (["grpo.max_staleness=1"], r"needs env runners of their own, but runners\.count = 0"),
+        (["grpo.max_staleness=1", "runners.count=1", "grpo.ratio_max=1.2"], r"ratio_max = 1\.2 is not allowed"),
     ],
 )
 def test_infeasible_settings_name_what_to_change(overrides: list[str], words: str) -> None:

@@ -1,5 +1,7 @@
 """Advantages, losses, prices and minibatches: pure arithmetic, checked by hand or by enumeration."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -76,6 +78,28 @@ def distributions() -> tuple[KnobDistribution, KnobDistribution, torch.Tensor]:
     p, q = (mask_logits(torch.randn(1, LOGITS_WIDTH, generator=generator), mask) for _ in range(2))
     actions = torch.tensor([[tier, position, 0, 0] for tier in range(3) for position in range(5)])
     return KnobDistribution(p.expand(15, -1)), KnobDistribution(q.expand(15, -1)), actions
+
+
+@pytest.mark.parametrize(("advantage", "value", "slope"), [(-1.0, 3.0, 0.0), (1.0, -1.28, 0.0)])
+def test_a_ratio_beyond_its_maximum_is_cut_off(advantage: float, value: float, slope: float) -> None:
+    """An action five times as likely as when it was taken; uncut, a bad one would weigh five times as much."""
+    logits = torch.zeros(1, 18)
+    logits.requires_grad_()
+    old = KnobDistribution(logits.detach()).log_prob(torch.zeros(1, 4, dtype=torch.long))
+    inputs = LossInputs(
+        old_logits=logits.detach(),
+        actions=torch.zeros(1, 4, dtype=torch.long),
+        old_log_prob=old - math.log(5.0),
+        advantages=torch.tensor([advantage]),
+        weights=torch.ones(1),
+    )
+    loss, metrics = grpo_loss(logits, inputs, LossSettings(0.2, 0.28, 0.0, 0.0, ratio_max=3.0))
+    loss.backward()
+    assert loss.item() == pytest.approx(value, rel=1e-6)
+    assert logits.grad is not None
+    assert logits.grad.abs().max().item() == slope
+    assert metrics["ratio_cut_share"].item() == (advantage < 0)
+    assert "ratio_cut_share" not in grpo_loss(logits, inputs, LossSettings())[1]
 
 
 def test_kl_estimate_is_unbiased_and_never_negative() -> None:
