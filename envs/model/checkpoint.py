@@ -150,12 +150,25 @@ def _linear(key: str, name: str, rows: int, columns: int, start: int = 0) -> Ite
     yield f"{key}.bias", Slot(f"{name}.bias", (rows,), start, start + rows)
 
 
+def check_revision(path_or_id: str | Path, revision: str | None) -> None:
+    """Refuses a revision of what has none.
+
+    Raises:
+        UserError: a revision of the embedded model or of a local folder.
+    """
+    if revision is not None and (str(path_or_id) == "embedded" or Path(path_or_id).expanduser().exists()):
+        raise UserError(
+            f"revision {revision!r} of {path_or_id} is not allowed: only a hub id has revisions; leave it out"
+        )
+
+
 def resolve_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
     """A local folder for a folder, "embedded", or a hub id (fetched at `revision`, without code files).
 
     Raises:
-        UserError: there is no such folder, or the hub has or gives nothing of that name.
+        UserError: there is no such folder, the hub has or gives nothing of that name, or a folder's revision is asked.
     """
+    check_revision(path_or_id, revision)
     folder = Path(path_or_id).expanduser()
     if str(path_or_id) == "embedded":
         from envs.model.embedded import folder as embedded_folder

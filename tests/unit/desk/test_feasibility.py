@@ -4,7 +4,7 @@ import pytest
 
 from cluster.resources import resource_plan, shortfall
 from envs.errors import UserError
-from ray_ctrl.feasibility import plan_layout
+from ray_ctrl.feasibility import check_machine, plan_layout
 from ray_ctrl.settings import load_config
 
 
@@ -35,6 +35,7 @@ def test_given_vectors_make_rounds() -> None:
         (["runners.count=1", "model.device=cuda"], r"runners\.gpus = 0"),
         (["runners.count=1", "runners.gpus=1.5"], "whole GPUs"),
         (["runners.count=1", "model.threads=2"], r"more than runners\.cpus"),
+        (["budgets.low_ms=50", "budgets.high_ms=50"], r"budgets\.low_ms = 50 is not below budgets\.high_ms = 50"),
     ],
 )
 def test_infeasible_settings_name_what_to_change(overrides: list[str], words: str) -> None:
@@ -45,6 +46,17 @@ def test_infeasible_settings_name_what_to_change(overrides: list[str], words: st
 def test_a_cluster_is_not_checked_against_this_machine() -> None:
     overrides = ["runners.count=4", "runners.gpus=1", "runners.address=10.0.0.1:6379"]
     assert plan_layout(load_config("smoke", None, overrides)).resources.gpus == 4
+
+
+def test_the_full_size_preset_needs_one_gpu_for_each_runner() -> None:
+    config = load_config("molmoe-1b")
+    assert (config.budgets.low_ms, config.budgets.high_ms) == (170, 380)
+    one, eight = plan_layout(config), plan_layout(load_config("molmoe-1b", None, ["runners.count=8"]), here=False)
+    assert (one.resources.gpus, eight.resources.gpus, eight.resources.cpus) == (0, 8, 32)
+    assert one.envs == 512
+    assert eight.envs == 64
+    with pytest.raises(UserError, match="8 GPUs wanted"):
+        check_machine(load_config("molmoe-1b", None, ["runners.count=8"]), eight)
 
 
 def test_plan_totals_and_text() -> None:

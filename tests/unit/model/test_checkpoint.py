@@ -126,6 +126,12 @@ def test_hub_failures_are_one_line(monkeypatch):
         AdaptiveMolmoE.from_pretrained("someone/model", revision="abc")
 
 
+def test_only_a_hub_id_has_revisions(folder):
+    for name in (folder, "embedded"):
+        with pytest.raises(UserError, match="only a hub id has revisions"):
+            AdaptiveMolmoE.from_pretrained(name, revision="v1")
+
+
 def test_bad_device(folder):
     with pytest.raises(UserError, match="cannot be used") as caught:
         AdaptiveMolmoE.from_pretrained(folder, device="quantum")
