@@ -59,6 +59,11 @@ def check_machine(config: Config, layout: Layout) -> None:
         UserError: naming what is missing.
     """
     if is_local(config.runners.address):
+        if config.model.device.startswith("cuda") and not _cuda_devices():
+            raise UserError(
+                f"model.device = {config.model.device!r} needs a GPU for the driver, which runs the model as well, and "
+                "this machine has none: set model.device=cpu, or run where there is one"
+            )
         there = {"CPU": float(machine_cpus()), "GPU": float(_machine_gpus(layout.resources))}
         missing = shortfall(layout.resources, there, "this machine")
         if missing:
@@ -123,8 +128,10 @@ def _check_budgets(config: Config) -> None:
 
 def _machine_gpus(plan: ResourcePlan) -> int:
     """GPUs of this machine; asked only where the plan wants some, as asking loads torch."""
-    if plan.gpus == 0:
-        return 0
+    return 0 if plan.gpus == 0 else _cuda_devices()
+
+
+def _cuda_devices() -> int:
     import torch
 
     return torch.cuda.device_count()

@@ -48,15 +48,21 @@ def test_a_cluster_is_not_checked_against_this_machine() -> None:
     assert plan_layout(load_config("smoke", None, overrides)).resources.gpus == 4
 
 
-def test_the_full_size_preset_needs_one_gpu_for_each_runner() -> None:
+def test_the_full_size_preset_needs_one_gpu_for_each_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("molmoe-1b")
     assert (config.budgets.low_ms, config.budgets.high_ms) == (170, 380)
-    one, eight = plan_layout(config), plan_layout(load_config("molmoe-1b", None, ["runners.count=8"]), here=False)
+    several = load_config("molmoe-1b", None, ["runners.count=8"])
+    one, eight = plan_layout(config, here=False), plan_layout(several, here=False)
     assert (one.resources.gpus, eight.resources.gpus, eight.resources.cpus) == (0, 8, 32)
     assert one.envs == 512
     assert eight.envs == 64
-    with pytest.raises(UserError, match="8 GPUs wanted"):
-        check_machine(load_config("molmoe-1b", None, ["runners.count=8"]), eight)
+    monkeypatch.setattr("ray_ctrl.feasibility._cuda_devices", lambda: 0)
+    with pytest.raises(UserError, match="needs a GPU for the driver"):
+        check_machine(config, one)
+    monkeypatch.setattr("ray_ctrl.feasibility._cuda_devices", lambda: 1)
+    check_machine(config, one)
+    with pytest.raises(UserError, match="8 GPUs wanted, 1 there"):
+        check_machine(several, eight)
 
 
 def test_plan_totals_and_text() -> None:
