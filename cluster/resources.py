@@ -41,7 +41,8 @@ class ResourcePlan:
         rows = [("process", "count", "CPUs each", "GPUs each")]
         rows += [(r.name, str(r.count), f"{r.cpus:g}", f"{r.gpus:g}") for r in self.roles]
         rows.append(("placed by Ray", "", f"{self.cpus:g}", f"{self.gpus:g}"))
-        return [f"{a:<20}{b:>6}{c:>12}{d:>12}" for a, b, c, d in rows]
+        width = max(len(row[0]) for row in rows)
+        return [f"{a:<{width}}{b:>7}{c:>12}{d:>12}" for a, b, c, d in rows]
 
 
 def resource_plan(

@@ -22,6 +22,7 @@ from envs.latency import (
     ProfileTable,
     RooflineClock,
 )
+from envs.model.importance import read_importance
 from envs.reward import RewardConfig
 from envs.tasks.sample import Sample
 
@@ -61,6 +62,8 @@ class WorldConfig:
 
     Attributes:
         model: `embedded`, a hub id or a checkpoint folder.
+        revision: commit, branch or tag of a hub id; None takes the newest.
+        importance: file of block importance; None takes what lies beside the weights, else the published scores.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` takes the GPU this process was given.
         dtype: `float32`, `bfloat16` or `float16`.
         threads: CPU threads of this process; None leaves them alone.
@@ -75,9 +78,12 @@ class WorldConfig:
         reward: weights at fixed prices.
         budgets: None computes the device's range over this world's samples with `held_out_bands` and `price_bins`.
         budget_low, budget_high: factors on the ends of that range.
+        budget_low_ms, budget_high_ms: ends in ms instead, whatever the device; None takes the range's.
     """
 
     model: str = "embedded"
+    revision: str | None = None
+    importance: str | None = None
     device: str = "auto"
     dtype: str = "float32"
     threads: int | None = None
@@ -99,6 +105,8 @@ class WorldConfig:
     price_bins: int = 8
     budget_low: float = 1.0
     budget_high: float = 1.0
+    budget_low_ms: float | None = None
+    budget_high_ms: float | None = None
 
     def __post_init__(self) -> None:
         if self.clock not in CLOCKS:
@@ -123,7 +131,7 @@ class WorldConfig:
             torch.set_num_threads(self.threads)
         engine = self.build_engine()
         samples = load_task(self.task, self.split, self.limit, self.task_seed, on_broken=self.on_broken)
-        space = KnobSpace(importance_of(self.model))
+        space = KnobSpace(engine.importance)
         clock = self.build_clock(engine)
         budgets = self.budgets or self._budgets(engine, clock, space, samples)
         return World(engine, samples, clock, budgets, self.reward, space)
@@ -132,6 +140,8 @@ class WorldConfig:
         """The engine alone; equal settings share one engine in a process."""
         return _engine(
             self.model,
+            self.revision,
+            read_importance(self.model, self.importance),
             self.device,
             self.dtype,
             self.max_new_tokens,
@@ -151,17 +161,12 @@ class WorldConfig:
     def _budgets(
         self, engine: Any, clock: Clock | MeasuringClock, space: KnobSpace, samples: Sequence[Sample]
     ) -> BudgetDistribution:
-        low, high = budget_range(engine, clock, space, samples)
-        return BudgetDistribution.over(
-            low * self.budget_low, high * self.budget_high, self.held_out_bands, self.price_bins
-        )
-
-
-def importance_of(model: str) -> tuple[float, ...]:
-    """Importance of the model's 16 blocks: what lies beside its weights, else the published scores."""
-    from envs.model.importance import read_importance
-
-    return read_importance(model)
+        low, high = self.budget_low_ms, self.budget_high_ms
+        if low is None or high is None:
+            least, most = budget_range(engine, clock, space, samples)
+            low = least * self.budget_low if low is None else low
+            high = most * self.budget_high if high is None else high
+        return BudgetDistribution.over(low, high, self.held_out_bands, self.price_bins)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -188,6 +193,8 @@ _measured = lru_cache(maxsize=2)(MeasuredClock)
 @lru_cache(maxsize=2)
 def _engine(
     model: str,
+    revision: str | None,
+    importance: tuple[float, ...],
     device: str,
     dtype: str,
     max_new_tokens: int,
@@ -200,10 +207,10 @@ def _engine(
 
     place = resolve_device(device)
     return RolloutEngine(
-        AdaptiveMolmoE.from_pretrained(model, device=place, dtype=DTYPES[dtype]),
-        MolmoEProcessor.from_pretrained(model),
+        AdaptiveMolmoE.from_pretrained(model, device=place, dtype=DTYPES[dtype], revision=revision),
+        MolmoEProcessor.from_pretrained(model, revision),
         store=store,
-        importance=importance_of(model),
+        importance=importance,
         encoder_seed=encoder_seed,
         max_new_tokens=max_new_tokens,
         batch_tokens=batch_tokens,

@@ -13,13 +13,12 @@ from envs.errors import UserError
 from envs.knobs import TIERS, Knobs, KnobSpace
 from envs.latency import Identity, LatencyRecord, MeasuredClock
 from envs.tasks.sample import FileImage, Sample, content_id
-from envs.world import importance_of
 from policies.controller import Controller
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, table
 from ray_ctrl.evaluate import controller_config, find_controller
 from ray_ctrl.runs import newest_run
-from ray_ctrl.setting import world_config
+from ray_ctrl.setting import check_importance, world_config
 from ray_ctrl.steering import Steering
 
 RUNS = Path("runs")
@@ -99,13 +98,14 @@ def answer(
         repeats: runs of the request; the last one counts, those before it warm the device up.
 
     Raises:
-        UserError: the controller belongs to another model.
+        UserError: the controller belongs to another model or block importance.
     """
     torch.set_num_threads(config.model.threads)
     engine = world_config(config, "test", None, None).build_engine()
     _check_model(engine, metadata)
+    check_importance(engine, metadata)
     reference_ms = _reference(engine, metadata)
-    space = KnobSpace(importance_of(config.model.name))
+    space = KnobSpace(engine.importance)
     steering = Steering(controller, space, budget_ms, reference_ms)
     for _ in range(max(1, repeats)):
         outcome, record, _ = engine.run_steered(sample, steering)

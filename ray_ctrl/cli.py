@@ -3,6 +3,7 @@
 A user's mistake is one line on stderr and exit status 2; `RAY_CTRL_DEBUG=1` shows where it came from.
 """
 
+import json
 import os
 import sys
 import traceback
@@ -40,6 +41,15 @@ ConfigFile = Annotated[
     typer.Option("--config", "-c", help="YAML file laid over the preset.", show_default=False),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random; sets `run.seed`.", show_default=False)]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        "--tasks",
+        help="Questions and images; sets `task.name`: `scenes`, `textvqa=FOLDER`, a file of your own, or a mix.",
+        show_default=False,
+    ),
+]
 
 
 @app.callback()
@@ -58,6 +68,7 @@ def train(
     preset: Preset = "laptop",
     config: ConfigFile = None,
     seed: Seed = None,
+    task: Task = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(help="Run folder; by default a new one by time.", show_default=False),
@@ -75,7 +86,7 @@ def train(
     """
     from ray_ctrl import train as room
 
-    given = _with_seed(overrides, seed)
+    given = _given(overrides, seed, task)
     status = room.run(preset, config, given, run_dir=run_dir, resume=resume, dry_run=dry_run)
     raise typer.Exit(status)
 
@@ -84,6 +95,7 @@ def train(
 def evaluate(
     path: Annotated[Path, typer.Argument(help="Run folder, or folder of an exported controller.")],
     overrides: Overrides = None,
+    task: Task = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -99,7 +111,7 @@ def evaluate(
     """
     from ray_ctrl import evaluate as room
 
-    room.run(path, overrides or [], out)
+    room.run(path, _given(overrides, None, task), out)
 
 
 @app.command()
@@ -108,6 +120,7 @@ def profile(
     preset: Preset = "laptop",
     config: ConfigFile = None,
     seed: Seed = None,
+    task: Task = None,
     out: Annotated[Path, typer.Option(help="File of the profile table.")] = Path("profile.json"),
 ) -> None:
     """Measure this device with real requests, for the profiled clock.
@@ -116,7 +129,34 @@ def profile(
     """
     from ray_ctrl import profile as room
 
-    room.run(preset, config, _with_seed(overrides, seed), out)
+    room.run(preset, config, _given(overrides, seed, task), out)
+
+
+@app.command()
+def importance(
+    overrides: Overrides = None,
+    preset: Preset = "laptop",
+    config: ConfigFile = None,
+    task: Task = None,
+    samples: Annotated[int, typer.Option(help="Samples asked; all where there are fewer.", min=2)] = 256,
+    split: Annotated[str, typer.Option(help="train or validation.")] = "validation",
+    by: Annotated[
+        str, typer.Option(help="cross_entropy (of the reference answers) or accuracy (of greedy answers).")
+    ] = "cross_entropy",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write; by default importance.json beside the weights.", show_default=False),
+    ] = None,
+) -> None:
+    """Measure how much each block matters on a data set, by leaving one out at a time.
+
+    The least important blocks are the first that a controller leaves out. Prints the scores beside those in use
+    and, for MolmoE-1B, the published ones; an existing file is never overwritten.
+    """
+    from ray_ctrl import importance as room
+
+    given = _given(overrides, None, task)
+    room.run(preset, config, given, samples=samples, split=split, by=by, out=out)
 
 
 @app.command()
@@ -140,13 +180,19 @@ def answer(
 @app.command()
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="Run folder, controller, profile table, or model: a folder, a hub id, `embedded`.")
+        Path,
+        typer.Argument(
+            help="Run folder, controller, profile table, importance file, or model: a folder, a hub id, `embedded`."
+        ),
     ],
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, branch or tag of a model on the hub.", show_default=False)
+    ] = None,
 ) -> None:
-    """Say what a run folder, an exported controller, a profile table or a model holds."""
+    """Say what a run folder, a controller, a profile table, block importance or a model holds."""
     from ray_ctrl import inspect as room
 
-    room.run(path)
+    room.run(path, revision)
 
 
 @app.command()
@@ -263,8 +309,11 @@ def store_export(
     room.export(path, out, table)
 
 
-def _with_seed(overrides: list[str] | None, seed: int | None) -> list[str]:
-    return [*(overrides or []), *([] if seed is None else [f"run.seed={seed}"])]
+def _given(overrides: list[str] | None, seed: int | None, task: str | None) -> list[str]:
+    """Overrides with what short options set; a task's name may hold signs of YAML, so it goes in quotes."""
+    seeds = [] if seed is None else [f"run.seed={seed}"]
+    tasks = [] if task is None else [f"task.name={json.dumps(task, ensure_ascii=False)}"]
+    return [*(overrides or []), *seeds, *tasks]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -29,6 +29,17 @@ class ModelConfig(Section):
         description="`embedded` (ships with the package), a hub id such as "
         "`allenai/MolmoE-1B-0924`, or a folder with a checkpoint in that layout.",
     )
+    revision: str | None = Field(
+        default=None,
+        pattern=r"^[\w./-]+$",
+        description="Commit, branch or tag of a hub id; `null` takes its newest.",
+    )
+    importance: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File of block importance, as `ray-ctrl importance` writes it; `null` takes `importance.json` "
+        "beside the weights, else the scores published for MolmoE-1B.",
+    )
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
@@ -217,6 +228,20 @@ class BudgetConfig(Section):
         gt=0,
         le=100,
         description="Largest training budget as a multiple of the upper end of the range. Above 0, to 100.",
+    )
+    low_ms: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="Smallest training budget, ms, whatever the device; `null` takes it from the device's range. "
+        "Above 0, to 1e6.",
+    )
+    high_ms: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="Largest training budget, ms, whatever the device; `null` takes it from the device's range. "
+        "Above 0, to 1e6.",
     )
     held_out_bands: Int = Field(
         default=3,

@@ -22,7 +22,7 @@ from ray_ctrl.plots import accuracy_over_budget, latency_over_budget
 from ray_ctrl.provenance import provenance
 from ray_ctrl.report import Rollouts
 from ray_ctrl.runs import RunFolder, best, free_folder, write_json, write_text
-from ray_ctrl.setting import Setting, open_setting
+from ray_ctrl.setting import Setting, check_importance, open_setting
 from ray_ctrl.settings import parse, with_overrides
 
 LOOKUP_BATCH = 4096
@@ -103,7 +103,9 @@ def _fresh(out: Path) -> Path:
 
 def _check(folder: Path, setting: Setting) -> Controller:
     model = setting.engine.model
-    return Controller.load(folder, d_model=int(model.config.d_model), fingerprint=model.fingerprint)[0]
+    controller, metadata = Controller.load(folder, d_model=int(model.config.d_model), fingerprint=model.fingerprint)
+    check_importance(setting.engine, metadata)
+    return controller
 
 
 def evaluate_setting(setting: Setting, folder: Path, out: Path) -> dict[str, Any]:

@@ -23,15 +23,20 @@ class Layout:
     resources: ResourcePlan
 
 
-def plan_layout(config: Config) -> Layout:
+def plan_layout(config: Config, *, here: bool = True) -> Layout:
     """The layout of a run.
 
+    Args:
+        here: whether a run on this machine must fit it; a dry run shows the plan first (`check_machine`).
+
     Raises:
-        UserError: sizes that do not divide, or resources that this machine does not have.
+        UserError: sizes that do not divide, budgets that exclude each other, or resources that this machine does not
+            have.
     """
     envs, rounds = _spread(config)
     _check_devices(config)
     _check_staleness(config)
+    _check_budgets(config)
     runners = config.runners
     resources = resource_plan(
         runners=runners.count,
@@ -42,12 +47,28 @@ def plan_layout(config: Config) -> Layout:
         learner_gpus=runners.learner_gpus,
         evaluation_runners=runners.evaluation,
     )
-    if is_local(runners.address):
-        there = {"CPU": float(machine_cpus()), "GPU": float(_machine_gpus(resources))}
-        missing = shortfall(resources, there, "this machine")
+    layout = Layout(envs, rounds, resources)
+    if here:
+        check_machine(config, layout)
+    return layout
+
+
+def check_machine(config: Config, layout: Layout) -> None:
+    """Refuses a run that starts its own Ray on a machine too small for it.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    if is_local(config.runners.address):
+        if config.model.device.startswith("cuda") and not _cuda_devices():
+            raise UserError(
+                f"model.device = {config.model.device!r} needs a GPU for the driver, which runs the model as well, and "
+                "this machine has none: set model.device=cpu, or run where there is one"
+            )
+        there = {"CPU": float(machine_cpus()), "GPU": float(_machine_gpus(layout.resources))}
+        missing = shortfall(layout.resources, there, "this machine")
         if missing:
             raise UserError(missing)
-    return Layout(envs, rounds, resources)
 
 
 def _spread(config: Config) -> tuple[int, int]:
@@ -110,10 +131,21 @@ def _check_staleness(config: Config) -> None:
         )
 
 
+def _check_budgets(config: Config) -> None:
+    low, high = config.budgets.low_ms, config.budgets.high_ms
+    if low is not None and high is not None and low >= high:
+        raise UserError(
+            f"budgets.low_ms = {low:g} is not below budgets.high_ms = {high:g}: give the smaller end first, or null "
+            "for the device's own range"
+        )
+
+
 def _machine_gpus(plan: ResourcePlan) -> int:
     """GPUs of this machine; asked only where the plan wants some, as asking loads torch."""
-    if plan.gpus == 0:
-        return 0
+    return 0 if plan.gpus == 0 else _cuda_devices()
+
+
+def _cuda_devices() -> int:
     import torch
 
     return torch.cuda.device_count()

@@ -1,32 +1,38 @@
-"""`ray-ctrl inspect`: what a run folder, an exported controller, a profile table or a model holds."""
+"""`ray-ctrl inspect`: what a run folder, a controller, a profile table, an importance file or a model holds."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
+from envs.model.checkpoint import check_revision
+from envs.model.importance import read_scores, removal_order
 from envs.model.inspect import describe, inspect_model
 from ray_ctrl.console import console
 from ray_ctrl.runs import RunFolder, best
 
 
-def run(path: Path) -> None:
+def run(path: Path, revision: str | None = None) -> None:
     """Prints a summary of what lies at `path`.
 
+    Args:
+        revision: of a model on the hub.
+
     Raises:
-        UserError: nothing there that belongs to ray-ctrl.
+        UserError: nothing there that belongs to ray-ctrl, or a revision of what has none.
     """
+    check_revision(path, revision)
     if (path / "run.json").is_file():
         facts = _run_folder(RunFolder.open(path))
     elif (path / "controller.json").is_file():
         facts = _controller(path)
     elif path.is_file() and path.suffix == ".json":
-        facts = _table(path)
+        facts = _importance(path) or _table(path)
     elif (path / "config.json").is_file() or not path.exists():
-        console.print(describe(inspect_model(str(path))), markup=False)
+        console.print(describe(inspect_model(str(path), revision)), markup=False)
         return
     else:
-        raise UserError(f"{path} is no run folder, exported controller, profile table (.json) or model")
+        raise UserError(f"{path} is no run folder, exported controller, profile table or importance (.json) or model")
     for name, value in facts.items():
         console.print(f"{name:<18}{value}", markup=False)
 
@@ -58,6 +64,22 @@ def _controller(path: Path) -> dict[str, Any]:
     facts |= {"model": config.get("model", {}).get("name"), "task": config.get("task", {}).get("name")}
     facts["clock"] = config.get("clock", {}).get("kind")
     facts |= {key: metadata.get(key) for key in ("fingerprint", "iteration", "validation_score", "reference_ms")}
+    return facts
+
+
+def _importance(path: Path) -> dict[str, Any]:
+    """What a file of block importance holds; nothing where it is no such file."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(content, dict) or "importance" not in content:
+        return {}
+    scores = read_scores(path)
+    facts: dict[str, Any] = {"block importance": path}
+    facts |= {key: content[key] for key in ("model", "task", "split", "samples", "metric") if key in content}
+    facts["scores"] = ", ".join(f"{score:g}" for score in scores)
+    facts["left out first"] = "blocks " + ", ".join(map(str, removal_order(scores)[:4]))
     return facts
 
 

@@ -4,15 +4,16 @@ Mistakes about models, tasks and tables surface here, before a run folder is mad
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from envs.budgets import BudgetDistribution
+from envs.budgets import BudgetDistribution, budget_range
 from envs.errors import UserError
 from envs.knobs import KnobSpace
 from envs.latency import Identity, ProfiledClock, ProfileTable, profile
+from envs.model.importance import removal_order
 from envs.reward import RewardConfig as RewardWeights
 from envs.tasks import load_task
 from envs.world import World, WorldConfig
@@ -73,6 +74,7 @@ class Setting:
         """What an exported controller needs to be used: model, encoder, settings, reference latency, origin."""
         return {
             "fingerprint": self.engine.model.fingerprint,
+            "importance": list(self.engine.importance),
             "config": self.config.model_dump(mode="json"),
             "reference_ms": self.reference_ms,
             "device": Identity.of(self.engine).device,
@@ -88,6 +90,8 @@ def world_config(config: Config, split: str, table: Path | None, budgets: Budget
     limits = {"train": task.train_samples, "validation": task.validation_samples, "test": task.test_samples}
     return WorldConfig(
         model=model.name,
+        revision=model.revision,
+        importance=model.importance,
         device=model.device,
         dtype=model.dtype,
         threads=model.threads,
@@ -116,6 +120,8 @@ def world_config(config: Config, split: str, table: Path | None, budgets: Budget
         price_bins=config.budgets.price_bins,
         budget_low=config.budgets.low,
         budget_high=config.budgets.high,
+        budget_low_ms=config.budgets.low_ms,
+        budget_high_ms=config.budgets.high_ms,
     )
 
 
@@ -141,6 +147,22 @@ def _open(config: Config) -> Setting:
     if config.clock.kind == "roofline":
         world.build_clock(engine)
     return Setting(config, engine)
+
+
+def check_importance(engine: Any, metadata: Mapping[str, Any]) -> None:
+    """Refuses to use a controller where its block counts would leave out other blocks than in training.
+
+    Raises:
+        UserError: the scores in use order the blocks differently.
+    """
+    trained = metadata.get("importance")
+    if trained is not None and removal_order(trained) != removal_order(engine.importance):
+        first = ", ".join(map(str, removal_order(trained)[:4]))
+        now = ", ".join(map(str, removal_order(engine.importance)[:4]))
+        raise UserError(
+            f"the controller was trained with another block importance (blocks {first} first, here {now}): set "
+            "model.importance to the file it was trained with, or train again"
+        )
 
 
 def find_table(config: Config, engine: Any, folder: Path) -> Path:
@@ -212,6 +234,8 @@ def _budgets(setting: Setting, path: Path) -> BudgetDistribution:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): start in a new run folder") from None
     budgets = setting.build("train").budgets
+    if setting.config.budgets.low_ms is not None or setting.config.budgets.high_ms is not None:
+        _compare_with_device(setting, budgets)
     if path.parent.is_dir():
         write_json(path, asdict(budgets))
     console.print(
@@ -220,6 +244,24 @@ def _budgets(setting: Setting, path: Path) -> BudgetDistribution:
         + f" ms; {setting.config.clock.kind} clock"
     )
     return budgets
+
+
+def _compare_with_device(setting: Setting, budgets: BudgetDistribution) -> None:
+    """Says how budgets given in ms lie to what this device can do.
+
+    Raises:
+        UserError: no plan is within any of them.
+    """
+    world = setting.build("train")
+    low, high = budget_range(world.engine, world.clock, world.space, world.samples)
+    if budgets.high_ms < low:
+        raise UserError(
+            f"budgets {budgets.low_ms:g} to {budgets.high_ms:g} ms are too small for this device: its cheapest plan "
+            f"takes {low:.1f} ms, the full one {high:.1f} ms; set budgets.low_ms and budgets.high_ms in that range, or "
+            "both to null"
+        )
+    beyond = "; every plan is within all of them, so there is little to learn" if budgets.low_ms > high else ""
+    console.print(f"this device takes {low:.1f} ms for the cheapest plan, {high:.1f} ms for the full one{beyond}")
 
 
 def _listed(values: Sequence[float]) -> str:

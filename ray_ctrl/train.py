@@ -13,7 +13,7 @@ import numpy as np
 from envs.errors import UserError
 from ray_ctrl.config import Config, RewardConfig
 from ray_ctrl.console import console, iteration_line, progress_bar
-from ray_ctrl.feasibility import Layout, plan_layout
+from ray_ctrl.feasibility import Layout, check_machine, plan_layout
 from ray_ctrl.runs import Checkpoint, Metrics, RunFolder, best, free_folder, newest_run
 from ray_ctrl.settings import load_config, to_yaml
 from ray_ctrl.stopping import Stopper
@@ -57,9 +57,10 @@ def run(
     """
     folder = _find(run_dir, preset, config_file, overrides) if resume else None
     config = resumed_config(folder, overrides) if folder else load_config(preset, config_file, overrides)
-    layout = plan_layout(config)
+    layout = plan_layout(config, here=not dry_run)
     if dry_run:
         _show_plan(config, layout)
+        check_machine(config, layout)
         return 0
     root = folder.root if folder else run_dir or _new_root(config)
     if folder is None:

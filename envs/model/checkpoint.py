@@ -21,6 +21,7 @@ from envs.errors import UserError
 from envs.model.config import MolmoEConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARDS = "model-?????-of-?????.safetensors"
 # What is fetched for a hub id: weights and the JSON and text files beside them, never code.
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
@@ -150,12 +151,25 @@ def _linear(key: str, name: str, rows: int, columns: int, start: int = 0) -> Ite
     yield f"{key}.bias", Slot(f"{name}.bias", (rows,), start, start + rows)
 
 
+def check_revision(path_or_id: str | Path, revision: str | None) -> None:
+    """Refuses a revision of what has none.
+
+    Raises:
+        UserError: a revision of the embedded model or of a local folder.
+    """
+    if revision is not None and (str(path_or_id) == "embedded" or Path(path_or_id).expanduser().exists()):
+        raise UserError(
+            f"revision {revision!r} of {path_or_id} is not allowed: only a hub id has revisions; leave it out"
+        )
+
+
 def resolve_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
     """A local folder for a folder, "embedded", or a hub id (fetched at `revision`, without code files).
 
     Raises:
-        UserError: there is no such folder, or the hub has or gives nothing of that name.
+        UserError: there is no such folder, the hub has or gives nothing of that name, or a folder's revision is asked.
     """
+    check_revision(path_or_id, revision)
     folder = Path(path_or_id).expanduser()
     if str(path_or_id) == "embedded":
         from envs.model.embedded import folder as embedded_folder
@@ -265,7 +279,8 @@ def save_weights(
 ) -> None:
     """Write published weights in shards of at most `max_shard_size` bytes (a larger tensor gets its own) and the index.
 
-    One shard at a time is held in memory beside the model.
+    One shard at a time is held in memory beside the model. Weights written there before, which an index left behind
+    would still name, are removed at the end.
     """
     shards: list[list[str]] = [[]]
     filled = 0
@@ -282,15 +297,22 @@ def save_weights(
         shards[-1].append(key)
         filled += size
     single = len(shards) == 1
-    weight_map = {}
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, keys in enumerate(shards, 1):
         name = WEIGHTS if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for key in keys:
             tensor = places[key].read(parameters[places[key].parameter].detach()).cpu()
             tensors[key] = tensor if dtype is None else tensor.to(dtype)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(keys, name))
     if not single:
-        text = json.dumps({"metadata": {"total_parameters": len(weight_map)}, "weight_map": weight_map}, indent=1)
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
         (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+    stale = {path for pattern in (WEIGHTS, _SHARDS) for path in folder.glob(pattern)}
+    if single:
+        stale.add(folder / INDEX)
+    for path in stale - {folder / name for name in weight_map.values()}:
+        path.unlink(missing_ok=True)

@@ -1,11 +1,17 @@
-"""Block importance: one score per block, deciding which blocks go first."""
+"""Block importance: one score per block, deciding which blocks go first. What scores mean, where they are kept, how two
+sets of them compare; `envs.engine.importance` measures them.
+"""
 
 import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from envs.errors import UserError
-from envs.knobs import MODEL_BLOCKS
+from envs.knobs import MODEL_BLOCKS, drop_order
+from envs.model.config import MolmoEConfig
 
 IMPORTANCE_FILE: Final = "importance.json"
 PUBLISHED_IMPORTANCE: Final = (
@@ -13,30 +19,124 @@ PUBLISHED_IMPORTANCE: Final = (
 )  # fmt: skip
 """Measured for the published model by the research this project builds on."""
 
+_PUBLISHED_SHAPE: Final = (2048, 64, 1024, 23)
+MEASURES: Final = {
+    "cross_entropy": "rise in mean cross entropy of reference answers, nats a token, when the block alone is left out",
+    "accuracy": "drop in mean accuracy of greedy answers when the block alone is left out",
+}
 
-def read_importance(path_or_id: str | Path) -> tuple[float, ...]:
-    """Scores of a model's 16 blocks: from `importance.json` beside its weights, else the published ones.
+
+@dataclass(frozen=True)
+class Importance:
+    """Scores of the 16 blocks, measured.
+
+    Attributes:
+        scores: higher is more important. Block 0 is never left out; its score only has to be the largest.
+        errors: standard error of each score over samples, 0 for block 0.
+        by: a name of `MEASURES`.
+        full: the measure itself under the full plan.
+        samples: how many were asked.
+        tier: the image tier they were asked at.
+    """
+
+    scores: tuple[float, ...]
+    errors: tuple[float, ...]
+    by: str
+    full: float
+    samples: int
+    tier: str
+
+    def to_dict(self, origin: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of an importance file; `origin` says which model and task, by what."""
+        return {
+            "importance": [round(score, 6) for score in self.scores],
+            "standard_error": [round(error, 6) for error in self.errors],
+            "by": self.by,
+            "metric": f"{MEASURES[self.by]}, {self.tier} tier, top-k 8; block 0 is fixed",
+            "full_plan": self.full,
+            "samples": self.samples,
+            **origin,
+        }
+
+
+def read_importance(path_or_id: str | Path, file: str | Path | None = None) -> tuple[float, ...]:
+    """Scores of a model's 16 blocks: from `file`, else from what lies beside its weights, else the published ones.
 
     Args:
-        path_or_id: a model folder, a file with scores, "embedded", or a hub id (whose scores are the published ones).
+        path_or_id: a model folder with or without `importance.json`, "embedded", or a hub id.
+        file: a file of scores to use instead.
 
     Raises:
-        UserError: a file that does not hold 16 finite numbers under "importance".
+        UserError: `file` is not there, or a file does not hold 16 finite numbers under "importance".
     """
+    if file is not None:
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise UserError(
+                f"no file of block importance at {path}: measure one with `ray-ctrl importance --out {path}`"
+            )
+        return read_scores(path)
+    path = importance_path(path_or_id)
+    return read_scores(path) if path.is_file() else PUBLISHED_IMPORTANCE
+
+
+def importance_path(path_or_id: str | Path) -> Path:
+    """Where the importance of a model is kept: beside its weights. For a hub id, a path that does not exist."""
     if str(path_or_id) == "embedded":
         from envs.model.embedded import folder
 
         path_or_id = folder()
-    path = Path(path_or_id).expanduser()
-    file = path if path.is_file() else path / IMPORTANCE_FILE
-    if not file.is_file():
-        return PUBLISHED_IMPORTANCE
+    return Path(path_or_id).expanduser() / IMPORTANCE_FILE
+
+
+def write_importance(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes an importance file, a new one.
+
+    Raises:
+        UserError: the file exists, or cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+    except FileExistsError:
+        raise UserError(f"{path} exists already: choose another file with --out, or remove it first") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another file with --out") from None
+
+
+def removal_order(scores: Sequence[float]) -> tuple[int, ...]:
+    """Blocks 1 to 15 in the order in which they are left out."""
+    return drop_order(scores, insertion=1)
+
+
+def rank_correlation(scores: Sequence[float], others: Sequence[float]) -> float:
+    """Spearman's rank correlation of two sets of scores over blocks 1 to 15; NaN where one of them is constant."""
+    from scipy.stats import rankdata
+
+    ours, theirs = (rankdata(row[1:]) for row in (scores, others))
+    spread = float(ours.std() * theirs.std())
+    if not spread:
+        return math.nan
+    return float(((ours - ours.mean()) * (theirs - theirs.mean())).mean() / spread)
+
+
+def is_published_shape(config: MolmoEConfig) -> bool:
+    """Whether a model has the shape of MolmoE-1B, for which scores are published."""
+    return (config.d_model, config.n_experts, config.expert_hidden, config.vision.layers) == _PUBLISHED_SHAPE
+
+
+def read_scores(file: Path) -> tuple[float, ...]:
+    """The scores in an importance file.
+
+    Raises:
+        UserError: it does not hold 16 finite numbers under "importance".
+    """
     try:
         scores = tuple(float(score) for score in json.loads(file.read_text(encoding="utf-8"))["importance"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f'cannot read block importance from {file} ({error!r}): it needs {{"importance": [...]}}'
         ) from None
-    if len(scores) != MODEL_BLOCKS or any(score != score or abs(score) == float("inf") for score in scores):
+    if len(scores) != MODEL_BLOCKS or not all(math.isfinite(score) for score in scores):
         raise UserError(f"{file} holds {len(scores)} scores: give {MODEL_BLOCKS} finite numbers, one per block")
     return scores

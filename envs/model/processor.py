@@ -20,6 +20,7 @@ from torch import Tensor
 
 from envs.errors import UserError
 from envs.knobs import TIER_CROPS, TIERS
+from envs.model.checkpoint import check_revision
 from envs.model.image_processor import (
     ImageGeometry,
     ImageLayout,
@@ -257,8 +258,9 @@ def small_files(path_or_id: str | Path, revision: str | None, names: Sequence[st
     """Folder of a model: a local one as it stands, `embedded`, or, of a hub id, the files named.
 
     Raises:
-        UserError: no such folder or hub model, or the hub cannot be reached.
+        UserError: no such folder or hub model, the hub cannot be reached, or a folder's revision is asked.
     """
+    check_revision(path_or_id, revision)
     name = str(path_or_id)
     if name == "embedded":
         from envs.model.embedded import folder

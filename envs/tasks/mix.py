@@ -1,4 +1,4 @@
-"""What `--tasks` accepts, and several sets in one.
+"""What `--task` accepts, and several sets in one.
 
     tasks  = part { ("+" | ",") part }
     part   = [ weight "*" ] set

@@ -1,7 +1,7 @@
 """The public data sets known by name: where each comes from and how its rows are read.
 
-One entry holds everything: hub copy, original files, prompt style of the published model, metric.
-`docs/data.md` shows this table; a test keeps the two equal.
+One entry holds everything: hub copy, original files, prompt style of the published model, metric. What is known of the
+hub copies, and from where, is in `envs.tasks.hub_copies`. `docs/data.md` shows both tables; a test keeps them equal.
 """
 
 from collections.abc import Mapping

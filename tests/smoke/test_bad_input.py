@@ -26,6 +26,10 @@ SMOKE = ("train", "--preset", "smoke")
         (["clock.device=abacus"], "abacus"),
         (["clock.kind=profiled", "clock.table=/no/table.json"], "/no/table.json"),
         (["budgets.low=50"], "empty or inverted"),
+        (["budgets.low_ms=9", "budgets.high_ms=8"], "budgets.low_ms = 9 is not below budgets.high_ms = 8"),
+        (["budgets.low_ms=0.001", "budgets.high_ms=0.002"], "too small for this device"),
+        (["model.revision=v1"], "only a hub id has revisions"),
+        (["model.importance=/no/such.json"], "no file of block importance at /no/such.json"),
         (["runners.address=127.0.0.1:1"], "no Ray cluster answers"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 
 from cluster.resources import resource_plan, shortfall
 from envs.errors import UserError
-from ray_ctrl.feasibility import plan_layout
+from ray_ctrl.feasibility import check_machine, plan_layout
 from ray_ctrl.settings import load_config
 
 
@@ -37,6 +37,7 @@ def test_given_vectors_make_rounds() -> None:
         (["runners.count=1", "model.threads=2"], r"more than runners\.cpus"),
         (["grpo.max_staleness=1"], r"needs env runners of their own, but runners\.count = 0"),
         (["grpo.max_staleness=1", "runners.count=1", "grpo.ratio_max=1.2"], r"ratio_max = 1\.2 is not allowed"),
+        (["budgets.low_ms=50", "budgets.high_ms=50"], r"budgets\.low_ms = 50 is not below budgets\.high_ms = 50"),
     ],
 )
 def test_infeasible_settings_name_what_to_change(overrides: list[str], words: str) -> None:
@@ -47,6 +48,23 @@ def test_infeasible_settings_name_what_to_change(overrides: list[str], words: st
 def test_a_cluster_is_not_checked_against_this_machine() -> None:
     overrides = ["runners.count=4", "runners.gpus=1", "runners.address=10.0.0.1:6379"]
     assert plan_layout(load_config("smoke", None, overrides)).resources.gpus == 4
+
+
+def test_the_full_size_preset_needs_one_gpu_for_each_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config("molmoe-1b")
+    assert (config.budgets.low_ms, config.budgets.high_ms) == (170, 380)
+    several = load_config("molmoe-1b", None, ["runners.count=8"])
+    one, eight = plan_layout(config, here=False), plan_layout(several, here=False)
+    assert (one.resources.gpus, eight.resources.gpus, eight.resources.cpus) == (0, 8, 32)
+    assert one.envs == 512
+    assert eight.envs == 64
+    monkeypatch.setattr("ray_ctrl.feasibility._cuda_devices", lambda: 0)
+    with pytest.raises(UserError, match="needs a GPU for the driver"):
+        check_machine(config, one)
+    monkeypatch.setattr("ray_ctrl.feasibility._cuda_devices", lambda: 1)
+    check_machine(config, one)
+    with pytest.raises(UserError, match="8 GPUs wanted, 1 there"):
+        check_machine(several, eight)
 
 
 def test_plan_totals_and_text() -> None:

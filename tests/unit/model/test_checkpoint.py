@@ -45,6 +45,31 @@ def test_shards_are_bounded_and_read_back(model, tmp_path):
     assert AdaptiveMolmoE.from_pretrained(tmp_path).fingerprint == model.fingerprint
 
 
+def test_what_was_written_before_is_not_read_again(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size=2**20)
+    other = AdaptiveMolmoE.initialise(model.config, seed=5)
+    other.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert AdaptiveMolmoE.from_pretrained(tmp_path).fingerprint == other.fingerprint
+    model.save_pretrained(tmp_path, max_shard_size=2**21)
+    assert not (tmp_path / "model.safetensors").exists()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in model.parameters())
+    assert AdaptiveMolmoE.from_pretrained(tmp_path).fingerprint == model.fingerprint
+
+
+def test_bfloat16_makes_the_round_trip_bit_for_bit(folder, tmp_path):
+    half = AdaptiveMolmoE.from_pretrained(folder, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "a", max_shard_size=2**20)
+    again = AdaptiveMolmoE.from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
+    again.save_pretrained(tmp_path / "b", max_shard_size=2**20)
+    shards = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert shards == sorted(path.name for path in (tmp_path / "b").iterdir())
+    for name in shards:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
 def test_dtypes(folder, model, inputs):
     half = AdaptiveMolmoE.from_pretrained(folder, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
@@ -124,6 +149,12 @@ def test_hub_failures_are_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(UserError, match=r"someone/model at revision abc from the hub \(no route to host\)"):
         AdaptiveMolmoE.from_pretrained("someone/model", revision="abc")
+
+
+def test_only_a_hub_id_has_revisions(folder):
+    for name in (folder, "embedded"):
+        with pytest.raises(UserError, match="only a hub id has revisions"):
+            AdaptiveMolmoE.from_pretrained(name, revision="v1")
 
 
 def test_bad_device(folder):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from envs.tasks import Sample, load_task
+from envs.tasks.hub_copies import HUB_COPIES, hub_markdown
 from envs.tasks.table import DATA_SETS, data_set, is_data_set, table_markdown
 
 Save = Callable[..., Path]
@@ -262,3 +263,16 @@ def test_names_are_forgiving() -> None:
 def test_the_documented_table_is_the_table() -> None:
     page = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
     assert table_markdown() in page
+    assert hub_markdown() in page
+
+
+def test_every_hub_copy_is_accounted_for() -> None:
+    known = {copy.repo: copy for copy in HUB_COPIES}
+    named = {(source.repo, source.split) for entry in DATA_SETS for source in entry.hub.values()}
+    assert {repo for repo, _ in named} == set(known)
+    for repo, split in named:
+        assert split in known[repo].splits.replace(",", " ").split()
+    for entry in DATA_SETS:
+        for source in entry.hub.values():
+            for column in HUB_COLUMNS[entry.name].keys() - {"image_classes"}:
+                assert column in known[source.repo].columns

@@ -33,6 +33,19 @@ def test_settings_travel_to_workers():
     assert copy.budgets.held_out() == config.budgets.held_out()
 
 
+def test_budgets_in_ms_hold_on_any_device():
+    both = WorldConfig(budget_low_ms=170, budget_high_ms=380)
+    found = both._budgets(None, None, None, ())
+    assert (found.low_ms, found.high_ms) == (170, 380)
+
+
+def test_one_end_in_ms_leaves_the_other_to_the_device(monkeypatch):
+    monkeypatch.setattr("envs.world.budget_range", lambda *_: (20.0, 80.0))
+    low = WorldConfig(budget_low_ms=30, budget_high=2.0)._budgets(None, None, None, ())
+    high = WorldConfig(budget_high_ms=60, budget_low=1.5)._budgets(None, None, None, ())
+    assert (low.low_ms, low.high_ms, high.low_ms, high.high_ms) == (30, 160, 30, 60)
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", ""])
 def test_devices_that_are_not_there_are_named(device):
     with pytest.raises(UserError, match=f"device {device!r} cannot be used"):

@@ -1,0 +1,129 @@
+"""`ray-ctrl importance`: how much each block matters on a data set, kept where the model is read from."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from envs.engine.importance import measure_importance
+from envs.errors import UserError
+from envs.model.importance import (
+    PUBLISHED_IMPORTANCE,
+    Importance,
+    importance_path,
+    is_published_shape,
+    rank_correlation,
+    read_importance,
+    removal_order,
+    write_importance,
+)
+from envs.tasks import load_task
+from ray_ctrl.config import Config
+from ray_ctrl.console import console, counted, table
+from ray_ctrl.provenance import provenance
+from ray_ctrl.setting import world_config
+from ray_ctrl.settings import load_config
+
+SPLITS = ("train", "validation")
+SHOWN = 4
+"""Blocks at the head of the removal order that are printed: as many as knobs can ever leave out."""
+
+
+def run(
+    preset: str,
+    config_file: Path | None,
+    overrides: Sequence[str],
+    *,
+    samples: int,
+    split: str,
+    by: str,
+    out: Path | None,
+) -> None:
+    """Measures, prints beside the scores known so far, and writes a new file.
+
+    Raises:
+        UserError: nowhere to write, a model or task that cannot be read, or a split that must choose nothing.
+    """
+    config = load_config(preset, config_file, overrides)
+    if split not in SPLITS:
+        raise UserError(f"split {split!r} is not allowed: choose {' or '.join(SPLITS)}; test samples choose nothing")
+    file = _target(config, out)
+    found, engine = measure(config, samples, split, by)
+    others = _known(config, engine)
+    _show(found, others)
+    origin = {
+        "task": config.task.name,
+        "split": split,
+        "model": config.model.name,
+        "dtype": config.model.dtype,
+        "fingerprint": engine.model.fingerprint,
+        "compared_with": {
+            name: {"rank_correlation": _or_none(rank_correlation(found.scores, scores)), "importance": list(scores)}
+            for name, scores in others.items()
+        },
+        "origin": provenance(),
+    }
+    write_importance(file, found.to_dict(origin))
+    beside = file.absolute() == importance_path(config.model.name).absolute()
+    used = "beside the weights, and used from now on" if beside else f"use it with model.importance={file}"
+    console.print(f"importance in {file}: {used}", markup=False)
+
+
+def measure(config: Config, samples: int, split: str, by: str) -> tuple[Importance, Any]:
+    """The measured scores, and the engine they were measured with."""
+    import torch
+
+    torch.set_num_threads(config.model.threads)
+    task = config.task
+    chosen = load_task(task.name, split, samples, task.seed, on_broken=task.on_broken)
+    with console.status("loading model"):
+        # What it runs are not a run's outcomes, so that they need not be kept.
+        engine = replace(world_config(config, split, None, None), store=None).build_engine()
+    with counted(f"leaving out one block at a time on {len(chosen)} samples") as progress:
+        return measure_importance(engine, chosen, by, progress=progress), engine
+
+
+def _target(config: Config, out: Path | None) -> Path:
+    """The file to write: the one given, else the model's own; neither may exist."""
+    file = out if out is not None else importance_path(config.model.name)
+    if file.exists():
+        raise UserError(f"{file} exists already: choose another file with --out, or remove it first")
+    if not file.absolute().parent.is_dir():
+        where = f"there is no folder {file.parent}" if out is not None else f"{config.model.name} is no local folder"
+        raise UserError(f"nowhere to keep the importance: {where}; give a file in an existing folder with --out")
+    return file
+
+
+def _known(config: Config, engine: Any) -> dict[str, tuple[float, ...]]:
+    """Scores to compare with: those in use, and the published ones where they are of this model."""
+    model = config.model
+    found: dict[str, tuple[float, ...]] = {}
+    if model.importance is not None or importance_path(model.name).is_file():
+        found["in use"] = read_importance(model.name, model.importance)
+    if is_published_shape(engine.model.config):
+        found["published"] = PUBLISHED_IMPORTANCE
+    return found
+
+
+def _show(found: Importance, others: dict[str, tuple[float, ...]]) -> None:
+    rows = [
+        (str(block), f"{score:.4f}", f"{error:.4f}", *(f"{scores[block]:.4f}" for scores in others.values()))
+        for block, (score, error) in enumerate(zip(found.scores, found.errors, strict=True))
+    ]
+    title = f"block importance by {found.by.replace('_', ' ')}, {found.samples} samples"
+    console.print(table(("block", "measured", "± s.e.", *others), rows, title))
+    console.print(f"{found.by.replace('_', ' ')} of the full plan: {found.full:.4f}")
+    console.print(f"left out first: blocks {_first(found.scores)}")
+    for name, scores in others.items():
+        correlation = rank_correlation(found.scores, scores)
+        told = "none, as one of them is constant" if math.isnan(correlation) else f"{correlation:.3f}"
+        console.print(f"{name}: blocks {_first(scores)} first; rank correlation over blocks 1 to 15 {told}")
+
+
+def _first(scores: Sequence[float]) -> str:
+    return ", ".join(map(str, removal_order(scores)[:SHOWN]))
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
