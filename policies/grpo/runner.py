@@ -15,8 +15,10 @@ import ray
 import torch
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.rllib.utils.metrics import EPISODE_RETURN_MEAN
 
 from policies.baselines import Baseline
+from policies.distribution import KnobDistribution
 from policies.grpo.rl_module import BaselineModule
 
 Array = npt.NDArray[Any]
@@ -97,10 +99,11 @@ class RolloutRunner(SingleAgentEnvRunner):
         environment = self.env.unwrapped
         environment.set_worker(chunk, chunks)
         environment.set_round(round_number)
-        torch.manual_seed(_seed(self.config.seed, round_number, chunk, attempt))
-        rollouts = _pack(self.sample(explore=True), self.get_metrics())
+        generator = torch.Generator(self._device)
+        generator.manual_seed(_seed(self.config.seed, round_number, chunk, attempt))
+        rollouts = self._roll_out(self.module, generator)
         stats = environment.stats() if hasattr(environment, "stats") else {}
-        return replace(rollouts, runner=int(self.worker_index or 0), stats=stats)
+        return replace(rollouts, metrics=self.get_metrics(), runner=int(self.worker_index or 0), stats=stats)
 
     def run_contexts(
         self, *, contexts: Sequence[Any], first: int, weights: Any, baseline: Baseline | None
@@ -115,53 +118,79 @@ class RolloutRunner(SingleAgentEnvRunner):
         environment.set_contexts(list(contexts))
         environment.set_worker(0, 1)
         environment.set_round(0)
-        trained = self.module
-        try:
-            if baseline is None:
-                self.load_weights(weights)
-            else:
-                self.module = BaselineModule(baseline, (first,), trained)
-            rollouts = _pack(self.sample(explore=False), self.get_metrics(), with_logits=False)
-        finally:
-            self.module = trained
-        return _rows(rollouts, first, len(contexts))
+        if baseline is None:
+            self.load_weights(weights)
+            module = self.module
+        else:
+            module = BaselineModule(baseline, (first,), self.module)
+        return _rows(self._roll_out(module, None), first, len(contexts))
+
+    def _roll_out(self, module: Any, generator: torch.Generator | None) -> Rollouts:
+        """Every environment from reset to the end of its episode, all in step.
+
+        Straight between module and environment: RLlib's own `sample` makes an object of every episode and a list of
+        every step, which for two-step episodes costs more than all the rest of a warm rollout.
+
+        Args:
+            generator: draws the actions; None takes the most likely ones.
+
+        Raises:
+            RuntimeError: an episode that ends before the others.
+        """
+        environment = self.env.unwrapped
+        observation, _ = environment.reset()
+        steps: list[_Step] = []
+        rewards, ended = np.zeros(self.num_envs), np.zeros(self.num_envs, np.bool_)
+        infos: Mapping[str, Array] = {}
+        while not ended.any():
+            step = _decide(module, observation, generator, self._device)
+            observation, reward, terminated, truncated, infos = environment.step(step.actions)
+            steps.append(step)
+            rewards += reward
+            ended = terminated | truncated
+        if not ended.all():
+            raise RuntimeError(f"{int(ended.sum())} of {len(ended)} rollouts ended early: all must take as many steps")
+        self._increase_sampled_metrics(len(steps) * self.num_envs, self.num_envs)
+        self.metrics.log_value(EPISODE_RETURN_MEAN, float(rewards.mean()), window=1)
+        return Rollouts(
+            obs={key: np.stack([step.obs[key] for step in steps], 1) for key in steps[0].obs},
+            actions=np.stack([step.actions for step in steps], 1),
+            log_probs=np.stack([step.log_probs for step in steps], 1),
+            logits=np.stack([step.logits for step in steps], 1),
+            rewards=rewards,
+            infos={key: value for key, value in infos.items() if np.issubdtype(np.asarray(value).dtype, np.number)},
+        )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One decision of N environments: observations (N, ...), actions (N, 4), and where they came from, empty for
+    actions without a distribution."""
+
+    obs: Mapping[str, Array]
+    actions: Array
+    log_probs: Array
+    logits: Array
+
+
+@torch.no_grad()
+def _decide(module: Any, observation: Mapping[str, Array], generator: torch.Generator | None, device: Any) -> _Step:
+    obs = {key: np.array(value) for key, value in observation.items()}
+    batch = {Columns.OBS: {key: torch.from_numpy(value).to(device) for key, value in obs.items()}}
+    answer = module.forward_inference(batch) if generator is None else module.forward_exploration(batch)
+    if Columns.ACTIONS in answer:
+        actions = answer[Columns.ACTIONS].numpy(force=True)
+        return _Step(obs, actions, np.zeros(len(actions), np.float32), np.zeros((len(actions), 0), np.float32))
+    logits = answer[Columns.ACTION_DIST_INPUTS]
+    policy = KnobDistribution(logits)
+    chosen = policy.argmax() if generator is None else policy.sample(generator)
+    return _Step(obs, *(part.numpy(force=True) for part in (chosen, policy.log_prob(chosen), logits)))
 
 
 def _seed(*parts: int | None) -> int:
     """A well mixed 63-bit seed from integers."""
     entropy = [int(part or 0) for part in parts]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _pack(episodes: Sequence[Any], metrics: Any, *, with_logits: bool = True) -> Rollouts:
-    """RLlib's episodes as arrays; numeric scalars of the final infos are kept.
-
-    Raises:
-        RuntimeError: episodes that have not ended, or not after the same number of steps.
-    """
-    steps = {len(episode) for episode in episodes}
-    if len(steps) != 1 or not all(episode.is_terminated for episode in episodes):
-        raise RuntimeError(f"episodes of {sorted(steps)} steps: every rollout must end after the same number of steps")
-    window = slice(0, steps.pop())
-    observations = [episode.get_observations(window) for episode in episodes]
-    finals = [episode.get_infos(-1) for episode in episodes]
-    keys = [key for key, value in finals[0].items() if np.isscalar(value) or np.ndim(value) == 0]
-    keys = [key for key in keys if np.issubdtype(np.asarray(finals[0][key]).dtype, np.number)]
-
-    def outputs(column: str, width: tuple[int, ...]) -> Array:
-        if not with_logits:
-            return np.zeros((len(episodes), window.stop, *width), np.float32)
-        return np.stack([episode.get_extra_model_outputs(column) for episode in episodes])
-
-    return Rollouts(
-        obs={key: np.stack([obs[key] for obs in observations]) for key in observations[0]},
-        actions=np.stack([episode.get_actions() for episode in episodes]),
-        log_probs=outputs(Columns.ACTION_LOGP, ()),
-        logits=outputs(Columns.ACTION_DIST_INPUTS, (0,)),
-        rewards=np.array([episode.get_return() for episode in episodes], np.float64),
-        infos={key: np.array([final[key] for final in finals]) for key in keys},
-        metrics=metrics,
-    )
 
 
 def _rows(rollouts: Rollouts, first: int, count: int) -> list[dict[str, float]]:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from envs.knobs import INSERTIONS, MODEL_BLOCKS, TIERS, ExecutionPlan
+from envs.knobs import INSERTIONS, MODEL_BLOCKS, TIERS, TOP_KS, ExecutionPlan
 from envs.model.embedded.shape import build_processor
 from envs.model.processor import MolmoEProcessor, collate
 from envs.tasks.scenes import FAMILIES, Question, Scene, all_questions, caption, make_scene
@@ -22,16 +22,13 @@ from envs.tasks.scenes.layout import FORMATS
 
 IGNORE = -100
 FAMILY_NAMES = (*FAMILIES, "caption")
-DROP_ORDER = (13, 11, 14, 12)
-"""Blocks that random plans leave out, first to last: behind those that read the image, before the one that answers."""
-_PLAN_TOP_KS = (6, 7, 8)
 _SEEDS_PER_STEP = 1000
 Quotas = Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class PackingSettings:
-    """How batches are drawn.
+    """How batches are drawn. The defaults are those of the scenes phase.
 
     Args:
         images: scenes a step, by tier; they cost about the same.
@@ -40,32 +37,29 @@ class PackingSettings:
         tiers_until: part of the steps over which the first turn into the last.
         text_tokens: tokens of questions and answers behind each image.
         captions_until: part of the steps over which the share of scenes with a caption falls from 1 to `caption_floor`.
-        random_plans: share of steps, once the share of captions has fallen, run under a random plan instead of the
-            full one.
+        random_plans: share of steps run under a random plan instead of the full one.
         early_quotas: most questions of each family about one scene while the share of captions falls: they teach what
             stands where, and questions mostly read it off.
         late_quotas: the same from then on, with more of those that take two steps.
-        plan_quotas: the same under a random plan, where no captions are asked for. Families left out of it are never
-            answered with less than the whole model, and come to need it.
+        plan_quotas: the same under a random plan, where no captions are asked for then; None asks as at any step.
+            Families left out of it are never answered with less than the whole model, and come to need it.
     """
 
     images: tuple[int, int, int] = (18, 12, 9)
     early_tiers: tuple[float, float, float] = (0.55, 0.25, 0.2)
-    late_tiers: tuple[float, float, float] = (0.25, 0.22, 0.53)
-    tiers_until: float = 0.2
-    text_tokens: int = 150
-    captions_until: float = 0.2
+    late_tiers: tuple[float, float, float] = (0.16, 0.22, 0.62)
+    tiers_until: float = 0.35
+    text_tokens: int = 140
+    captions_until: float = 0.4
     caption_floor: float = 0.1
-    random_plans: float = 0.2
+    random_plans: float = 0.12
     early_quotas: Quotas = field(
-        default_factory=lambda: {"color": 1, "shape": 2, "count": 2, "sum": 2, "digit": 4, "compare": 2, "match": 2}
+        default_factory=lambda: {"color": 1, "shape": 2, "count": 2, "digit": 4, "compare": 3, "match": 2}
     )
     late_quotas: Quotas = field(
-        default_factory=lambda: {
-            "color": 1, "shape": 1, "count": 3, "sum": 3, "pair": 3, "digit": 2, "compare": 3, "match": 2,
-        }
-    )  # fmt: skip
-    plan_quotas: Quotas = field(default_factory=lambda: {"digit": 4, "match": 4})
+        default_factory=lambda: {"color": 3, "shape": 1, "count": 3, "digit": 2, "compare": 4, "match": 2}
+    )
+    plan_quotas: Quotas | None = None
 
 
 def only_tier(packing: PackingSettings, tier: str) -> PackingSettings:
@@ -118,8 +112,10 @@ class PackedScenes(Dataset[PackedBatch]):
         caption_share = max(falling, self.settings.caption_floor)
         quotas = self.settings.early_quotas if falling > 0 else self.settings.late_quotas
         plan = ExecutionPlan()
-        if rng.random() < self.settings.random_plans and falling == 0:
-            plan, quotas, caption_share = random_plan(rng), self.settings.plan_quotas, 0.0
+        if rng.random() < self.settings.random_plans:
+            plan = random_plan(rng)
+            if self.settings.plan_quotas is not None:
+                quotas, caption_share = self.settings.plan_quotas, 0.0
         questions = [choose_questions(scene, rng, quotas, rng.random() < caption_share) for scene in scenes]
         return pack(self.processor, scenes, questions, tier, plan, self.settings.text_tokens)
 
@@ -163,15 +159,11 @@ def choose_questions(scene: Scene, rng: np.random.Generator, quotas: Quotas, wit
 
 
 def random_plan(rng: np.random.Generator) -> ExecutionPlan:
-    """Any insertion position, at least 6 experts, and up to four blocks dropped, always in the same order.
-
-    Nested like this (ordered dropout: Horvath et al. 2021, FjORD), the blocks that go first are left to the questions
-    that are never asked without them.
-    """
+    """Any insertion position and top-k, with up to four blocks behind it dropped."""
     insertion = int(rng.choice(INSERTIONS))
-    dropped = DROP_ORDER[: int(rng.integers(1, len(DROP_ORDER) + 1))]
+    dropped = rng.permutation(np.arange(insertion, MODEL_BLOCKS))[: int(rng.integers(5))]
     kept = tuple(block for block in range(MODEL_BLOCKS) if block not in dropped)
-    return ExecutionPlan("high", insertion, int(rng.choice(_PLAN_TOP_KS)), kept)
+    return ExecutionPlan("high", insertion, int(rng.choice(TOP_KS)), kept)
 
 
 def pack(

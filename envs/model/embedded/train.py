@@ -1,11 +1,12 @@
 """The recipe of the embedded model, from nothing to a model folder, in one resumable command.
 
-`python -m envs.model.embedded.train --out DIR [--minutes M] [--seed S] [--device cpu] [--resume]`
+`python -m envs.model.embedded.train --out DIR [--start MODEL] [--minutes M] [--seed S] [--device cpu] [--resume]`
 
-Two phases: the vision tower alone on single crops (`warmup`), then everything on whole scenes (`scenes_phase`), where
-captions give way to packed questions and few crops to many. Reading digits is practised under random plans as well,
-all else is only ever answered by the whole model: so some families of questions want crops, others depth. The model
-folder is DIR/model; the training state and the log lie beside it.
+Three phases: the vision tower alone on single crops (`warmup`), then everything on whole scenes (`scenes_phase`), where
+captions give way to packed questions and few crops to many, then `depth_phase`, after which questions need different
+knobs: reading digits is practised under random plans, all else, sums above all, is only ever answered by the whole
+model. `--start` takes a model folder in place of the first two phases. The model folder is DIR/model; the training
+state and the log lie beside it.
 """
 
 import argparse
@@ -31,7 +32,17 @@ from envs.model.molmoe import AdaptiveMolmoE
 from envs.model.vision import VisionBackbone
 
 _HELD_OUT_SEED = 1
-_HELD_OUT = 4  # validation batches a tier
+_HELD_OUT = 4  # batches of each kind
+_DEPTH_SEED = 100  # sets the scenes of the depth phase apart from those before
+DEPTH_PACKING = PackingSettings(
+    early_tiers=(0.3, 0.22, 0.48),
+    late_tiers=(0.3, 0.22, 0.48),
+    text_tokens=150,
+    captions_until=1e-9,
+    random_plans=0.2,
+    late_quotas={"color": 1, "shape": 1, "count": 2, "sum": 4, "digit": 3, "compare": 3, "match": 2},
+    plan_quotas={"digit": 4, "match": 4},
+)
 
 
 @dataclass(frozen=True)
@@ -44,16 +55,22 @@ class Recipe:
         scenes_steps, scenes_lr: packed scenes for the whole model.
         tower_lr: factor on the rate of the warmed-up tower.
         packing: how scenes are drawn and packed.
+        depth_steps, depth_lr, depth_packing: the same for the depth phase.
+        start: model folder that the depth phase starts from; None runs the other two phases first.
     """
 
     seed: int = 0
-    warmup_steps: int = 2000
+    warmup_steps: int = 1600
     warmup_batch: int = 256
     warmup_lr: float = 1.5e-3
-    scenes_steps: int = 2800
+    scenes_steps: int = 1650
     scenes_lr: float = 1.0e-3
     tower_lr: float = 0.3
     packing: PackingSettings = field(default_factory=PackingSettings)
+    depth_steps: int = 1500
+    depth_lr: float = 6.0e-4
+    depth_packing: PackingSettings = field(default_factory=lambda: DEPTH_PACKING)
+    start: str | None = None
 
 
 def warmup_phase(recipe: Recipe, device: torch.device) -> Phase:
@@ -89,10 +106,20 @@ def scenes_phase(recipe: Recipe, device: torch.device, warm: VisionBackbone) -> 
     model = AdaptiveMolmoE.initialise(build_config(data.processor.tokenizer.get_vocab_size()), recipe.seed).to(device)
     model.vision.load_state_dict(warm.state_dict())
     match_scales(model, to_device(data[0], device))
+    return _packed_phase("scenes", model, data, recipe, recipe.scenes_lr)
+
+
+def depth_phase(recipe: Recipe, model: AdaptiveMolmoE) -> Phase:
+    """`model` trained on, with families of questions told apart by the plans they are seen under."""
+    data = PackedScenes(recipe.depth_steps, recipe.seed + _DEPTH_SEED, recipe.depth_packing)
+    return _packed_phase("depth", model, data, recipe, recipe.depth_lr)
+
+
+def _packed_phase(name: str, model: AdaptiveMolmoE, data: PackedScenes, recipe: Recipe, lr: float) -> Phase:
+    """A phase over packed scenes, validated at both ends of the tiers and, at the high one, under random plans too."""
+    seed = recipe.seed + _HELD_OUT_SEED
     held_out = {
-        tier: PackedScenes(
-            _HELD_OUT, recipe.seed + _HELD_OUT_SEED, only_tier(recipe.packing, tier), "validation", data.processor
-        )
+        tier: PackedScenes(_HELD_OUT, seed, only_tier(data.settings, tier), "validation", data.processor)
         for tier in ("low", "high")
     }
 
@@ -105,17 +132,17 @@ def scenes_phase(recipe: Recipe, device: torch.device, warm: VisionBackbone) -> 
             batches = [scenes[i] for i in range(len(scenes))]
             if tier == "high":
                 batches += [replace(b, plan=random_plan(np.random.default_rng(i))) for i, b in enumerate(batches)]
-            mean = _mean([loss(to_device(batch, device))[1] for batch in batches])
+            mean = _mean([loss(to_device(batch, model.device))[1] for batch in batches])
             figures |= {f"{tier}_{key}": value for key, value in mean.items()}
         return figures
 
     return Phase(
-        name="scenes",
+        name=name,
         modules=nn.ModuleDict({"model": model}),
         data=data,
         loss=loss,
-        steps=recipe.scenes_steps,
-        lr=recipe.scenes_lr,
+        steps=len(data),
+        lr=lr,
         validate=validate,
         tower_lr=recipe.tower_lr,
     )
@@ -128,18 +155,30 @@ def export(model: AdaptiveMolmoE, folder: Path) -> None:
 
 
 def train(recipe: Recipe, settings: LoopSettings) -> bool:
-    """Runs what is left of the recipe; True when it is complete. The model folder is written either way."""
-    warmup = warmup_phase(recipe, settings.device)
-    if not run_phase(warmup, settings):
+    """Runs what is left of the recipe; True when it is complete. A model folder is written once there is a model."""
+    phase = _start(recipe, settings)
+    if phase is None:
         return False
-    vision = warmup.modules["vision"]
-    assert isinstance(vision, VisionBackbone)
-    scenes = scenes_phase(recipe, settings.device, vision)
-    complete = run_phase(scenes, settings)
-    model = scenes.modules["model"]
+    complete = run_phase(phase, settings)
+    model = phase.modules["model"]
     assert isinstance(model, AdaptiveMolmoE)
+    if complete and phase.name == "scenes":
+        complete = run_phase(depth_phase(recipe, model), settings)
     export(model, settings.folder / "model")
     return complete
+
+
+def _start(recipe: Recipe, settings: LoopSettings) -> Phase | None:
+    """The first phase that trains the whole model, warmed up where it needs that; None when time ran out before."""
+    if recipe.start is not None:
+        model = AdaptiveMolmoE.from_pretrained(recipe.start, device=settings.device)
+        return depth_phase(recipe, model.requires_grad_(True))
+    warmup = warmup_phase(recipe, settings.device)
+    if not run_phase(warmup, settings):
+        return None
+    vision = warmup.modules["vision"]
+    assert isinstance(vision, VisionBackbone)
+    return scenes_phase(recipe, settings.device, vision)
 
 
 def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
@@ -166,6 +205,7 @@ def _mean(figures: list[Metrics]) -> Metrics:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; the model goes to OUT/model")
+    parser.add_argument("--start", help="model folder to start the depth phase from, in place of the first two phases")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; go on with --resume")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and data")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -173,7 +213,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.minutes > 0:
         raise UserError(f"--minutes {options.minutes} is not allowed: give a number above 0")
-    recipe = Recipe(seed=options.seed)
+    recipe = Recipe(seed=options.seed, start=options.start)
     check_folder(options.out, recipe, options.resume)
     keep_freed_memory()
     settings = LoopSettings(options.out, torch.device(options.device), deadline=time.monotonic() + 60 * options.minutes)

@@ -6,7 +6,6 @@
 | shape | which shape has a colour | few crops |
 | count | shapes, digits or one kind of shape | few crops |
 | sum | two kinds of shapes, or everything | few crops, much of the model: counted, then added |
-| pair | which digits share a shape's colour, how many | few crops, much of the model: colours joined, then counted |
 | digit | the digit of a colour | crops, where digits are small |
 | compare | the larger of two digits, by colour | two digits read |
 | match | the digit with a shape's colour | two steps: shape to colour, colour to digit |
@@ -20,7 +19,7 @@ from typing import Final
 
 from envs.tasks.scenes.layout import COLORS, SHAPES, Scene
 
-FAMILIES: Final = ("color", "shape", "count", "sum", "pair", "digit", "compare", "match")
+FAMILIES: Final = ("color", "shape", "count", "sum", "digit", "compare", "match")
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,6 @@ def all_questions(scene: Scene) -> list[Question]:
     counted = [*sorted(kinds), *missing[scene.noise_seed % len(missing) :][:1]] if missing else sorted(kinds)
     questions += [Question("count", f"How many {_plural(kind)} are there?", str(kinds[kind])) for kind in counted]
     questions += _sums(scene, kinds)
-    shared = {o.color for o in scene.shapes} & set(by_color)
-    questions.append(Question("pair", "How many digits have the color of a shape?", str(len(shared))))
-    for o in lone:
-        answer = "yes" if o.color in by_color else "no"
-        questions.append(Question("pair", f"Does a digit have the color of the {o.kind}?", answer))
     questions += [Question("digit", f"What digit is {o.color}?", str(o.value)) for o in scene.digits]
     for a in scene.digits:
         for b in scene.digits:
