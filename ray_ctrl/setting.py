@@ -11,7 +11,7 @@ from typing import Any
 
 from envs.budgets import BudgetDistribution, budget_range
 from envs.errors import UserError
-from envs.knobs import KnobSpace
+from envs.knobs import ExecutionPlan, KnobSpace
 from envs.latency import Identity, ProfiledClock, ProfileTable, profile
 from envs.model.importance import removal_order
 from envs.reward import RewardConfig as RewardWeights
@@ -26,6 +26,8 @@ from ray_ctrl.steering import Steering
 
 TABLE_FILE = "profile.json"
 BUDGETS_FILE = "budgets.json"
+# Blocks at the head of the removal order that a setting may reach: four, and those that a late insertion protects.
+DROPPABLE = 8
 
 
 @dataclass(frozen=True)
@@ -153,16 +155,21 @@ def check_importance(engine: Any, metadata: Mapping[str, Any]) -> None:
     """Refuses to use a controller where its block counts would leave out other blocks than in training.
 
     Raises:
-        UserError: the scores in use order the blocks differently.
+        UserError: under the scores in use some setting would run other blocks.
     """
     trained = metadata.get("importance")
-    if trained is not None and removal_order(trained) != removal_order(engine.importance):
-        first = ", ".join(map(str, removal_order(trained)[:4]))
-        now = ", ".join(map(str, removal_order(engine.importance)[:4]))
+    if trained is not None and _plans(trained) != _plans(engine.importance):
+        first = ", ".join(map(str, removal_order(trained)[:DROPPABLE]))
+        now = ", ".join(map(str, removal_order(engine.importance)[:DROPPABLE]))
         raise UserError(
             f"the controller was trained with another block importance (blocks {first} first, here {now}): set "
             "model.importance to the file it was trained with, or train again"
         )
+
+
+def _plans(importance: Sequence[float]) -> list[ExecutionPlan]:
+    space = KnobSpace(importance)
+    return [space.plan(knobs) for knobs in space.all]
 
 
 def find_table(config: Config, engine: Any, folder: Path) -> Path:

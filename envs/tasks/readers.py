@@ -7,7 +7,9 @@ images, or a user's own JSON Lines. Paths named in data files must stay inside t
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -131,13 +133,29 @@ def read_hub(source: HubSplit, split: str | None, entry: DataSet, revision: str 
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(source.repo, source.config, split=source.split, revision=revision)
+        with _bars_on_terminals():
+            rows = load_dataset(source.repo, source.config, split=source.split, revision=revision)
     except Exception as error:  # HTTP, cache, schema and naming errors share no base class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"cannot fetch {source}: {reason}; check the name and the network, or give a local folder as name=PATH"
         ) from None
     yield from _read_table(rows, str(source), split, None, f"{source}:{rows._fingerprint}", entry)
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Progress bars of `datasets` where someone watches; in a log they would only be noise."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    change = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if change:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if change:
+            enable_progress_bars()
 
 
 def hub_splits(repo: str, revision: str | None = None) -> dict[str, HubSplit]:
@@ -171,7 +189,8 @@ def _read_parquet(file: Path, folder: Path, entry: DataSet) -> Iterator[Record]:
     from datasets import Dataset
 
     try:
-        rows = Dataset.from_parquet(str(file), keep_in_memory=False)
+        with _bars_on_terminals():
+            rows = Dataset.from_parquet(str(file), keep_in_memory=False)
     except Exception as error:  # Arrow and datasets raise many kinds for a damaged file
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"cannot read {file}: {reason}; give a whole parquet file") from None

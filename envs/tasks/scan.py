@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -82,7 +83,11 @@ class Scan:
 def scan_bytes(content: bytes) -> Scan:
     """Scans one encoded image."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with warnings.catch_warnings():
+            # What is too large is refused below, with words of our own.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(io.BytesIO(content))
+        with opened as image:
             check_size(image.size)
             width, height = oriented_size(image)
             image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
@@ -123,6 +128,7 @@ def scan_all(name: str, stamps: Sequence[str], scan: Callable[[int], Scan], cach
                 desc=f"reading images of {name}",
                 delay=3,
                 leave=False,
+                disable=None,  # nothing where no terminal shows it
             )
             known.update(zip((stamps[i] for i in missing), found, strict=True))
         _write_cache(path, {stamp: known[stamp] for stamp in stamps})

@@ -5,6 +5,9 @@ JSON Lines and parquet, broken rows, splits, paths that leave their folder.
 
 import logging
 import pickle
+import struct
+import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,6 +201,26 @@ def test_a_broken_parquet_row_is_reported_with_its_place(
         parts = [load_task(f"textvqa={tmp_path}", split, on_broken="skip") for split in SPLITS]
     assert sum(len(part) for part in parts) == 6
     assert [f"row {i}: " in caplog.text for i in range(5)] == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("size", [(10_000, 9_000), (100_000, 100_000)])
+def test_a_decompression_bomb_is_a_broken_row(
+    tmp_path: Path, save_lines: Save, save_picture: Save, size: tuple[int, int]
+) -> None:
+    rows = []
+    for i in range(4):
+        save_picture(tmp_path / f"{i}.png", i)
+        rows.append({"image": f"{i}.png", "question": "?", "answers": ["a"]})
+    content = (tmp_path / "3.png").read_bytes()
+    head = b"IHDR" + struct.pack(">II", *size) + content[24:29]
+    (tmp_path / "3.png").write_bytes(content[:12] + head + struct.pack(">I", zlib.crc32(head)) + content[33:])
+    save_lines(tmp_path / "d.jsonl", rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserError, match=r"d\.jsonl, line 4: .*(pixels|limit)"):
+            load_task(str(tmp_path / "d.jsonl"), "train")
+        parts = [load_task(str(tmp_path / "d.jsonl"), split, on_broken="skip") for split in SPLITS]
+    assert sum(map(len, parts)) == 3
 
 
 def test_parquet_cells_may_name_files(tmp_path: Path, save_picture: Save) -> None:
