@@ -56,6 +56,8 @@ class Recipe:
         tower_lr: factor on the rate of the warmed-up tower.
         packing: how scenes are drawn and packed.
         depth_steps, depth_lr, depth_packing: the same for the depth phase.
+        router_scale: factor on all router weights before the depth phase. Trained routers favour one or two experts so
+            much that the others can go unnoticed; flattened, all eight have a part in whatever is learnt from then on.
         start: model folder that the depth phase starts from; None runs the other two phases first.
     """
 
@@ -70,6 +72,7 @@ class Recipe:
     depth_steps: int = 1500
     depth_lr: float = 6.0e-4
     depth_packing: PackingSettings = field(default_factory=lambda: DEPTH_PACKING)
+    router_scale: float = 0.25
     start: str | None = None
 
 
@@ -111,6 +114,9 @@ def scenes_phase(recipe: Recipe, device: torch.device, warm: VisionBackbone) -> 
 
 def depth_phase(recipe: Recipe, model: AdaptiveMolmoE) -> Phase:
     """`model` trained on, with families of questions told apart by the plans they are seen under."""
+    with torch.no_grad():
+        for block in model.language.blocks:
+            block.get_parameter("router").mul_(recipe.router_scale)
     data = PackedScenes(recipe.depth_steps, recipe.seed + _DEPTH_SEED, recipe.depth_packing)
     return _packed_phase("depth", model, data, recipe, recipe.depth_lr)
 
