@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 BUDGET_WIDTH: Final = 256
-# Wavelengths in units of the log ratio, so that the budgets a device is given (about five e-folds) fill the encoding
-# without wrapping round it: much shorter waves make neighbouring budgets look unrelated, and training slower and worse.
-SHORTEST_WAVE: Final = 3.0
-LONGEST_WAVE: Final = 32.0
+# Wavelengths in units of the log ratio. From the cheapest plan to the dearest a device's budgets span about one e-fold:
+# the shortest wave tells budgets a few percent apart, the longest covers whatever a user may ask for.
+SHORTEST_WAVE: Final = 0.75
+LONGEST_WAVE: Final = 8.0
 
 
 def budget_feature(log_ratio: Tensor) -> Tensor:

@@ -82,13 +82,13 @@ class TaskConfig(Section):
         description="A task of `envs.tasks`, a data file or folder, or a mix of them; docs/data.md has the grammar.",
     )
     train_samples: Int = Field(
-        default=384,
+        default=512,
         ge=1,
         description="Samples of the train split used for training, 1 or more. Training returns "
         "to the same finite set, so outcomes are reused.",
     )
     validation_samples: Int = Field(
-        default=64,
+        default=128,
         ge=1,
         description="Samples of the validation split, 1 or more; they choose the best checkpoint.",
     )
@@ -272,11 +272,11 @@ class GRPOSettings(Section):
         le=1024,
         description="Rollouts that share one sample and budget and are compared with one another. 2 to 1024.",
     )
-    groups: Int = Field(default=64, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536.")
-    lr: float = Field(default=3e-4, gt=0, le=1, description="Adam step size. Above 0, to 1.")
+    groups: Int = Field(default=128, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536.")
+    lr: float = Field(default=1e-3, gt=0, le=1, description="Adam step size. Above 0, to 1.")
     epochs: Int = Field(default=4, ge=1, le=100, description="Passes over an iteration's rollouts. 1 to 100.")
     minibatch: Int | None = Field(
-        default=512,
+        default=1024,
         ge=1,
         description="Steps per minibatch, 1 or more; `null` takes the whole iteration at once.",
     )
@@ -305,7 +305,7 @@ class GRPOSettings(Section):
         description="Iterations between refreshes of the reference policy; 0 is never. 0 or more.",
     )
     entropy_weight: float = Field(
-        default=0.01, ge=0, le=10, description="Weight of the entropy bonus, per nat. 0 to 10."
+        default=0.02, ge=0, le=10, description="Weight of the entropy bonus, per nat. 0 to 10."
     )
     max_grad_norm: float = Field(
         default=1.0, gt=0, le=1e6, description="Longest gradient, Euclidean norm. Above 0, to 1e6."

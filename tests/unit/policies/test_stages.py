@@ -7,7 +7,7 @@ import torch
 
 from envs.errors import UserError
 from envs.knobs import BLOCK_COUNTS
-from policies.budget_feature import BUDGET_WIDTH, budget_feature
+from policies.budget_feature import BUDGET_WIDTH, SHORTEST_WAVE, budget_feature
 from policies.stage1 import Stage1
 from policies.stage2 import Stage2
 
@@ -71,6 +71,6 @@ def test_budget_feature_is_smooth_distinct_and_bounded() -> None:
     near = distances.diagonal(offset=1)
     assert near.max() < 0.25 * distances[0, -1]
     assert (distances + torch.eye(200) * 9).min() > 1e-3
-    # Up to half the shortest wave (a factor of 4.5 in the budget), a budget further away looks further away.
-    steps = int(1.5 / (ratios[1] - ratios[0]))
+    # Up to half the shortest wave (a factor of 1.45 in the budget), a budget further away looks further away.
+    steps = int(SHORTEST_WAVE / 2 / (ratios[1] - ratios[0]))
     assert (distances[0, 1:steps] > distances[0, : steps - 1]).all()
