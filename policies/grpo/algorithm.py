@@ -152,7 +152,9 @@ class GRPO(Algorithm):
             rows = rows.reshape(groups.equal.size, -1)[~groups.equal].reshape(-1)
         if not rows.size:
             return
-        columns = _columns(rollouts.take(rows), groups.values.reshape(-1)[rows])
+        if rows.size < len(rollouts):
+            rollouts = rollouts.take(rows)
+        columns = _columns(rollouts, groups.values.reshape(-1)[rows])
         learners = max(1, self.config.num_learners)
         results: list[Any] = []
         for epoch in range(self.config.num_epochs):
