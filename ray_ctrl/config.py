@@ -197,10 +197,10 @@ class RewardConfig(Section):
         default=0.5, ge=0, le=1000, description="Price of a violation at the start. 0 to 1000."
     )
     price_step: float = Field(
-        default=0.2,
+        default=0.1,
         ge=0,
         le=100,
-        description="Step of the prices per iteration and unit of excess violation. 0 to 100.",
+        description="Largest change of a price's logarithm per iteration. 0 to 100.",
     )
     price_max: float = Field(
         default=5.0, gt=0, le=1000, description="Highest price of one violation. Above 0, to 1000."
@@ -273,7 +273,7 @@ class GRPOSettings(Section):
         description="Rollouts that share one sample and budget and are compared with one another. 2 to 1024.",
     )
     groups: Int = Field(default=128, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536.")
-    lr: float = Field(default=1e-3, gt=0, le=1, description="Adam step size. Above 0, to 1.")
+    lr: float = Field(default=5e-4, gt=0, le=1, description="Adam step size. Above 0, to 1.")
     epochs: Int = Field(default=4, ge=1, le=100, description="Passes over an iteration's rollouts. 1 to 100.")
     minibatch: Int | None = Field(
         default=1024,
@@ -404,7 +404,7 @@ class RunConfig(Section):
         description="Name of the run folder; `null` names it by time.",
     )
     seed: Int = Field(default=0, ge=0, lt=2**31, description="Seed of everything random. 0 to 2^31 - 1.")
-    iterations: Int = Field(default=150, ge=1, description="Training iterations, 1 or more.")
+    iterations: Int = Field(default=200, ge=1, description="Training iterations, 1 or more.")
     checkpoint_every: Int = Field(default=10, ge=1, description="Iterations between checkpoints, 1 up.")
     keep_checkpoints: Int = Field(
         default=3,

@@ -1,9 +1,9 @@
-"""The price of overrunning the budget, one per budget bin, moved by dual ascent until violations meet a target."""
+"""The price of overrunning the budget, one per budget bin, moved until violations meet a target."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,8 @@ import numpy.typing as npt
 from envs.errors import UserError
 
 FloatArray = npt.NDArray[np.float64]
+FLOOR: Final = 0.01
+"""Lowest price, so that a rise can begin, and lowest rate that an excess is measured against."""
 
 
 def overrun_cost(latency_ms: npt.ArrayLike, budget_ms: npt.ArrayLike) -> FloatArray:
@@ -31,7 +33,7 @@ class PriceSettings:
     Attributes:
         edges: inner edges, rising, in log(budget / reference latency); k edges make k + 1 bins, open at both ends.
         target: violation rate every bin should meet, 0 to 1.
-        step: price added per update and unit of excess violation rate.
+        step: largest change of a price's logarithm per update.
         initial: price at the start.
         maximum: highest price.
         memory: weight of the past in the running violation rate, 0 (none) to below 1.
@@ -39,7 +41,7 @@ class PriceSettings:
 
     edges: tuple[float, ...] = (-2.0, -1.5, -1.0, -0.5, 0.0)
     target: float = 0.05
-    step: float = 0.2
+    step: float = 0.1
     initial: float = 0.5
     maximum: float = 5.0
     memory: float = 0.8
@@ -91,8 +93,11 @@ class Prices:
     def updated(self, log_ratio: npt.ArrayLike, violation: npt.ArrayLike) -> "Prices":
         """Prices after one iteration's rollouts: up where the running violation rate is above target, else down.
 
-        Dual ascent on the Lagrangian of "maximise accuracy, violation rate <= target" (Tessler et al. 2019), with the
-        rate smoothed over iterations and the price kept within [0, maximum]. Bins without rollouts stay as they are.
+        Dual ascent on the Lagrangian of "maximise accuracy, violation rate <= target" (Tessler et al. 2019), in the
+        logarithm of the price and by the excess relative to the target, at most `step`. A bin that nobody overruns
+        gives up its price as fast as one that is overrun twice too often raises it: were the fall slower, dear plans
+        would have died out of the policy before they become affordable. The rate is smoothed over iterations, the
+        price kept within [`FLOOR`, maximum]. Bins without rollouts stay as they are.
 
         Args:
             log_ratio: (B,) of every rollout.
@@ -106,8 +111,9 @@ class Prices:
         past = np.where(np.isnan(self.rates), fresh, self.rates)
         memory = self.settings.memory
         rates = np.where(seen, memory * past + (1.0 - memory) * fresh, self.rates)
-        moved = self.values + self.settings.step * (rates - self.settings.target)
-        values = np.where(seen, np.clip(moved, 0.0, self.settings.maximum), self.values)
+        target = max(self.settings.target, FLOOR)
+        moved = self.values * np.exp(self.settings.step * np.clip((rates - self.settings.target) / target, -1.0, 1.0))
+        values = np.where(seen, np.clip(moved, FLOOR, max(FLOOR, self.settings.maximum)), self.values)
         return Prices(self.settings, values, rates)
 
     def state(self) -> dict[str, Any]:
