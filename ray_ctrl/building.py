@@ -90,6 +90,7 @@ def price_settings(setting: Setting) -> PriceSettings:
         initial=min(reward.price_initial, reward.price_max),
         maximum=reward.price_max,
         memory=reward.price_memory,
+        utilisation=reward.utilisation,
     )
 
 

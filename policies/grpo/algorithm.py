@@ -31,7 +31,7 @@ from policies.grpo.evaluation import EvaluationRequest, Row
 from policies.grpo.learner import WEIGHTS, answering, each_learner, learner_errors
 from policies.grpo.metrics import learner_metrics, rollout_metrics
 from policies.grpo.minibatches import minibatches
-from policies.grpo.prices import Prices, PriceSettings, overrun_cost
+from policies.grpo.prices import Prices, PriceSettings
 from policies.grpo.rounds import Rounds, summed
 from policies.grpo.runner import Rollouts
 from policies.grpo.spread import Spread, startup_errors, stop_runners
@@ -137,8 +137,9 @@ class GRPO(Algorithm):
         if self.config.prices is None:
             returns = rollouts.rewards
         else:
-            cost = overrun_cost(infos["latency_ms"], infos["budget_ms"])
-            returns = infos["accuracy"] - self.prices.of(_log_ratio(rollouts)) * cost
+            returns = self.prices.returns(
+                infos["accuracy"], infos["latency_ms"], infos["budget_ms"], _log_ratio(rollouts)
+            )
         if not np.isfinite(returns).all():
             raise UserError(
                 f"{int((~np.isfinite(returns)).sum())} of {len(returns)} returns are not finite: check the reward"

@@ -210,6 +210,12 @@ def test_prices_stay_within_bounds_and_move_smoothly() -> None:
     assert prices.values.tolist() == [1.0, FLOOR]
 
 
+def test_of_equal_answers_the_one_that_uses_the_budget_is_preferred() -> None:
+    prices = Prices.start(PriceSettings(edges=(0.0,), initial=0.5, utilisation=0.1))
+    returns = prices.returns([1.0, 1.0, 1.0, 0.5], [50.0, 100.0, 110.0, 100.0], 100.0, np.full(4, -1.0))
+    np.testing.assert_allclose(returns, [1.05, 1.1, 1.1 - 0.5 * 1.1, 0.6])
+
+
 def test_bins_without_rollouts_keep_their_price() -> None:
     prices = Prices.start(PriceSettings(edges=(0.0,))).updated([1.0], [1])
     assert prices.values[0] == 0.5
