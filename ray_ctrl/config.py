@@ -280,7 +280,7 @@ class GRPOSettings(Section):
         description="Rollouts that share one sample and budget and are compared with one another. 2 to 1024.",
     )
     groups: Int = Field(default=192, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536.")
-    lr: float = Field(default=1.5e-4, gt=0, le=1, description="Adam step size. Above 0, to 1.")
+    lr: float = Field(default=1e-4, gt=0, le=1, description="Adam step size. Above 0, to 1.")
     epochs: Int = Field(default=4, ge=1, le=100, description="Passes over an iteration's rollouts. 1 to 100.")
     minibatch: Int | None = Field(
         default=1024,
@@ -411,7 +411,7 @@ class RunConfig(Section):
         description="Name of the run folder; `null` names it by time.",
     )
     seed: Int = Field(default=0, ge=0, lt=2**31, description="Seed of everything random. 0 to 2^31 - 1.")
-    iterations: Int = Field(default=200, ge=1, description="Training iterations, 1 or more.")
+    iterations: Int = Field(default=160, ge=1, description="Training iterations, 1 or more.")
     checkpoint_every: Int = Field(default=10, ge=1, description="Iterations between checkpoints, 1 up.")
     keep_checkpoints: Int = Field(
         default=3,
