@@ -61,10 +61,11 @@ class Setting:
 
     def with_clock(self, folder: Path) -> "Setting":
         """This setting with a profile table (measured where a valid one is missing) and budgets kept in `folder`."""
-        kind, kept = self.config.clock.kind, folder / TABLE_FILE
-        table = find_table(self.config, self.engine, folder) if kind == "profiled" else None
-        if kind == "measured" and kept.is_file():
-            table = kept
+        clock = self.config.clock
+        table = find_table(self.config, self.engine, folder) if clock.kind == "profiled" else None
+        if clock.kind == "measured":
+            kept = Path(clock.table) if clock.table else folder / TABLE_FILE
+            table = kept if kept.is_file() else None
         known = replace(self, table=table)
         return replace(known, given_budgets=_budgets(known, folder / BUDGETS_FILE))
 

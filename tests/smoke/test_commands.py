@@ -136,3 +136,9 @@ def test_profile_writes_a_table_that_training_takes(tmp_path: Path) -> None:
     fine("train", "-p", "smoke", *settings, "--run-dir", run)
     summary = json.loads((run / "evaluation/summary.json").read_text("utf-8"))
     assert set(summary["methods"]) == {"controller", "random knobs", "full plan", "cheapest plan"}
+    measured = ["clock.kind=measured", "task.test_samples=1", "evaluation.lookup_samples=2"]
+    fine("evaluate", run, *measured, "--out", tmp_path / "measured")
+    there = json.loads((tmp_path / "measured/summary.json").read_text("utf-8"))
+    assert set(there["methods"]) == {*summary["methods"], "static plan at 90%"}
+    budgets = [[line["budget_ms"] for line in found["per_budget"]["controller"]] for found in (summary, there)]
+    assert budgets[0] == budgets[1]
