@@ -422,7 +422,7 @@ class RunConfig(Section):
     tensorboard: Flag = Field(default=True, description="Write TensorBoard files.")
     prometheus: Flag = Field(
         default=False,
-        description="Show each iteration's numbers at the Prometheus endpoint of Ray's nodes, as `ray_ctrl_*`.",
+        description="Show each iteration's numbers at the Prometheus endpoint of Ray's nodes, as `ray_ray_ctrl_*`.",
     )
     track: str | None = Field(
         default=None,

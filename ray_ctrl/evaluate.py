@@ -40,7 +40,7 @@ def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
     folder, home = find_controller(path)
     stored = controller_config(Controller.load(folder)[1], folder)
     config = with_overrides(stored, overrides)
-    layout = plan_layout(config)
+    layout = plan_layout(with_overrides(config, ["grpo.max_staleness=0"]))  # nothing is learnt here
     out = _fresh(out) if out else free_folder(home / "evaluation")
     setting = open_setting(config)
     _check(folder, setting)

@@ -8,6 +8,7 @@ from typing import Any
 
 from envs.engine.importance import measure_importance
 from envs.errors import UserError
+from envs.knobs import MAX_DROPPED
 from envs.model.importance import (
     PUBLISHED_IMPORTANCE,
     Importance,
@@ -26,8 +27,6 @@ from ray_ctrl.setting import world_config
 from ray_ctrl.settings import load_config
 
 SPLITS = ("train", "validation")
-SHOWN = 4
-"""Blocks at the head of the removal order that are printed: as many as knobs can ever leave out."""
 
 
 def run(
@@ -122,7 +121,7 @@ def _show(found: Importance, others: dict[str, tuple[float, ...]]) -> None:
 
 
 def _first(scores: Sequence[float]) -> str:
-    return ", ".join(map(str, removal_order(scores)[:SHOWN]))
+    return ", ".join(map(str, removal_order(scores)[:MAX_DROPPED]))
 
 
 def _or_none(value: float) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from envs.budgets import BudgetDistribution, budget_range
 from envs.errors import UserError
-from envs.knobs import ExecutionPlan, KnobSpace
+from envs.knobs import MAX_DROPPED, ExecutionPlan, KnobSpace
 from envs.latency import Identity, ProfiledClock, ProfileTable, profile
 from envs.model.importance import removal_order
 from envs.reward import RewardConfig as RewardWeights
@@ -26,8 +26,6 @@ from ray_ctrl.steering import Steering
 
 TABLE_FILE = "profile.json"
 BUDGETS_FILE = "budgets.json"
-# Blocks at the head of the removal order that a setting may reach: four, and those that a late insertion protects.
-DROPPABLE = 8
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,23 @@ class Setting:
         clock = self.config.clock
         table = find_table(self.config, self.engine, folder) if clock.kind == "profiled" else None
         if clock.kind == "measured":
-            kept = Path(clock.table) if clock.table else folder / TABLE_FILE
-            table = kept if kept.is_file() else None
+            table = self._kept_table(folder)
         known = replace(self, table=table)
         return replace(known, given_budgets=_budgets(known, folder / BUDGETS_FILE))
+
+    def _kept_table(self, folder: Path) -> Path | None:
+        """A profile table that holds here, where there is one; nothing is measured, and one that does not is named."""
+        clock = self.config.clock
+        home = Path(clock.folder).expanduser() if clock.folder else folder
+        path = Path(clock.table) if clock.table else home / TABLE_FILE
+        if not path.is_file():
+            return None
+        try:
+            ProfiledClock.for_engine(ProfileTable.load(path), self.engine)
+            return path
+        except UserError as error:
+            console.print(f"profile table {path} is not used: {error.message}", markup=False)
+            return None
 
     def profiled(self) -> ProfiledClock | None:
         """The clock of the profile table, whichever clock is in use; None where there is no table."""
@@ -160,8 +171,8 @@ def check_importance(engine: Any, metadata: Mapping[str, Any]) -> None:
     """
     trained = metadata.get("importance")
     if trained is not None and _plans(trained) != _plans(engine.importance):
-        first = ", ".join(map(str, removal_order(trained)[:DROPPABLE]))
-        now = ", ".join(map(str, removal_order(engine.importance)[:DROPPABLE]))
+        first = ", ".join(map(str, removal_order(trained)[:MAX_DROPPED]))
+        now = ", ".join(map(str, removal_order(engine.importance)[:MAX_DROPPED]))
         raise UserError(
             f"the controller was trained with another block importance (blocks {first} first, here {now}): set "
             "model.importance to the file it was trained with, or train again"

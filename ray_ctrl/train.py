@@ -218,7 +218,7 @@ class Trainer:
 
         Raises:
             LearnerDied: learners keep dying.
-            UserError: the cluster has no place for a new one in time.
+            ConnectError: the cluster has no place for a new one in time.
         """
         from cluster.connect import wait_for
         from policies.grpo.learner import LearnerDied, learner_errors

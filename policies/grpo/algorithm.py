@@ -118,7 +118,8 @@ class GRPO(Algorithm):
         self.round += 1
         interval = self.config.reference_interval
         if self.config.kl_coeff > 0 and interval and self.round % interval == 0:
-            each_learner(self.learner_group, lambda learner: learner.refresh_reference())
+            with answering(self.learner_group, self.config.learner_timeout_s):
+                each_learner(self.learner_group, lambda learner: learner.refresh_reference())
         self._row |= learner_metrics(self.metrics) | counts
         self._row["seconds_sample"] = sampled - started
         self._row["seconds_learn"] = time.perf_counter() - sampled
@@ -207,13 +208,14 @@ class GRPO(Algorithm):
             self.prices = self.prices.restored(state[STATE]["prices"])
 
     def save_to_path(self, path: Any = None, **kwargs: Any) -> str:
-        written = super().save_to_path(path, **kwargs)
+        with answering(self.learner_group, self.config.learner_timeout_s):
+            written = super().save_to_path(path, **kwargs)
         checkpoint.write_manifest(Path(written))
         return str(written)
 
     def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
         checkpoint.verify(Path(path))
-        with checkpoint.explained(Path(path)):
+        with checkpoint.explained(Path(path)), answering(self.learner_group, self.config.learner_timeout_s):
             super().restore_from_path(path, *args, **kwargs)
         checkpoint.check_runners(self)
 

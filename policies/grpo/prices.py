@@ -129,7 +129,7 @@ class Prices:
         rates = np.where(seen, memory * past + (1.0 - memory) * fresh, self.rates)
         target = max(self.settings.target, FLOOR)
         moved = self.values * np.exp(self.settings.step * np.clip((rates - self.settings.target) / target, -1.0, 1.0))
-        values = np.where(seen, np.clip(moved, FLOOR, max(FLOOR, self.settings.maximum)), self.values)
+        values = np.where(seen, np.clip(moved, min(FLOOR, self.settings.maximum), self.settings.maximum), self.values)
         return Prices(self.settings, values, rates)
 
     def state(self) -> dict[str, Any]:
