@@ -75,7 +75,7 @@ def test_a_controller_keeps_to_the_order_it_was_trained_with() -> None:
     settings.check_importance(engine, {"importance": [2 * score for score in SCORES]})
     # Blocks 1 and 2 are never among those left out: that they changed places changes nothing.
     settings.check_importance(engine, {"importance": [9.0, SCORES[2], SCORES[1], *SCORES[3:]]})
-    with pytest.raises(UserError, match=r"blocks 4, 13, 10, 2, .* first, here 15, 14, 13, 12, 11, 10, 9, 8\)"):
+    with pytest.raises(UserError, match=r"blocks 4, 13, 10, 2 first, here 15, 14, 13, 12\)"):
         settings.check_importance(engine, {"importance": list(PUBLISHED_IMPORTANCE)})
 
 
