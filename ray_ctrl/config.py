@@ -212,7 +212,7 @@ class RewardConfig(Section):
         description="Weight of the past in the running violation rate that moves the prices. 0 to below 1.",
     )
     utilisation: float = Field(
-        default=0.03,
+        default=0.1,
         ge=0,
         le=1000,
         description="Bonus of the constrained mode for the share of the budget used: of plans that answer equally well "
