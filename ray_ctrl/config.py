@@ -411,7 +411,7 @@ class RunConfig(Section):
         description="Name of the run folder; `null` names it by time.",
     )
     seed: Int = Field(default=0, ge=0, lt=2**31, description="Seed of everything random. 0 to 2^31 - 1.")
-    iterations: Int = Field(default=160, ge=1, description="Training iterations, 1 or more.")
+    iterations: Int = Field(default=120, ge=1, description="Training iterations, 1 or more.")
     checkpoint_every: Int = Field(default=10, ge=1, description="Iterations between checkpoints, 1 up.")
     keep_checkpoints: Int = Field(
         default=3,
