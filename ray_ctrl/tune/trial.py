@@ -5,6 +5,7 @@ as `ray-ctrl train --resume` does. Only a trial that PBT sends on from another o
 """
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -20,6 +21,9 @@ from ray_ctrl.settings import to_yaml
 
 TRIALS = "trials"
 ORIGIN = "origin.json"
+# Tune hands a trial's process to the next trial, and gives the one before 2 s to end in it. On a busy machine, or with
+# runners to stop, that is too short, and Tune then loses the next trial without trying again.
+END_TIMEOUT_S = 600
 
 
 def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
@@ -35,6 +39,7 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
     from ray_ctrl.train import Trainer
 
     hush()
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(END_TIMEOUT_S))
     trial = tune.get_context().get_trial_id()
     config = sweep.config(chosen)
     folder = open_folder(Path(root), trial, config, share=sweep.shares_budgets)
