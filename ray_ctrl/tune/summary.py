@@ -104,7 +104,8 @@ def write_summary(sweep: Sweep, results: Sequence[Result], root: Path, provenanc
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([header, *table])
     write_text(root / "summary.csv", text.getvalue())
-    lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *table]]
+    lines = ["| " + " | ".join(row) + " |" for row in [header, *table]]
+    lines.insert(1, "|" + "---|" * len(header))
     origin = f"`{provenance['command']}` on {provenance['hardware']}; {sweep.file.metric}, {sweep.file.mode}imum.\n\n"
     write_text(root / "summary.md", origin + "\n".join(lines) + "\n")
     entries = [
