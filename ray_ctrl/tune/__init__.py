@@ -91,7 +91,7 @@ def _run(sweep: Sweep, root: Path, resume: bool) -> int:
         concurrent = at_once(sweep, totals(group), there)
         show_plan(sweep, there)
         with Interruption() as interruption:
-            statuses = drive(sweep, root, concurrent, resume)
+            statuses = drive(sweep, root, concurrent, resume, interruption)
     ended = sum(status in ("TERMINATED", "ERROR") for status in statuses.values())
     return finish(sweep, root, statuses, finished=ended >= sweep.trials and not interruption.asked)
 
@@ -144,7 +144,7 @@ def show_plan(sweep: Sweep, there: Mapping[str, float] | None) -> None:
     )
 
 
-def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool) -> dict[str, str]:
+def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, interruption: "Interruption") -> dict[str, str]:
     """Ray Tune's part; returns each trial's last status."""
     from ray import tune
 
@@ -154,7 +154,7 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool) -> dict[str, 
 
     trainable = tune.with_parameters(train_trial, sweep=sweep, root=str(root))
     trainable = tune.with_resources(trainable, trial_resources(sweep.base))
-    progress = Progress(sweep, root)
+    progress = Progress(sweep, root, lambda: interruption.asked)
     state = root / STATE
     restorable = resume and tune.Tuner.can_restore(str(state))
     if (root / TRIALS).exists() and not restorable:
@@ -215,10 +215,7 @@ def finish(sweep: Sweep, root: Path, statuses: Mapping[str, str], *, finished: b
 
 
 class Interruption:
-    """SIGINT and SIGTERM (a stopped job, a drained node) as a wish to stop; the second one interrupts at once.
-
-    Ray Tune is told by SIGUSR1, on which it saves its state and leaves.
-    """
+    """SIGINT and SIGTERM (a stopped job, a drained node) as a wish to stop; the second one interrupts at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -227,6 +224,8 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._ask)
+        # What Ray Tune is told by (see Progress); Tune leaves its handler behind.
+        self._before[signal.SIGUSR1] = signal.getsignal(signal.SIGUSR1)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -234,8 +233,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        # No more than this: a handler may run in the middle of anything, also before Tune's loop has begun.
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        console.print("stopping the trials at their last checkpoints", markup=False)
-        os.kill(os.getpid(), signal.SIGUSR1)

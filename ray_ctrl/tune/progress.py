@@ -1,5 +1,8 @@
 """One line per trial's validation, and each trial's status as Ray Tune last saw it."""
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +16,23 @@ DONE = ("TERMINATED", "ERROR")
 
 
 class Progress(tune.Callback):
-    """What the user sees of a sweep while it runs."""
+    """What the user sees of a sweep while it runs; passes on the wish to stop.
 
-    def __init__(self, sweep: Sweep, root: Path) -> None:
+    Args:
+        asked: whether the user wants the sweep to stop.
+    """
+
+    def __init__(self, sweep: Sweep, root: Path, asked: Callable[[], bool] = lambda: False) -> None:
         self.sweep = sweep
         self.root = root
+        self.asked = asked
+        self.stopping = False
         self.best: float | None = None
         self.trials: list[Any] = []
         self.ended: set[str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"trials": [], "ended": None}
+        return self.__dict__ | {"trials": [], "ended": None, "asked": None}
 
     def statuses(self) -> dict[str, str]:
         """Trial to Tune's word for its state; an interrupted trial, which Tune counts as terminated, is UNFINISHED."""
@@ -39,6 +48,11 @@ class Progress(tune.Callback):
         self.trials = list(trials)
         if self.ended is None:  # a resumed sweep begins with those that ended before
             self.ended = {trial.trial_id for trial in trials if str(trial.status) in DONE}
+        if self.asked() and not self.stopping:
+            self.stopping = True
+            console.print("stopping the trials at their last checkpoints", markup=False)
+            # Ray Tune saves its state and leaves on this signal; by now its handler is there.
+            os.kill(os.getpid(), signal.SIGUSR1)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
