@@ -7,6 +7,7 @@ Ctrl-C stops the trials at their last checkpoints; `--resume` goes on: finished 
 """
 
 import os
+import random
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import numpy as np
 
 from envs.errors import UserError
 from ray_ctrl.console import console, table
@@ -24,6 +27,9 @@ from ray_ctrl.tune.sweep import Sweep, dump, load_sweep
 
 STATE = "tune"
 INTERRUPTED = 130
+# Checkpoints that PBT hands on. A trial may be one comparison ahead of the one that goes on from it, and Tune counts a
+# checkpoint up to three times (as reported, as the best, as the one paused at): 2 x 3 are enough to lose none in use.
+KEPT = 6
 # Read by Ray Tune; set only where the user has not.
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see Interruption
@@ -149,9 +155,12 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, interruption:
     from ray import tune
 
     from ray_ctrl.tune.progress import Progress
-    from ray_ctrl.tune.search import param_space, scheduler, searcher, trial_resources
+    from ray_ctrl.tune.schedulers import scheduler
+    from ray_ctrl.tune.search import param_space, searcher, trial_resources
     from ray_ctrl.tune.trial import TRIALS, train_trial
 
+    random.seed(sweep.file.seed)  # PBT draws from the global generators
+    np.random.seed(sweep.file.seed)
     trainable = tune.with_parameters(train_trial, sweep=sweep, root=str(root))
     trainable = tune.with_resources(trainable, trial_resources(sweep.base))
     progress = Progress(sweep, root, lambda: interruption.asked)
@@ -162,7 +171,9 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, interruption:
         (root / TRIALS).rename(free_folder(root / f"{TRIALS}-before"))
     if restorable:
         tuner = tune.Tuner.restore(str(state), trainable, restart_errored=True, param_space=param_space(sweep))
+        # Tune restores what it was given at the start: without a memory, and blind to settings changed since.
         tuner._local_tuner.get_run_config().callbacks = [progress]
+        tuner._local_tuner._tune_config.scheduler = scheduler(sweep, root)
     else:
         tuner = tune.Tuner(
             trainable,
@@ -172,7 +183,7 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, interruption:
                 reuse_actors=True,  # a trial begins in a process that has everything loaded
                 num_samples=1 if sweep.file.search == "grid" else sweep.file.trials or 1,
                 search_alg=searcher(sweep, concurrent),
-                scheduler=scheduler(sweep),
+                scheduler=scheduler(sweep, root),
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
             ),
             run_config=tune.RunConfig(
@@ -181,7 +192,7 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, interruption:
                 verbose=0,
                 callbacks=[progress],
                 failure_config=tune.FailureConfig(max_failures=sweep.file.retries),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=KEPT),
             ),
         )
     tuner.fit()

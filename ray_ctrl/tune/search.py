@@ -1,4 +1,4 @@
-"""From a sweep to Ray Tune: the space, the searcher, the scheduler, what each trial holds."""
+"""From a sweep to Ray Tune: the space, the searcher, what each trial holds."""
 
 import logging
 import math
@@ -6,7 +6,6 @@ from typing import Any
 
 from ray import tune
 from ray.tune import PlacementGroupFactory
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining
 
 from cluster.resources import ResourcePlan
 from ray_ctrl.config import Config
@@ -38,7 +37,9 @@ def searcher(sweep: Sweep, concurrent: int) -> Any:
     if file.search != "bayesian":
         from ray.tune.search import BasicVariantGenerator
 
-        return BasicVariantGenerator(random_state=file.seed, max_concurrent=concurrent)
+        # A population is compared as a whole, so all of it takes turns; the limit would count waiting trials, too.
+        limit = 0 if file.scheduler == "pbt" else concurrent
+        return BasicVariantGenerator(random_state=file.seed, max_concurrent=limit)
     import optuna
     from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
@@ -47,45 +48,6 @@ def searcher(sweep: Sweep, concurrent: int) -> Any:
     logging.getLogger("ray.tune.search.optuna").setLevel(logging.ERROR)
     sampler = optuna.samplers.TPESampler(seed=file.seed, n_startup_trials=max(2, min(10, sweep.trials // 3)))
     return ConcurrencyLimiter(OptunaSearch(sampler=sampler, metric=file.metric, mode=file.mode), concurrent)
-
-
-def scheduler(sweep: Sweep) -> Any:
-    """Tune's scheduler; time is counted in iterations."""
-    file, last = sweep.file, sweep.base.run.iterations
-    if file.scheduler == "asha":
-        return AsyncHyperBandScheduler(
-            time_attr="iteration",
-            max_t=last,
-            grace_period=min(file.asha.grace, last),
-            reduction_factor=file.asha.reduction,
-            metric=file.metric,
-            mode=file.mode,
-        )
-    if file.scheduler == "pbt":
-        return PopulationBasedTraining(
-            time_attr="iteration",
-            metric=file.metric,
-            mode=file.mode,
-            perturbation_interval=file.pbt.every,
-            quantile_fraction=file.pbt.quantile,
-            resample_probability=file.pbt.resample,
-            hyperparam_mutations={
-                item.key: domain(item) if item.is_range else list(item.values) for item in sweep.space
-            },
-            custom_explore_fn=Clipped(sweep.space),
-            log_config=False,
-        )
-    return FIFOScheduler()
-
-
-class Clipped:
-    """PBT multiplies numbers freely; this moves them back into their ranges. Picklable, as Tune stores it."""
-
-    def __init__(self, space: tuple[Range, ...]) -> None:
-        self.space = space
-
-    def __call__(self, chosen: dict[str, Any]) -> dict[str, Any]:
-        return {**chosen, **{item.key: item.clipped(chosen[item.key]) for item in self.space if item.key in chosen}}
 
 
 def trial_resources(config: Config) -> PlacementGroupFactory:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from envs.errors import UserError
 from ray_ctrl.runs import Checkpoint, RunFolder, write_json, write_text
+from ray_ctrl.tune.lineage import stretches
 from ray_ctrl.tune.sweep import Sweep
 from ray_ctrl.tune.trial import TRIALS
 
@@ -22,7 +22,7 @@ class Result:
     """One trial.
 
     Attributes:
-        chosen: dotted key to value, at the end of the trial.
+        chosen: dotted key to value, at the best validation; at the end of the trial where there is none.
         status: Tune's word: TERMINATED, ERROR, RUNNING, PAUSED, PENDING.
         curve: (iteration, metric) of every validation.
         best: iteration and metric of the best validation that has a checkpoint; None without one.
@@ -52,15 +52,16 @@ def _result(sweep: Sweep, folder: RunFolder, status: str) -> Result:
     metrics = folder.metrics()
     metric = sweep.file.metric
     curve = tuple((int(m["iteration"]), float(m[metric])) for m in metrics if metric in m)
-    settings = yaml.safe_load((folder.root / "config.yaml").read_text("utf-8"))
+    own = stretches(folder)
+    kept = {checkpoint.iteration for checkpoint in folder.checkpoints()}
+    better = max if sweep.file.mode == "max" else min
+    scored = [point for point in curve if point[0] in kept and any(part.holds(point[0]) for part in own)]
+    best = better(scored, key=lambda point: point[1]) if scored else None
+    settings = next((part for part in own if best and part.holds(best[0])), own[-1]).settings
     chosen = {}
     for item in sweep.space:
         section, _, key = item.key.partition(".")
         chosen[item.key] = settings[section][key]
-    kept = {checkpoint.iteration for checkpoint in folder.checkpoints()}
-    better = max if sweep.file.mode == "max" else min
-    scored = [point for point in curve if point[0] in kept]
-    best = better(scored, key=lambda point: point[1]) if scored else None
     done = int(metrics[-1]["iteration"]) if metrics else 0
     return Result(folder.root.name, chosen, status, curve, best, done, folder.root)
 

@@ -247,11 +247,17 @@ def _check_scheduler(sweep: Sweep) -> None:
         raise UserError(f"scheduler: pbt cannot change {wrong[0]} within a run: it takes {', '.join(MUTABLE)}")
     if sweep.trials < 2:
         raise UserError(f"scheduler: pbt needs at least 2 trials, not {sweep.trials}")
-    every = sweep.base.evaluation.every
+    if file.concurrent is not None:
+        raise UserError(
+            f"concurrent: {file.concurrent} does not go with pbt, where all trials take turns: leave it out"
+        )
+    every, last = sweep.base.evaluation.every, sweep.base.run.iterations
     if every and file.pbt.every % every:
         raise UserError(
             f"pbt.every = {file.pbt.every} is no multiple of evaluation.every = {every}: trials are compared there"
         )
+    if file.pbt.every >= last:
+        raise UserError(f"pbt.every = {file.pbt.every} is no less than run.iterations = {last}: nothing is compared")
 
 
 def grid_points(sweep: Sweep) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ A trial whose process died, or whose sweep was interrupted, goes on from the run
 as `ray-ctrl train --resume` does. Only a trial that PBT sends on from another one takes Tune's checkpoint.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -15,12 +14,12 @@ from typing import Any
 from ray import tune
 
 from ray_ctrl.config import Config
-from ray_ctrl.runs import RunFolder, write_json, write_text
+from ray_ctrl.runs import RunFolder, write_text
 from ray_ctrl.setting import BUDGETS_FILE, TABLE_FILE, open_setting
 from ray_ctrl.settings import to_yaml
+from ray_ctrl.tune.lineage import adopt, pack
 
 TRIALS = "trials"
-ORIGIN = "origin.json"
 # Tune hands a trial's process to the next trial, and gives the one before 2 s to end in it. On a busy machine, or with
 # runners to stop, that is too short, and Tune then loses the next trial without trying again.
 END_TIMEOUT_S = 600
@@ -43,7 +42,12 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
     trial = tune.get_context().get_trial_id()
     config = sweep.config(chosen)
     folder = open_folder(Path(root), trial, config, share=sweep.shares_budgets)
-    adopt(folder, trial, config)
+    given = tune.get_checkpoint()
+    if given is not None:
+        with given.as_directory() as place:
+            adopt(folder, trial, Path(place))
+    if folder.config != config:  # PBT changed it, or the resumed sweep
+        write_text(folder.root / "config.yaml", to_yaml(config))
     trainer = Trainer(config, folder, open_setting(config).with_clock(folder.root), plan_layout(config))
     try:
         while trainer.done < config.run.iterations:
@@ -51,7 +55,7 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
             if trainer._due():
                 trainer._checkpoint(row)
             if sweep.file.metric in row:
-                report(folder, trial, row, sweep.file.metric, keep=sweep.file.scheduler == "pbt")
+                report(folder, trial, row, sweep.file.metric, keep=compared(sweep, trainer.done))
     finally:
         trainer.stop()
 
@@ -71,28 +75,10 @@ def open_folder(root: Path, trial: str, config: Config, *, share: bool) -> RunFo
     return folder
 
 
-def adopt(folder: RunFolder, trial: str, config: Config) -> None:
-    """Where Tune hands over another trial's checkpoint (PBT), makes it this trial's newest and only one."""
-    given = tune.get_checkpoint()
-    if given is None:
-        return
-    with given.as_directory() as place:
-        origin = json.loads((Path(place) / ORIGIN).read_text("utf-8"))
-        if origin["trial"] == trial:
-            return
-        taken = folder.root / "checkpoints"
-        # A second start with the same hand-over goes on from what was reached since.
-        marker = folder.root / "adopted.json"
-        if marker.is_file() and json.loads(marker.read_text("utf-8")) == origin:
-            return
-        kept = folder.root / f"checkpoints-before-{origin['trial']}-{origin['iteration']}"
-        shutil.rmtree(kept, ignore_errors=True)
-        if taken.exists():
-            taken.rename(kept)
-        taken.mkdir()
-        shutil.copytree(Path(place) / origin["folder"], taken / origin["folder"])
-    write_text(folder.root / "config.yaml", to_yaml(config))
-    write_json(marker, origin)
+def compared(sweep: Any, iteration: int) -> bool:
+    """Whether PBT compares trials after this iteration, and so may send another one on from here."""
+    file = sweep.file
+    return file.scheduler == "pbt" and iteration % file.pbt.every == 0 and iteration < sweep.base.run.iterations
 
 
 def report(folder: RunFolder, trial: str, row: Mapping[str, Any], metric: str, *, keep: bool) -> None:
@@ -105,7 +91,5 @@ def report(folder: RunFolder, trial: str, row: Mapping[str, Any], metric: str, *
     if newest is None:
         raise RuntimeError(f"no checkpoint in {folder.root} after iteration {row['iteration']}")
     with tempfile.TemporaryDirectory() as place:
-        shutil.copytree(newest.path, Path(place) / newest.path.name)
-        origin = {"trial": trial, "iteration": newest.iteration, "folder": newest.path.name}
-        write_json(Path(place) / ORIGIN, origin)
+        pack(newest, trial, Path(place))
         tune.report(numbers, checkpoint=tune.Checkpoint.from_directory(place))

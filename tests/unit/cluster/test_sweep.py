@@ -11,7 +11,8 @@ from envs.errors import UserError
 from ray_ctrl.tune.sweep import Sweep, dump, grid_points, load_sweep, make_sweep
 
 SWEEPS = Path(__file__).resolve().parents[3] / "ray_ctrl" / "presets" / "sweeps"
-SPACE = {"grpo.lr": {"log_uniform": ["1e-4", 1e-2]}, "controller.hidden": {"choice": [16, 32]}}
+LR: dict[str, Any] = {"grpo.lr": {"log_uniform": ["1e-4", 1e-2]}}
+SPACE = LR | {"controller.hidden": {"choice": [16, 32]}}
 
 
 def sweep(**keys: Any) -> Sweep:
@@ -68,6 +69,8 @@ def test_a_grid_counts_its_own_trials() -> None:
         ({"search": "grid", "trials": 5, "space": {"grpo.epochs": {"grid": [1, 2]}}}, "not the size of the grid, 2"),
         ({"scheduler": "pbt"}, "pbt cannot change controller.hidden"),
         ({"scheduler": "pbt", "search": "bayesian"}, "pbt changes settings by itself"),
+        ({"scheduler": "pbt", "space": LR, "concurrent": 2}, "concurrent: 2 does not go with pbt"),
+        ({"scheduler": "pbt", "space": LR, "pbt": {"every": 4}}, "no less than run.iterations = 4"),
         ({"set": {"evaluation.every": 0}}, "ranked by validation"),
         ({"metric": "reward"}, "metric = 'reward' is not allowed"),
     ],
@@ -86,7 +89,7 @@ def test_pbt_compares_where_validation_is(tmp_path: Path) -> None:
 
 
 def test_pbt_stays_inside_the_ranges() -> None:
-    from ray_ctrl.tune.search import Clipped
+    from ray_ctrl.tune.schedulers import Clipped
 
     space = {"grpo.lr": {"uniform": [0.001, 0.002]}, "grpo.epochs": {"int": [1, 4]}}
     clip = Clipped(sweep(space=space).space)
@@ -107,6 +110,13 @@ def test_trials_hold_what_they_need_and_as_many_run_as_fit() -> None:
     assert at_once(spread, each, {"CPU": 2.0, "GPU": 8.0}) == 0
     assert at_once(sweep(concurrent=1), alone, {"CPU": 8.0}) == 1
     assert at_once(sweep(trials=2), alone, {"CPU": 8.0}) == 2
+
+
+def test_a_population_takes_turns_where_others_wait_for_a_free_place() -> None:
+    from ray_ctrl.tune.search import searcher
+
+    assert searcher(sweep(), 2).max_concurrent == 2
+    assert searcher(sweep(scheduler="pbt", space=LR, pbt={"every": 2}), 2).max_concurrent == 0
 
 
 def test_trials_share_budgets_unless_the_space_touches_them() -> None:

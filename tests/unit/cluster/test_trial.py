@@ -1,0 +1,166 @@
+"""What a trial does beside training: adopting another's checkpoint, ending in time, passing on the wish to stop."""
+
+import math
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ray_ctrl.runs import RunFolder, write_text
+from ray_ctrl.settings import load_config, to_yaml
+from ray_ctrl.tune.lineage import adopt, pack, stretches
+from ray_ctrl.tune.summary import read_results, write_summary
+from ray_ctrl.tune.sweep import Sweep, make_sweep
+
+METRIC = "validation/score"
+SPACE = {"grpo.lr": {"log_uniform": [1e-4, 1e-1]}}
+
+
+def sweep(**keys: Any) -> Sweep:
+    return make_sweep({"preset": "smoke", "trials": 2, "space": SPACE} | keys, Path())
+
+
+def run(root: Path, name: str, scores: dict[int, float], lr: float) -> RunFolder:
+    """A trial's folder with a checkpoint for every score."""
+    folder = RunFolder.create(root / "trials" / name, load_config("smoke", None, [f"grpo.lr={lr}"]))
+    for iteration, score in scores.items():
+        go_on(folder, iteration, score)
+    return folder
+
+
+def go_on(folder: RunFolder, iteration: int, score: float) -> None:
+    def write(aside: Path) -> None:
+        (aside / "controller").mkdir()
+        (aside / "controller" / "name").write_text(f"{folder.root.name} {iteration}", encoding="utf-8")
+
+    folder.append_metrics({"iteration": iteration, METRIC: score})
+    folder.save_checkpoint(iteration, score, write)
+
+
+def named(folder: RunFolder) -> dict[int, str]:
+    return {c.iteration: (c.path / "controller" / "name").read_text("utf-8") for c in folder.checkpoints()}
+
+
+def hand_over(origin: RunFolder, iteration: int, taker: RunFolder, place: Path) -> None:
+    place.mkdir()
+    checkpoint = next(c for c in origin.checkpoints() if c.iteration == iteration)
+    pack(checkpoint, origin.root.name, place)
+    adopt(taker, taker.root.name, place)
+
+
+def test_adopting_replaces_what_comes_after_and_keeps_what_was_reached_before(tmp_path: Path) -> None:
+    best = run(tmp_path, "best", {1: 0.1, 2: 0.6}, lr=0.01)
+    poor = run(tmp_path, "poor", {1: 0.5, 2: 0.2}, lr=0.001)
+    hand_over(best, 2, poor, tmp_path / "given")
+    assert named(poor) == {1: "poor 1", 2: "best 2"}
+    assert [(row["iteration"], row[METRIC]) for row in poor.metrics()] == [(1, 0.5), (2, 0.6)]
+    # The best is the origin's where it came from there, and has the settings that led to it.
+    write_text(poor.root / "config.yaml", to_yaml(load_config("smoke", None, ["grpo.lr=0.02"])))
+    results = {result.trial: result for result in read_results(sweep(), tmp_path, {})}
+    assert (results["poor"].best, results["poor"].chosen) == ((1, 0.5), {"grpo.lr": 0.001})
+    go_on(poor, 3, 0.7)
+    results = {result.trial: result for result in read_results(sweep(), tmp_path, {})}
+    assert (results["poor"].best, results["poor"].chosen) == ((3, 0.7), {"grpo.lr": 0.02})
+    # The same once more, as after a crash, changes nothing.
+    adopt(poor, "poor", tmp_path / "given")
+    assert named(poor)[3] == "poor 3"
+
+
+def test_adopting_from_further_on_takes_the_iterations_between_along(tmp_path: Path) -> None:
+    far = run(tmp_path, "far", {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4}, lr=0.01)
+    near = run(tmp_path, "near", {1: 0.0}, lr=0.001)
+    hand_over(far, 4, near, tmp_path / "given")
+    assert [row["iteration"] for row in near.metrics()] == [1, 2, 3, 4]
+    assert [(part.after, part.until) for part in stretches(near)] == [(0, 1), (4, math.inf)]
+    ahead = run(tmp_path, "ahead", {1: 0.0, 2: 0.9, 3: 0.0}, lr=0.001)
+    hand_over(far, 2, ahead, tmp_path / "back")
+    assert named(ahead) == {1: "ahead 1", 2: "far 2"}
+    assert [row["iteration"] for row in ahead.metrics()] == [1, 2]
+
+
+def test_its_own_checkpoint_is_not_adopted(tmp_path: Path) -> None:
+    alone = run(tmp_path, "alone", {1: 0.1, 2: 0.2}, lr=0.01)
+    hand_over(alone, 1, alone, tmp_path / "given")
+    assert sorted(named(alone)) == [1, 2]
+    assert not (alone.root / "adopted.json").exists()
+
+
+def test_the_summary_has_a_row_for_each_trial(tmp_path: Path) -> None:
+    run(tmp_path, "a", {1: 0.1}, lr=0.01)
+    run(tmp_path, "b", {1: 0.2}, lr=0.001)
+    results = read_results(sweep(), tmp_path, {"a": "TERMINATED"})
+    write_summary(sweep(), results, tmp_path, {"command": "test", "hardware": "none"})
+    lines = (tmp_path / "summary.md").read_text("utf-8").splitlines()
+    assert lines[2].startswith("| trial | score |")
+    assert set(lines[3]) == {"|", "-"}
+    assert [line.split(" | ")[0] for line in lines[4:]] == ["| b", "| a"]
+    assert lines[3].count("|") == lines[4].count("|")
+
+
+def test_a_process_that_ends_a_trial_slowly_still_takes_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune gives a stopped trial 2 s to end, then fails the trial that was to have its process."""
+    from ray.train._internal import storage as storing
+    from ray.tune.trainable.function_trainable import wrap_function
+
+    from ray_ctrl import train
+    from ray_ctrl.tune import trial
+
+    class Slow(SimpleNamespace):
+        done = 0
+
+        def iterate(self) -> dict[str, Any]:
+            self.done += 1
+            return {"iteration": self.done, METRIC: 0.5, "reward": 0.5}
+
+        def _due(self) -> bool:
+            return False
+
+        def stop(self) -> None:
+            time.sleep(2.5)
+
+    monkeypatch.delenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", raising=False)
+    monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    monkeypatch.setattr(train, "Trainer", lambda *given: Slow())
+    monkeypatch.setattr(trial, "open_setting", lambda config: SimpleNamespace(with_clock=lambda place: None))
+    found = sweep()
+    monkeypatch.setattr(storing, "_get_ray_train_session_dir", lambda: str(tmp_path / "session"))
+    storage = storing.StorageContext(storage_path=str(tmp_path), experiment_dir_name="tune", trial_dir_name="one")
+    storage.storage_filesystem.create_dir(storage.experiment_fs_path)
+
+    def function(config: dict[str, Any]) -> None:
+        partial(trial.train_trial, sweep=found, root=str(tmp_path))(config)
+
+    made = wrap_function(function)(config={"grpo.lr": 0.01}, storage=storage)
+    try:
+        assert made.train()[METRIC] == 0.5
+        assert made.reset({"grpo.lr": 0.02}, storage=storage)
+    finally:
+        made.stop()
+        os.environ.pop("TUNE_FUNCTION_THREAD_TIMEOUT_S", None)
+
+
+def test_an_interruption_before_tune_listens_is_passed_on_later() -> None:
+    """SIGUSR1 would end the process as long as Tune has no handler for it."""
+    from ray_ctrl.tune import Interruption
+    from ray_ctrl.tune.progress import Progress
+
+    heard: list[int] = []
+    with Interruption() as interruption:
+        progress = Progress(sweep(), Path(), lambda: interruption.asked)
+        progress.on_step_begin(0, [])
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.asked
+        signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+        progress.on_step_begin(1, [])
+        progress.on_step_begin(2, [])
+        assert heard == [signal.SIGUSR1]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
