@@ -36,6 +36,7 @@ TUNE_ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "5",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # tracebacks are in the trials' error files
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
@@ -156,9 +157,11 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, interruption:
 
     from ray_ctrl.tune.progress import Progress
     from ray_ctrl.tune.schedulers import scheduler
-    from ray_ctrl.tune.search import param_space, searcher, trial_resources
+    from ray_ctrl.tune.search import param_space, quiet, searcher, trial_resources
+    from ray_ctrl.tune.summary import read_results
     from ray_ctrl.tune.trial import TRIALS, train_trial
 
+    quiet()
     random.seed(sweep.file.seed)  # PBT draws from the global generators
     np.random.seed(sweep.file.seed)
     trainable = tune.with_parameters(train_trial, sweep=sweep, root=str(root))
@@ -171,6 +174,7 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, interruption:
         (root / TRIALS).rename(free_folder(root / f"{TRIALS}-before"))
     if restorable:
         tuner = tune.Tuner.restore(str(state), trainable, restart_errored=True, param_space=param_space(sweep))
+        progress.recall(score for result in read_results(sweep, root, {}) for _, score in result.curve)
         # Tune restores what it was given at the start: without a memory, and blind to settings changed since.
         tuner._local_tuner.get_run_config().callbacks = [progress]
         tuner._local_tuner._tune_config.scheduler = scheduler(sweep, root)

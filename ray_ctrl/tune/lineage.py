@@ -44,19 +44,20 @@ def pack(checkpoint: Checkpoint, trial: str, place: Path) -> None:
     write_json(place / ORIGIN, origin)
 
 
-def adopt(folder: RunFolder, trial: str, place: Path) -> None:
+def adopt(folder: RunFolder, trial: str, place: Path) -> int:
     """Makes another trial's packed checkpoint this trial's newest; nothing where it is its own, or was adopted before.
+
+    Returns the iterations behind that checkpoint.
 
     Args:
         folder: the trial's own, beside those of the other trials; its configuration is still the old one.
         place: what `pack` filled.
     """
     origin = json.loads((place / ORIGIN).read_text("utf-8"))
-    marker = _marker(folder)
+    marker, new = _marker(folder), int(origin["iteration"])
     # A second start with the same checkpoint goes on from what was reached since.
     if origin["trial"] == trial or all(marker.get(key) == value for key, value in origin.items()):
-        return
-    new = int(origin["iteration"])
+        return new
     own = [row for row in folder.metrics() if row["iteration"] < new]
     reached = own[-1]["iteration"] if own else 0
     before = [
@@ -76,6 +77,7 @@ def adopt(folder: RunFolder, trial: str, place: Path) -> None:
     rows = [*own, *(row for row in theirs if reached < row["iteration"] <= new)]
     write_text(folder.root / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_json(folder.root / ADOPTED, origin | {"before": before})
+    return new
 
 
 def _marker(folder: RunFolder) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,10 @@ class Progress(tune.Callback):
             for trial in self.trials
         }
 
+    def recall(self, scores: Iterable[float]) -> None:
+        """Takes up what a resumed sweep reached before, so that "best so far" means the whole of it."""
+        self.best = (max if self.sweep.file.mode == "max" else min)(scores, default=None)
+
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.trials = list(trials)
         if self.ended is None:  # a resumed sweep begins with those that ended before
@@ -60,7 +64,7 @@ class Progress(tune.Callback):
         self.trials = list(trials)
         file = self.sweep.file
         score = result.get(file.metric)
-        if score is None:
+        if score is None or result["iteration"] <= (trial.last_result or {}).get("iteration", 0):  # or told again
             return
         better = self.best is None or (score > self.best if file.mode == "max" else score < self.best)
         self.best = score if better else self.best
@@ -72,6 +76,9 @@ class Progress(tune.Callback):
         self.trials = list(trials)
         self._end(trial)
         console.print(f"{self._name(trial)} ended  ({len(self.ended or ())} of {self.sweep.trials})", markup=False)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        console.print(f"{self._name(trial)} died and goes on from its last checkpoint: {cause(trial)}", markup=False)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.trials = list(trials)

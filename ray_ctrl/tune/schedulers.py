@@ -62,8 +62,9 @@ class Halving(AsyncHyperBandScheduler):
         place = self._root / TRIALS / trial.trial_id
         if known or not place.is_dir():
             return
+        told = (trial.last_result or {}).get(TIME, 0)
         for row in RunFolder(place).metrics():
-            if self._metric in row:
+            if self._metric in row and row[TIME] <= told:
                 # Only remembered: whether the trial was stopped there was decided then.
                 self._trial_info[trial.trial_id].on_result(trial, row[TIME], self._metric_op * row[self._metric])
 

@@ -44,10 +44,17 @@ def searcher(sweep: Sweep, concurrent: int) -> Any:
     from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    logging.getLogger("ray.tune.search.optuna").setLevel(logging.ERROR)
     sampler = optuna.samplers.TPESampler(seed=file.seed, n_startup_trials=max(2, min(10, sweep.trials // 3)))
     return ConcurrencyLimiter(OptunaSearch(sampler=sampler, metric=file.metric, mode=file.mode), concurrent)
+
+
+def quiet() -> None:
+    """Turns off what Tune and Optuna print of what the user sees in one line from us."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("ray.tune.search.optuna").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # which trials an interruption left unfinished
 
 
 def trial_resources(config: Config) -> PlacementGroupFactory:

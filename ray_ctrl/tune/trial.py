@@ -42,14 +42,18 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
     trial = tune.get_context().get_trial_id()
     config = sweep.config(chosen)
     folder = open_folder(Path(root), trial, config, share=sweep.shares_budgets)
-    given = tune.get_checkpoint()
+    given, told = tune.get_checkpoint(), 0
     if given is not None:
         with given.as_directory() as place:
-            adopt(folder, trial, Path(place))
+            told = adopt(folder, trial, Path(place))
     if folder.config != config:  # PBT changed it, or the resumed sweep
         write_text(folder.root / "config.yaml", to_yaml(config))
     trainer = Trainer(config, folder, open_setting(config).with_clock(folder.root), plan_layout(config))
     try:
+        # The last iteration before a crash or an interruption may never have reached Tune; what it knows does no harm.
+        row = next((found for found in folder.metrics() if found["iteration"] == trainer.done), {})
+        if trainer.done > told and sweep.file.metric in row:
+            report(folder, trial, row, sweep.file.metric, keep=compared(sweep, trainer.done))
         while trainer.done < config.run.iterations:
             row = trainer.iterate()
             if trainer._due():

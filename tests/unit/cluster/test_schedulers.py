@@ -172,5 +172,5 @@ def test_halving_counts_what_was_reached_before_an_interruption(tmp_path: Path) 
         made = scheduler(found, place)
         assert isinstance(made, Halving)
         trials = Trials(made)
-        trials.add("old")
+        trials.add("old", result={"iteration": 2})
         assert trials.report(trials.add("new"), 2, 0.7) == decision

@@ -38,7 +38,7 @@ def go_on(folder: RunFolder, iteration: int, score: float) -> None:
         (aside / "controller").mkdir()
         (aside / "controller" / "name").write_text(f"{folder.root.name} {iteration}", encoding="utf-8")
 
-    folder.append_metrics({"iteration": iteration, METRIC: score})
+    folder.append_metrics({"iteration": iteration, METRIC: score, "reward": score})
     folder.save_checkpoint(iteration, score, write)
 
 
@@ -146,6 +146,39 @@ def test_a_process_that_ends_a_trial_slowly_still_takes_the_next(
         os.environ.pop("TUNE_FUNCTION_THREAD_TIMEOUT_S", None)
 
 
+@pytest.mark.parametrize(("given", "reports"), [(None, [2, 3]), (1, [2, 3]), (2, [3])])
+def test_what_tune_may_have_missed_is_told_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: int | None, reports: list[int]
+) -> None:
+    """An iteration that was written down, but not reported before the interruption."""
+    from ray_ctrl import train
+    from ray_ctrl.tune import trial
+
+    folder = run(tmp_path, "me", {1: 0.1, 2: 0.2}, lr=0.01)
+    folder.append_metrics({"iteration": 3, METRIC: 0.3, "reward": 0.3})
+    checkpoint = None
+    if given is not None:
+        (tmp_path / "given").mkdir()
+        pack(folder.checkpoints()[given - 1], "me", tmp_path / "given")
+        checkpoint = trial.tune.Checkpoint.from_directory(tmp_path / "given")
+
+    def iterate() -> dict[str, Any]:
+        trainer.done = 3
+        return {"iteration": 3, METRIC: 0.4, "reward": 0.4}
+
+    trainer = SimpleNamespace(done=2, iterate=iterate, _due=lambda: False, stop=lambda: None)
+    monkeypatch.setenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", "1")
+    monkeypatch.setattr(train, "Trainer", lambda *given: trainer)
+    monkeypatch.setattr(trial, "open_setting", lambda config: SimpleNamespace(with_clock=lambda place: None))
+    monkeypatch.setattr(trial.tune, "get_context", lambda: SimpleNamespace(get_trial_id=lambda: "me"))
+    monkeypatch.setattr(trial.tune, "get_checkpoint", lambda: checkpoint)
+    told: list[int] = []
+    monkeypatch.setattr(trial.tune, "report", lambda numbers, **more: told.append(numbers["iteration"]))
+    found = sweep(set={"run.iterations": 3})
+    trial.train_trial({"grpo.lr": 0.01}, sweep=found, root=str(tmp_path))
+    assert told == reports
+
+
 def test_an_interruption_before_tune_listens_is_passed_on_later() -> None:
     """SIGUSR1 would end the process as long as Tune has no handler for it."""
     from ray_ctrl.tune import Interruption
@@ -164,3 +197,15 @@ def test_an_interruption_before_tune_listens_is_passed_on_later() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_the_best_so_far_is_that_of_the_whole_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    from ray_ctrl.tune.progress import Progress
+
+    for mode, score, better in (("max", 0.7, False), ("max", 0.9, True), ("min", 0.2, False), ("min", 0.0, True)):
+        progress = Progress(sweep(mode=mode), Path())
+        progress.recall([0.8, 0.1])
+        progress.on_trial_result(0, [], SimpleNamespace(trial_id="a", last_result={}), {"iteration": 1, METRIC: score})
+        assert ("best so far" in capsys.readouterr().out) == better
+    progress.recall([])
+    assert progress.best is None
