@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from typing import Any
 
 from ray import tune
@@ -54,6 +55,8 @@ def quiet() -> None:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("ray.tune.search.optuna").setLevel(logging.ERROR)
+    # A resumed trial tells its last result again.
+    warnings.filterwarnings("ignore", message="The reported value is ignored")
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # which trials an interruption left unfinished
 
 

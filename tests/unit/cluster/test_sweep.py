@@ -1,6 +1,7 @@
 """Sweep files: what is read, what is refused, and what Ray Tune is given."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,17 @@ def test_bayesian_search_learns_from_what_it_is_told() -> None:
         distances.append(abs(chosen - 0.3))
         search.on_trial_complete(str(index), {found.file.metric: -distances[-1], "training_iteration": 1})
     assert sum(distances[-10:]) < 0.5 * sum(distances[:10])
+
+
+def test_what_a_resumed_trial_tells_again_is_no_warning() -> None:
+    from ray_ctrl.tune.search import param_space, quiet, searcher
+
+    found = sweep(search="bayesian")
+    search = searcher(found, 1)
+    search.set_search_properties(found.file.metric, found.file.mode, param_space(found))
+    search.suggest("a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quiet()
+        for _ in range(2):
+            search.on_trial_result("a", {found.file.metric: 0.5, "training_iteration": 1})
