@@ -41,6 +41,8 @@ class PackingSettings:
         early_quotas: most questions of each family about one scene while the share of captions falls: they teach what
             stands where, and questions mostly read it off.
         late_quotas: the same from then on, with more of those that take two steps.
+        reserve_steps: share of steps that teach only the experts which the smallest top-k leaves out (full plan).
+        reserve_quotas: the questions of those steps: families that come to need all experts.
         plan_quotas: the same under a random plan, where no captions are asked for then; None asks as at any step.
             Families left out of it are never answered with less than the whole model, and come to need it.
     """
@@ -60,6 +62,8 @@ class PackingSettings:
         default_factory=lambda: {"color": 3, "shape": 1, "count": 3, "digit": 2, "compare": 4, "match": 2}
     )
     plan_quotas: Quotas | None = None
+    reserve_steps: float = 0.0
+    reserve_quotas: Quotas = field(default_factory=dict)
 
 
 def only_tier(packing: PackingSettings, tier: str) -> PackingSettings:
@@ -72,6 +76,7 @@ def only_tier(packing: PackingSettings, tier: str) -> PackingSettings:
         captions_until=1e-9,
         caption_floor=0.0,
         random_plans=0.0,
+        reserve_steps=0.0,
     )
 
 
@@ -80,7 +85,7 @@ class PackedBatch:
     """Scenes of one tiling: model inputs of batch B and length T, and what each position should say next.
 
     `labels` (B, T) is -100 but where an answer's token or its end is due; `families` (B, T) is the question's family
-    where the answer itself is due, -1 elsewhere.
+    where the answer itself is due, -1 elsewhere. A `reserve` batch teaches only the experts beyond the smallest top-k.
     """
 
     inputs: dict[str, Tensor]
@@ -89,6 +94,7 @@ class PackedBatch:
     labels: Tensor
     families: Tensor
     plan: ExecutionPlan
+    reserve: bool = False
 
 
 @dataclass
@@ -112,12 +118,16 @@ class PackedScenes(Dataset[PackedBatch]):
         caption_share = max(falling, self.settings.caption_floor)
         quotas = self.settings.early_quotas if falling > 0 else self.settings.late_quotas
         plan = ExecutionPlan()
-        if rng.random() < self.settings.random_plans:
+        reserve = self.settings.reserve_steps > 0 and bool(rng.random() < self.settings.reserve_steps)
+        if reserve:
+            quotas, caption_share = self.settings.reserve_quotas, 0.0
+        elif rng.random() < self.settings.random_plans:
             plan = random_plan(rng)
             if self.settings.plan_quotas is not None:
                 quotas, caption_share = self.settings.plan_quotas, 0.0
         questions = [choose_questions(scene, rng, quotas, rng.random() < caption_share) for scene in scenes]
-        return pack(self.processor, scenes, questions, tier, plan, self.settings.text_tokens)
+        batch = pack(self.processor, scenes, questions, tier, plan, self.settings.text_tokens)
+        return replace(batch, reserve=reserve)
 
     def _tier_shares(self, step: int) -> list[float]:
         late = min(1.0, step / self.steps / self.settings.tiers_until)
