@@ -33,8 +33,9 @@ from envs.model.embedded.figures import (
     markdown_table,
 )
 from envs.model.embedded.loop import fast_math, keep_freed_memory
-from envs.model.embedded.packing import PackedBatch, PackedScenes, PackingSettings, only_tier
+from envs.model.embedded.packing import PackedBatch, PackedScenes, only_tier
 from envs.model.embedded.scenes_phase import scenes_loss
+from envs.model.embedded.train import RESERVE_PACKING
 from envs.model.importance import IMPORTANCE_FILE, read_importance
 from envs.model.molmoe import AdaptiveMolmoE
 from envs.model.processor import MolmoEProcessor
@@ -87,8 +88,8 @@ def measure_importance(model: AdaptiveMolmoE, batches: Sequence[PackedBatch]) ->
 
 
 def importance_batches(count: int) -> list[PackedBatch]:
-    """Packed questions about validation scenes at the high tier."""
-    data = PackedScenes(count, _IMPORTANCE_SEED, only_tier(PackingSettings(), "high"), "validation")
+    """Packed questions of all families about validation scenes at the high tier."""
+    data = PackedScenes(count, _IMPORTANCE_SEED, only_tier(RESERVE_PACKING, "high"), "validation")
     return [data[i] for i in range(count)]
 
 

@@ -36,7 +36,8 @@ class PackingSettings:
             because which words go with which things is learned as well from them and in a fraction of the time.
         tiers_until: part of the steps over which the first turn into the last.
         text_tokens: tokens of questions and answers behind each image.
-        captions_until: part of the steps over which the share of scenes with a caption falls from 1 to `caption_floor`.
+        captions_until: part of the steps over which the share of scenes with a caption falls from 1 to `caption_floor`;
+            0 starts at the latter.
         random_plans: share of steps run under a random plan instead of the full one.
         early_quotas: most questions of each family about one scene while the share of captions falls: they teach what
             stands where, and questions mostly read it off.
@@ -73,7 +74,7 @@ def only_tier(packing: PackingSettings, tier: str) -> PackingSettings:
         packing,
         early_tiers=(low, medium, high),
         late_tiers=(low, medium, high),
-        captions_until=1e-9,
+        captions_until=0.0,
         caption_floor=0.0,
         random_plans=0.0,
         reserve_steps=0.0,
@@ -114,7 +115,8 @@ class PackedScenes(Dataset[PackedBatch]):
         rng = np.random.default_rng([self.seed, 2, step])
         tier = str(rng.choice(TIERS, p=self._tier_shares(step)))
         scenes = self._scenes(rng, step, tier)
-        falling = max(0.0, 1 - step / self.steps / self.settings.captions_until)
+        until = self.settings.captions_until
+        falling = max(0.0, 1 - step / self.steps / until) if until else 0.0
         caption_share = max(falling, self.settings.caption_floor)
         quotas = self.settings.early_quotas if falling > 0 else self.settings.late_quotas
         plan = ExecutionPlan()

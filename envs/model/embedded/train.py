@@ -39,7 +39,7 @@ DEPTH_PACKING = PackingSettings(
     early_tiers=(0.3, 0.22, 0.48),
     late_tiers=(0.3, 0.22, 0.48),
     text_tokens=150,
-    captions_until=1e-9,
+    captions_until=0.0,
     random_plans=0.2,
     late_quotas={"color": 1, "shape": 1, "count": 2, "sum": 4, "digit": 3, "compare": 3, "match": 2},
     plan_quotas={"digit": 4, "match": 4},
@@ -49,12 +49,12 @@ RESERVE_PACKING = replace(
     DEPTH_PACKING,
     early_tiers=(0.4, 0.25, 0.35),
     late_tiers=(0.4, 0.25, 0.35),
-    captions_until=0.4,
-    random_plans=0.25,
+    captions_until=0.25,
+    random_plans=0.3,
     early_quotas={"color": 1, "shape": 1, "count": 2, "sum": 4, "digit": 3, "compare": 3, "match": 2},
-    late_quotas={"color": 1, "shape": 1, "count": 3, "sum": 4, "corners": 3, "digit": 3, "compare": 2, "match": 2},
-    plan_quotas={"digit": 4, "match": 4, "corners": 1, "sum": 1, "count": 1},
-    reserve_steps=0.45,
+    late_quotas={"color": 1, "shape": 1, "count": 3, "sum": 4, "corners": 4, "digit": 3, "compare": 2, "match": 2},
+    plan_quotas={"digit": 4, "match": 4, "corners": 2, "sum": 1, "count": 1},
+    reserve_steps=0.3,
     reserve_quotas={"corners": 4},
 )
 LATE_PHASES = ("depth", "reserve")
@@ -91,9 +91,9 @@ class Recipe:
     depth_lr: float = 6.0e-4
     depth_packing: PackingSettings = field(default_factory=lambda: DEPTH_PACKING)
     router_scale: float = 0.25
-    reserve_steps: int = 800
+    reserve_steps: int = 1200
     reserve_lr: float = 8.0e-4
-    rehearsal_lr: float = 0.4
+    rehearsal_lr: float = 0.5
     reserve_packing: PackingSettings = field(default_factory=lambda: RESERVE_PACKING)
     start: str | None = None
     first: str = LATE_PHASES[0]

@@ -215,3 +215,8 @@ def test_importance_finds_the_block_that_does_nothing() -> None:
     assert scores[6] == 0.0
     assert scores[0] == max(scores)
     assert sum(score != 0 for score in scores) > 12
+
+
+def test_validation_batches_hold_questions_alone_from_the_first_on() -> None:
+    batch = PackedScenes(2, 0, only_tier(TINY.reserve_packing, "low"), "validation")[0]
+    assert FAMILY_NAMES.index("caption") not in batch.families.unique().tolist()
