@@ -3,7 +3,8 @@
 Letters: N tokens, D model width, E experts, H hidden width of an expert, K most experts any token of the call uses.
 `grouped` sorts (token, expert) pairs by expert and multiplies group by group: cost in proportion to the experts used.
 `dense` runs every expert on every token as two wide products: cheaper where calls cost more than arithmetic (few
-tokens, small experts), and fast to differentiate. Both give the same numbers within rounding.
+tokens, small experts), and fast to differentiate. Both give the same numbers within rounding. `reserve` is dense, for
+training: of each token's experts only those that the smallest top-k leaves out get a gradient.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs.errors import UserError
+from envs.knobs import TOP_KS
 
 KERNELS = ("auto", "dense", "grouped")
+RESERVE = "reserve"
 # Up to these sizes two wide products are over before the pairs are even sorted (measured, one CPU thread).
 _DENSE_TOKENS = 32
 _DENSE_WEIGHTS = 2**19
@@ -80,8 +83,10 @@ def mixture(
         gate_up_EGD: gate over up projections, G = 2H rows an expert.
         down_EHD: down projections, transposed.
         top_k: experts per token, 4 to 8, alike or per token.
-        kernel: "dense", "grouped", or "auto" to choose by size.
+        kernel: "dense", "grouped", or "auto" to choose by size; `RESERVE` to train.
     """
+    if kernel == RESERVE:
+        return _reserve(x_ND, *route(logits_NE, top_k), gate_up_EGD, down_EHD)
     if kernel not in KERNELS:
         raise UserError(f"experts kernel {kernel!r} is not allowed: choose one of {', '.join(KERNELS)}")
     if kernel != "dense" and not _aligned(x_ND, down_EHD):
@@ -122,6 +127,13 @@ def _dense(x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_EGD: Te
     share_NE = weights_NK.new_zeros(n, experts).scatter(1, experts_NK, weights_NK).to(gate_up.dtype)
     inner = F.silu(gate_up[..., :hidden]) * gate_up[..., hidden:] * share_NE.unsqueeze(-1)
     return inner.view(n, -1) @ down_EHD.flatten(0, 1)
+
+
+def _reserve(x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor) -> Tensor:
+    """As `_dense`, in two parts: what a token's first experts add is data, what the others add is learnt."""
+    first = torch.arange(weights_NK.shape[1], device=x_ND.device) < min(TOP_KS)
+    fixed = _dense(x_ND, weights_NK * first, experts_NK, gate_up_EGD.detach(), down_EHD.detach())
+    return fixed + _dense(x_ND, weights_NK * ~first, experts_NK, gate_up_EGD, down_EHD)
 
 
 def _grouped(x_ND: Tensor, logits_NE: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor, top_k: int | TopK) -> Tensor:

@@ -37,6 +37,7 @@ class Phase:
         lr: peak learning rate; it rises over the first 3 % of the steps and falls to 3 % along a cosine.
         validate: figures on held-out data, logged now and then.
         tower_lr: factor on the learning rate of the vision tower.
+        rate: factor on the learning rate for a batch.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Phase:
     lr: float
     validate: Callable[[], Metrics] | None = None
     tower_lr: float = 1.0
+    rate: Callable[[Any], float] = lambda batch: 1.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def run_phase(phase: Phase, settings: LoopSettings) -> bool:
     with _progress() as progress:
         bar = progress.add_task(phase.name, total=phase.steps, completed=step)
         for batch in loader:
-            _set_lr(optimizer, phase.lr * schedule(step / phase.steps))
+            _set_lr(optimizer, phase.lr * schedule(step / phase.steps) * phase.rate(batch))
             with fast_math(settings.device):
                 loss, metrics = phase.loss(to_device(batch, settings.device))
             optimizer.zero_grad(set_to_none=True)

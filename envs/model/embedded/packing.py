@@ -36,11 +36,14 @@ class PackingSettings:
             because which words go with which things is learned as well from them and in a fraction of the time.
         tiers_until: part of the steps over which the first turn into the last.
         text_tokens: tokens of questions and answers behind each image.
-        captions_until: part of the steps over which the share of scenes with a caption falls from 1 to `caption_floor`.
+        captions_until: part of the steps over which the share of scenes with a caption falls from 1 to `caption_floor`;
+            0 starts at the latter.
         random_plans: share of steps run under a random plan instead of the full one.
         early_quotas: most questions of each family about one scene while the share of captions falls: they teach what
             stands where, and questions mostly read it off.
         late_quotas: the same from then on, with more of those that take two steps.
+        reserve_steps: share of steps that teach only the experts which the smallest top-k leaves out (full plan).
+        reserve_quotas: the questions of those steps: families that come to need all experts.
         plan_quotas: the same under a random plan, where no captions are asked for then; None asks as at any step.
             Families left out of it are never answered with less than the whole model, and come to need it.
     """
@@ -60,6 +63,8 @@ class PackingSettings:
         default_factory=lambda: {"color": 3, "shape": 1, "count": 3, "digit": 2, "compare": 4, "match": 2}
     )
     plan_quotas: Quotas | None = None
+    reserve_steps: float = 0.0
+    reserve_quotas: Quotas = field(default_factory=dict)
 
 
 def only_tier(packing: PackingSettings, tier: str) -> PackingSettings:
@@ -69,9 +74,10 @@ def only_tier(packing: PackingSettings, tier: str) -> PackingSettings:
         packing,
         early_tiers=(low, medium, high),
         late_tiers=(low, medium, high),
-        captions_until=1e-9,
+        captions_until=0.0,
         caption_floor=0.0,
         random_plans=0.0,
+        reserve_steps=0.0,
     )
 
 
@@ -80,7 +86,7 @@ class PackedBatch:
     """Scenes of one tiling: model inputs of batch B and length T, and what each position should say next.
 
     `labels` (B, T) is -100 but where an answer's token or its end is due; `families` (B, T) is the question's family
-    where the answer itself is due, -1 elsewhere.
+    where the answer itself is due, -1 elsewhere. A `reserve` batch teaches only the experts beyond the smallest top-k.
     """
 
     inputs: dict[str, Tensor]
@@ -89,6 +95,7 @@ class PackedBatch:
     labels: Tensor
     families: Tensor
     plan: ExecutionPlan
+    reserve: bool = False
 
 
 @dataclass
@@ -108,16 +115,21 @@ class PackedScenes(Dataset[PackedBatch]):
         rng = np.random.default_rng([self.seed, 2, step])
         tier = str(rng.choice(TIERS, p=self._tier_shares(step)))
         scenes = self._scenes(rng, step, tier)
-        falling = max(0.0, 1 - step / self.steps / self.settings.captions_until)
+        until = self.settings.captions_until
+        falling = max(0.0, 1 - step / self.steps / until) if until else 0.0
         caption_share = max(falling, self.settings.caption_floor)
         quotas = self.settings.early_quotas if falling > 0 else self.settings.late_quotas
         plan = ExecutionPlan()
-        if rng.random() < self.settings.random_plans:
+        reserve = self.settings.reserve_steps > 0 and bool(rng.random() < self.settings.reserve_steps)
+        if reserve:
+            quotas, caption_share = self.settings.reserve_quotas, 0.0
+        elif rng.random() < self.settings.random_plans:
             plan = random_plan(rng)
             if self.settings.plan_quotas is not None:
                 quotas, caption_share = self.settings.plan_quotas, 0.0
         questions = [choose_questions(scene, rng, quotas, rng.random() < caption_share) for scene in scenes]
-        return pack(self.processor, scenes, questions, tier, plan, self.settings.text_tokens)
+        batch = pack(self.processor, scenes, questions, tier, plan, self.settings.text_tokens)
+        return replace(batch, reserve=reserve)
 
     def _tier_shares(self, step: int) -> list[float]:
         late = min(1.0, step / self.steps / self.settings.tiers_until)

@@ -1,6 +1,8 @@
 """The main phase: vision and language together on captions and packed questions."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor
 from envs.knobs import ExecutionPlan
 from envs.model.embedded.loop import Metrics
 from envs.model.embedded.packing import FAMILY_NAMES, IGNORE, PackedBatch
+from envs.model.experts import RESERVE
 from envs.model.molmoe import AdaptiveMolmoE
 
 _WORD_SCALE = 0.5
@@ -25,20 +28,35 @@ def match_scales(model: AdaptiveMolmoE, batch: PackedBatch) -> None:
     model.language.wte.mul_(_WORD_SCALE)
 
 
+@contextmanager
+def _experts_alone(model: AdaptiveMolmoE) -> Iterator[None]:
+    """What is computed inside teaches experts and words, nothing else."""
+    frozen = [p for name, p in model.named_parameters() if not name.endswith(("gate_up", "down", "wte"))]
+    learning = [p for p in frozen if p.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
 def scenes_loss(model: AdaptiveMolmoE, batch: PackedBatch) -> tuple[Tensor, Metrics]:
     """Mean cross entropy of answer tokens, and the share of answers predicted right, by family.
 
     Figures under another plan than the full one are named `reduced_...`.
     """
-    hidden = model.language(
-        model.embed(batch.inputs),
-        plans=batch.plan,
-        position_ids_BT=batch.position_ids,
-        attention_mask_BTT=batch.attention_mask,
-        experts="dense",
-    )
     asked = batch.labels != IGNORE
-    logits = model.logits(hidden[asked]).float()
+    with _experts_alone(model) if batch.reserve else nullcontext():
+        hidden = model.language(
+            model.embed(batch.inputs),
+            plans=batch.plan,
+            position_ids_BT=batch.position_ids,
+            attention_mask_BTT=batch.attention_mask,
+            experts=RESERVE if batch.reserve else "dense",
+        )
+        logits = model.logits(hidden[asked]).float()
     labels = batch.labels[asked]
     loss = F.cross_entropy(logits, labels)
     prefix = "" if batch.plan == ExecutionPlan() else "reduced_"

@@ -1,12 +1,13 @@
 """The recipe of the embedded model, from nothing to a model folder, in one resumable command.
 
-`python -m envs.model.embedded.train --out DIR [--start MODEL] [--minutes M] [--seed S] [--device cpu] [--resume]`
+`python -m envs.model.embedded.train --out DIR [--start MODEL [--first PHASE]] [--minutes M] [--seed S] [--resume]`
 
-Three phases: the vision tower alone on single crops (`warmup`), then everything on whole scenes (`scenes_phase`), where
-captions give way to packed questions and few crops to many, then `depth_phase`, after which questions need different
-knobs: reading digits is practised under random plans, all else, sums above all, is only ever answered by the whole
-model. `--start` takes a model folder in place of the first two phases. The model folder is DIR/model; the training
-state and the log lie beside it.
+Four phases: the vision tower alone on single crops (`warmup`), then everything on whole scenes (`scenes_phase`), where
+captions give way to packed questions and few crops to many. The last two make questions need different knobs.
+`depth_phase`: reading digits is practised under random plans, all else, sums above all, is only ever answered by the
+whole model. `reserve_phase`: corners are learnt by the experts that the smallest top-k leaves out. `--start` takes a
+model folder in place of the phases before `--first`. The model folder is DIR/model; the training state and the log lie
+beside it.
 """
 
 import argparse
@@ -33,16 +34,30 @@ from envs.model.vision import VisionBackbone
 
 _HELD_OUT_SEED = 1
 _HELD_OUT = 4  # batches of each kind
-_DEPTH_SEED = 100  # sets the scenes of the depth phase apart from those before
+_DEPTH_SEED, _RESERVE_SEED = 100, 200  # set the scenes of these phases apart from those before
 DEPTH_PACKING = PackingSettings(
     early_tiers=(0.3, 0.22, 0.48),
     late_tiers=(0.3, 0.22, 0.48),
     text_tokens=150,
-    captions_until=1e-9,
+    captions_until=0.0,
     random_plans=0.2,
     late_quotas={"color": 1, "shape": 1, "count": 2, "sum": 4, "digit": 3, "compare": 3, "match": 2},
     plan_quotas={"digit": 4, "match": 4},
 )
+# Corners are first learnt by the reserve alone, then by all: whoever has them first keeps most of the work.
+RESERVE_PACKING = replace(
+    DEPTH_PACKING,
+    early_tiers=(0.4, 0.25, 0.35),
+    late_tiers=(0.4, 0.25, 0.35),
+    captions_until=0.25,
+    random_plans=0.3,
+    early_quotas={"color": 1, "shape": 1, "count": 2, "sum": 4, "digit": 3, "compare": 3, "match": 2},
+    late_quotas={"color": 1, "shape": 1, "count": 3, "sum": 4, "corners": 4, "digit": 3, "compare": 2, "match": 2},
+    plan_quotas={"digit": 4, "match": 4, "corners": 2, "sum": 1, "count": 1},
+    reserve_steps=0.3,
+    reserve_quotas={"corners": 4},
+)
+LATE_PHASES = ("depth", "reserve")
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,10 @@ class Recipe:
         depth_steps, depth_lr, depth_packing: the same for the depth phase.
         router_scale: factor on all router weights before the depth phase. Trained routers favour one or two experts so
             much that the others can go unnoticed; flattened, all eight have a part in whatever is learnt from then on.
-        start: model folder that the depth phase starts from; None runs the other two phases first.
+        reserve_steps, reserve_lr, reserve_packing: the same for the reserve phase.
+        rehearsal_lr: factor on the rate of its other steps, which only have to keep what was learnt before.
+        start: model folder that phase `first` starts from; None runs all phases.
+        first: "depth" or "reserve".
     """
 
     seed: int = 0
@@ -73,7 +91,12 @@ class Recipe:
     depth_lr: float = 6.0e-4
     depth_packing: PackingSettings = field(default_factory=lambda: DEPTH_PACKING)
     router_scale: float = 0.25
+    reserve_steps: int = 1200
+    reserve_lr: float = 8.0e-4
+    rehearsal_lr: float = 0.5
+    reserve_packing: PackingSettings = field(default_factory=lambda: RESERVE_PACKING)
     start: str | None = None
+    first: str = LATE_PHASES[0]
 
 
 def warmup_phase(recipe: Recipe, device: torch.device) -> Phase:
@@ -121,6 +144,17 @@ def depth_phase(recipe: Recipe, model: AdaptiveMolmoE) -> Phase:
     return _packed_phase("depth", model, data, recipe, recipe.depth_lr)
 
 
+def reserve_phase(recipe: Recipe, model: AdaptiveMolmoE) -> Phase:
+    """`model` trained on: half of the steps teach one more family to the experts that the smallest top-k leaves out.
+
+    As new knowledge is given to experts of its own in lifelong learning (Chen et al. 2023, "Lifelong Language
+    Pretraining with Distribution-Specialized Experts"), so that the old ones keep what they know.
+    """
+    data = PackedScenes(recipe.reserve_steps, recipe.seed + _RESERVE_SEED, recipe.reserve_packing)
+    phase = _packed_phase("reserve", model, data, recipe, recipe.reserve_lr)
+    return replace(phase, rate=lambda batch: 1.0 if batch.reserve else recipe.rehearsal_lr)
+
+
 def _packed_phase(name: str, model: AdaptiveMolmoE, data: PackedScenes, recipe: Recipe, lr: float) -> Phase:
     """A phase over packed scenes, validated at both ends of the tiers and, at the high one, under random plans too."""
     seed = recipe.seed + _HELD_OUT_SEED
@@ -165,11 +199,14 @@ def train(recipe: Recipe, settings: LoopSettings) -> bool:
     phase = _start(recipe, settings)
     if phase is None:
         return False
-    complete = run_phase(phase, settings)
     model = phase.modules["model"]
     assert isinstance(model, AdaptiveMolmoE)
+    complete = run_phase(phase, settings)
     if complete and phase.name == "scenes":
-        complete = run_phase(depth_phase(recipe, model), settings)
+        phase = depth_phase(recipe, model)
+        complete = run_phase(phase, settings)
+    if complete and phase.name == "depth":
+        complete = run_phase(reserve_phase(recipe, model), settings)
     export(model, settings.folder / "model")
     return complete
 
@@ -178,7 +215,8 @@ def _start(recipe: Recipe, settings: LoopSettings) -> Phase | None:
     """The first phase that trains the whole model, warmed up where it needs that; None when time ran out before."""
     if recipe.start is not None:
         model = AdaptiveMolmoE.from_pretrained(recipe.start, device=settings.device)
-        return depth_phase(recipe, model.requires_grad_(True))
+        begin = depth_phase if recipe.first == "depth" else reserve_phase
+        return begin(recipe, model.requires_grad_(True))
     warmup = warmup_phase(recipe, settings.device)
     if not run_phase(warmup, settings):
         return None
@@ -211,7 +249,8 @@ def _mean(figures: list[Metrics]) -> Metrics:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; the model goes to OUT/model")
-    parser.add_argument("--start", help="model folder to start the depth phase from, in place of the first two phases")
+    parser.add_argument("--start", help="model folder to start phase FIRST from, in place of those before")
+    parser.add_argument("--first", choices=LATE_PHASES, default=LATE_PHASES[0], help="phase that --start begins with")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; go on with --resume")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and data")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -219,7 +258,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.minutes > 0:
         raise UserError(f"--minutes {options.minutes} is not allowed: give a number above 0")
-    recipe = Recipe(seed=options.seed, start=options.start)
+    recipe = Recipe(seed=options.seed, start=options.start, first=options.first)
     check_folder(options.out, recipe, options.resume)
     keep_freed_memory()
     settings = LoopSettings(options.out, torch.device(options.device), deadline=time.monotonic() + 60 * options.minutes)

@@ -5,7 +5,8 @@
 | color | the colour of a shape | few crops |
 | shape | which shape has a colour | few crops |
 | count | shapes, digits or one kind of shape | few crops |
-| sum | two kinds of shapes, or everything | few crops, much of the model: counted, then added |
+| sum | two kinds of shapes, or everything | few crops, many blocks: counted, then added |
+| corners | corners of two kinds of shapes, or of all | few crops, many experts: counted, weighed, added |
 | digit | the digit of a colour | crops, where digits are small |
 | compare | the larger of two digits, by colour | two digits read |
 | match | the digit with a shape's colour | two steps: shape to colour, colour to digit |
@@ -15,11 +16,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from types import MappingProxyType
 from typing import Final
 
 from envs.tasks.scenes.layout import COLORS, SHAPES, Scene
 
-FAMILIES: Final = ("color", "shape", "count", "sum", "digit", "compare", "match")
+FAMILIES: Final = ("color", "shape", "count", "sum", "corners", "digit", "compare", "match")
+
+CORNERS: Final = MappingProxyType({"circle": 0, "square": 4, "triangle": 3, "cross": 12})
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ def all_questions(scene: Scene) -> list[Question]:
     counted = [*sorted(kinds), *missing[scene.noise_seed % len(missing) :][:1]] if missing else sorted(kinds)
     questions += [Question("count", f"How many {_plural(kind)} are there?", str(kinds[kind])) for kind in counted]
     questions += _sums(scene, kinds)
+    questions += _corners(kinds)
     questions += [Question("digit", f"What digit is {o.color}?", str(o.value)) for o in scene.digits]
     for a in scene.digits:
         for b in scene.digits:
@@ -69,6 +74,17 @@ def _sums(scene: Scene, kinds: Mapping[str, int]) -> list[Question]:
         text = f"How many {_plural(first)} and {_plural(second)} are there?"
         questions.append(Question("sum", text, str(kinds[first] + kinds[second])))
     return questions
+
+
+def _corners(kinds: Mapping[str, int]) -> list[Question]:
+    """Questions of the family `corners`: about all shapes, and about pairs of kinds of which there are at least two."""
+    if not kinds:
+        return []
+    asked = [("How many corners are there?", tuple(kinds))]
+    for first, second in combinations([kind for kind in SHAPES if CORNERS[kind]], 2):
+        if kinds[first] + kinds[second] > 1:
+            asked.append((f"How many corners of {_plural(first)} and {_plural(second)} are there?", (first, second)))
+    return [Question("corners", text, str(sum(CORNERS[k] * kinds[k] for k in those))) for text, those in asked]
 
 
 def caption(scene: Scene) -> Question:

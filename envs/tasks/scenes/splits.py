@@ -26,8 +26,10 @@ class SplitSize:
     questions: int
 
 
-# Asked most are the families that one knob decides: digits to be read want crops, sums want depth.
-_WEIGHTS: Final = MappingProxyType({"color": 1, "shape": 1, "count": 3, "sum": 8, "digit": 6, "compare": 2, "match": 8})
+# Asked most are the families that one knob decides: digits to be read want crops, sums blocks, corners experts.
+_WEIGHTS: Final = MappingProxyType(
+    {"color": 1, "shape": 1, "count": 2, "sum": 7, "corners": 6, "digit": 6, "compare": 1, "match": 8}
+)
 
 SPLITS: Final = MappingProxyType(
     {"train": SplitSize(5000, 4), "validation": SplitSize(1000, 2), "test": SplitSize(1000, 2)}

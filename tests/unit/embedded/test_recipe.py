@@ -24,8 +24,9 @@ from envs.model.embedded.packing import (
     pack,
     random_plan,
 )
+from envs.model.embedded.scenes_phase import scenes_loss
 from envs.model.embedded.shape import build_config, build_processor, build_tokenizer, train_tokenizer
-from envs.model.embedded.train import DEPTH_PACKING, Recipe, check_folder, train
+from envs.model.embedded.train import DEPTH_PACKING, LATE_PHASES, RESERVE_PACKING, Recipe, check_folder, train
 from envs.model.embedded.warmup import WarmupCrops
 from envs.tasks.scenes import SceneImage, all_questions, make_scene
 from envs.tasks.scenes.draw import draw_scene
@@ -38,6 +39,10 @@ TINY = Recipe(
     depth_steps=2,
     depth_packing=dataclasses.replace(
         DEPTH_PACKING, images=(2, 1, 1), text_tokens=60, early_tiers=(1, 0, 0), late_tiers=(1, 0, 0)
+    ),
+    reserve_steps=2,
+    reserve_packing=dataclasses.replace(
+        RESERVE_PACKING, images=(2, 1, 1), text_tokens=60, early_tiers=(1, 0, 0), late_tiers=(1, 0, 0)
     ),
 )
 
@@ -56,17 +61,20 @@ def test_the_recipe_leaves_a_model_that_answers(tmp_path: Path) -> None:
     assert len(answer) == 1
     assert len(answer[0]) <= 2
     phases = {line.split('"')[3] for line in (tmp_path / "log.jsonl").read_text().splitlines()}
-    assert phases == {"warmup", "scenes", "depth"}
+    assert phases == {"warmup", "scenes", "depth", "reserve"}
 
 
-def test_the_depth_phase_starts_from_a_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", ["depth", "reserve"])
+def test_later_phases_start_from_a_model(first: str, tmp_path: Path) -> None:
     start = embedded.folder()
-    assert train(dataclasses.replace(TINY, start=str(start)), settings(tmp_path))
+    assert train(dataclasses.replace(TINY, start=str(start), first=first), settings(tmp_path))
     before, after = (AdaptiveMolmoE.from_pretrained(f).state_dict() for f in (start, tmp_path / "model"))
     assert before.keys() == after.keys()
-    before = {key: value * (TINY.router_scale if "router" in key else 1) for key, value in before.items()}
+    if first == "depth":
+        before = {key: value * (TINY.router_scale if "router" in key else 1) for key, value in before.items()}
     assert 0 < max(float((before[key] - after[key]).abs().max()) for key in before) < 0.1
-    assert {path.name for path in tmp_path.glob("*.pt")} == {"depth.pt"}
+    ran = LATE_PHASES[LATE_PHASES.index(first) :]
+    assert {path.stem for path in tmp_path.glob("*.pt")} == set(ran)
 
 
 def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -77,8 +85,8 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     runs = 0
     while not train(TINY, settings(parts, seconds=0)):  # out of time after every step
         runs += 1
-    assert runs == 3
-    a, b = (torch.load(f / "depth.pt", weights_only=True)["modules"] for f in (whole, parts))
+    assert runs == 4
+    a, b = (torch.load(f / "reserve.pt", weights_only=True)["modules"] for f in (whole, parts))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -149,6 +157,20 @@ def test_only_families_that_want_crops_meet_random_plans() -> None:
     assert families == {"digit", "match"}
 
 
+def test_reserve_steps_ask_for_their_families_and_teach_experts_and_words_alone() -> None:
+    batches = PackedScenes(20, 0, TINY.reserve_packing)
+    reserve = [batch for batch in (batches[step] for step in range(20)) if batch.reserve]
+    assert 4 < len(reserve) < 16
+    families = {FAMILY_NAMES[index] for batch in reserve for index in batch.families.unique().tolist() if index >= 0}
+    assert families == {"corners"}
+    assert all(batch.plan == ExecutionPlan() for batch in reserve)
+    model = AdaptiveMolmoE.from_pretrained(embedded.folder()).requires_grad_(True)
+    scenes_loss(model, reserve[0])[0].backward()
+    taught = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.grad is not None}
+    assert taught == {"gate_up", "down", "wte"}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_random_plans_are_legal_and_varied() -> None:
     rng = np.random.default_rng(0)
     plans = {random_plan(rng) for _ in range(50)}
@@ -165,14 +187,14 @@ def test_every_word_of_the_scenes_is_one_token_and_anything_encodes() -> None:
 
 
 def test_the_kept_tokenizer_knows_the_words_the_scenes_use_now() -> None:
-    """Scenes may change after the tokenizer was made; their words must not, but for one that costs two tokens more."""
+    """Scenes may change after the tokenizer was made; their words must not, but for two that cost more tokens."""
     kept, fresh = build_tokenizer(), train_tokenizer()
     words = {word for word in fresh.get_vocab() if word.startswith("\u0120")}
     text = {fresh.decode([fresh.token_to_id(word)]) for word in words}
     used = {w for seed in range(200) for q in all_questions(make_scene("corpus", seed)) for w in q.text.split()}
     whole = {word for word in used if f" {word}" in text}
     assert len(whole) > 20
-    assert {word for word in whole if len(kept.encode(f" {word}").ids) > 1} <= {"and"}
+    assert {word for word in whole if len(kept.encode(f" {word}").ids) > 1} <= {"and", "corners"}
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
@@ -193,3 +215,8 @@ def test_importance_finds_the_block_that_does_nothing() -> None:
     assert scores[6] == 0.0
     assert scores[0] == max(scores)
     assert sum(score != 0 for score in scores) > 12
+
+
+def test_validation_batches_hold_questions_alone_from_the_first_on() -> None:
+    batch = PackedScenes(2, 0, only_tier(TINY.reserve_packing, "low"), "validation")[0]
+    assert FAMILY_NAMES.index("caption") not in batch.families.unique().tolist()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from envs.errors import UserError
 from envs.model import experts
-from envs.model.experts import TopK, mixture, spread_top_k
+from envs.model.experts import RESERVE, TopK, mixture, spread_top_k
 
 E, D, H = 12, 16, 8
 
@@ -95,3 +95,18 @@ def test_dense_is_differentiable():
     x, logits = torch.randn(5, D, requires_grad=True), torch.randn(5, E, requires_grad=True)
     mixture(x, logits, gate_up, down, 4, "dense").square().sum().backward()
     assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in (x, logits, gate_up, down))
+
+
+def test_reserve_gives_the_same_numbers_and_a_gradient_to_later_experts_alone():
+    generator = torch.Generator().manual_seed(3)
+    x, logits = torch.randn(1, D, generator=generator), 3 * torch.randn(1, E, generator=generator)
+    gate_up, down = (weight.requires_grad_(True) for weight in weights())
+    out = mixture(x, logits, gate_up, down, 8, RESERVE)
+    assert torch.allclose(out, plain(x, logits, gate_up, down, [8]), atol=1e-5)
+    out.sum().backward()
+    ranked = logits[0].argsort(descending=True)
+    for grad in (gate_up.grad, down.grad):
+        taught = grad.flatten(1).abs().sum(1) > 0
+        assert not taught[ranked[:4]].any()
+        assert taught[ranked[4:8]].all()
+        assert not taught[ranked[8:]].any()

@@ -12,6 +12,7 @@ from envs.model.image_processor import select_tiling
 from envs.tasks.scenes import FAMILIES, all_questions, caption, load_scenes, make_scene
 from envs.tasks.scenes.draw import draw_scene
 from envs.tasks.scenes.layout import COLORS, DIGIT_BLOCKS, STREAMS, handwriting
+from envs.tasks.scenes.questions import CORNERS
 from envs.tasks.scenes.splits import SPLITS, SceneImage
 
 
@@ -89,6 +90,11 @@ def test_answers_are_true_of_the_scene() -> None:
                     kinds = [{"crosses": "cross"}.get(word, word.removesuffix("s")) for word in (words[2], words[4])]
                     wanted = len(scene.objects) if "digit" in kinds else sum(o.kind in kinds for o in scene.shapes)
                     assert int(question.answer) == wanted > 0
+                case "corners":
+                    kinds = [{"crosses": "cross"}.get(word, word.removesuffix("s")) for word in words[4:7:2]]
+                    kinds = list(CORNERS) if words[3] == "are" else kinds
+                    counted = {"triangle": 3, "square": 4, "cross": 12}
+                    assert int(question.answer) == sum(counted.get(o.kind, 0) for o in scene.shapes if o.kind in kinds)
                 case "digit":
                     assert digits[words[-1]].value == int(question.answer)
                 case "compare":
