@@ -56,6 +56,8 @@ def run(
         UserError: settings, folders or files that do not do.
     """
     folder = _find(run_dir, preset, config_file, overrides) if resume else None
+    if folder is not None:
+        folder.check_importance()
     config = resumed_config(folder, overrides) if folder else load_config(preset, config_file, overrides)
     layout = plan_layout(config, here=not dry_run)
     if dry_run:
