@@ -49,16 +49,21 @@ class RunFolder:
         """A new run folder.
 
         Raises:
-            UserError: the folder exists and is not empty, or cannot be made.
+            UserError: the folder exists and is not empty, or cannot be made; a file of block importance that cannot
+                be read.
         """
+        from envs.model.importance import read_importance
+
         cls.refuse(root)
+        importance = read_importance(config.model.name, config.model.importance)
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make run folder {root}: {error.strerror}") from None
         write_text(root / "config.yaml", to_yaml(config))
         started = {"format_version": FORMAT_VERSION, "seed": config.run.seed, **provenance()}
-        write_json(root / "run.json", started | {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        started |= {"importance": importance, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        write_json(root / "run.json", started)
         return cls(root)
 
     @staticmethod
@@ -83,6 +88,28 @@ class RunFolder:
     @property
     def config(self) -> Config:
         return load_config(None, self.root / "config.yaml")
+
+    def check_importance(self) -> None:
+        """Refuses to go on where files of block importance changed since: settings would mean other blocks than before.
+
+        Raises:
+            UserError: the scores in use are not those with which the run began.
+        """
+        from envs.model.importance import importance_path, read_importance
+
+        model = self.config.model
+        began = json.loads((self.root / "run.json").read_text("utf-8")).get("importance")
+        now = read_importance(model.name, model.importance)
+        if began is None or tuple(began) == now:
+            return
+        block = next(block for block, (old, new) in enumerate(zip(began, now, strict=True)) if old != new)
+        beside = importance_path(model.name)
+        source = model.importance or (beside if beside.is_file() else "the published scores")
+        raise UserError(
+            f"block importance cannot change when a run is resumed: in {source} the score of block {block} is "
+            f"{now[block]}, and {self.root} began with {began[block]}; put the scores back that its run.json "
+            "holds, or start a new run"
+        )
 
     @property
     def controller(self) -> Path:

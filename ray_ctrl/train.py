@@ -56,6 +56,8 @@ def run(
         UserError: settings, folders or files that do not do.
     """
     folder = _find(run_dir, preset, config_file, overrides) if resume else None
+    if folder is not None:
+        folder.check_importance()
     config = resumed_config(folder, overrides) if folder else load_config(preset, config_file, overrides)
     layout = plan_layout(config, here=not dry_run)
     if dry_run:
@@ -188,14 +190,17 @@ class Trainer:
         self.trackers = [found for found in (tracker, gauges) if found is not None]
         self.contexts = validation_contexts(len(self.setting.build("validation").samples), self.setting.budgets)
         self.lost = 0
+        self.writer: Any = None
         self._build()
-        self.writer = self._writer()
 
     def _build(self) -> None:
         from ray_ctrl.building import build_algorithm
 
         self.algorithm = build_algorithm(self.setting, self.layout.envs, len(self.contexts))
         self.done = self._restore()
+        if self.writer is not None:
+            self.writer.close()
+        self.writer = self._writer()
 
     def train(self, stopper: Stopper) -> bool:
         """Runs to the last iteration; False when a signal ended it before."""
@@ -286,7 +291,10 @@ class Trainer:
             return None
         from tensorboardX import SummaryWriter
 
-        return SummaryWriter(str(self.folder.root / "tensorboard"), purge_step=self.done + 1)
+        # What was written of iterations that were lost is taken back. Files are named by the second they begin in, and
+        # a second one of that name would empty the first.
+        suffix = f".{self.lost}" if self.lost else ""
+        return SummaryWriter(str(self.folder.root / "tensorboard"), purge_step=self.done + 1, filename_suffix=suffix)
 
     def _validates(self) -> bool:
         every = self.config.evaluation.every

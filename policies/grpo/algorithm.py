@@ -210,6 +210,7 @@ class GRPO(Algorithm):
     def save_to_path(self, path: Any = None, **kwargs: Any) -> str:
         with answering(self.learner_group, self.config.learner_timeout_s):
             written = super().save_to_path(path, **kwargs)
+            checkpoint.check_written(self.learner_group, Path(written))
         checkpoint.write_manifest(Path(written))
         return str(written)
 
@@ -217,6 +218,8 @@ class GRPO(Algorithm):
         checkpoint.verify(Path(path))
         with checkpoint.explained(Path(path)), answering(self.learner_group, self.config.learner_timeout_s):
             super().restore_from_path(path, *args, **kwargs)
+        with answering(self.learner_group, self.config.learner_timeout_s):
+            checkpoint.check_learners(self.learner_group, Path(path))
         checkpoint.check_runners(self)
 
 

@@ -6,6 +6,7 @@ They are RLlib's own (pickle): load only those of your own runs. To pass a contr
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,9 +16,19 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import ray
 import torch
+from ray.rllib.core import (
+    COMPONENT_LEARNER,
+    COMPONENT_LEARNER_GROUP,
+    COMPONENT_OPTIMIZER,
+    COMPONENT_RL_MODULE,
+    DEFAULT_MODULE_ID,
+)
+from ray.rllib.core.learner.learner_group import LearnerGroup
 
 from envs.errors import UserError
 from policies.controller import Controller
+from policies.grpo.digests import digest
+from policies.grpo.learner import each_learner
 
 if TYPE_CHECKING:
     from policies.grpo.algorithm import GRPO
@@ -84,9 +95,9 @@ def verify(folder: Path) -> None:
         ) from error
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder / MANIFEST} is corrupt: resume from an older checkpoint") from error
-    for name, digest in items:
+    for name, expected in items:
         path = folder / name
-        if not path.is_file() or _digest(path) != digest:
+        if not path.is_file() or _digest(path) != expected:
             state = "corrupt" if path.is_file() else "missing"
             raise UserError(f"checkpoint file {path} is {state}: resume from an older checkpoint")
 
@@ -99,11 +110,57 @@ def explained(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise UserError(
-            f"checkpoint {folder} does not fit this run ({type(error).__name__}: {reason}): "
+            f"checkpoint {folder} does not fit this run ({type(error).__name__}: {_one_line(error)}): "
             "resume with the configuration and versions it was saved with"
         ) from error
+
+
+def check_written(group: LearnerGroup, folder: Path) -> None:
+    """Prove that a checkpoint just written holds what the learners hold: RLlib passes over remote ones that failed.
+
+    Raises:
+        OSError: it does not; with the cause, as far as a learner knows it.
+        ray.exceptions.RayActorError: a learner died.
+    """
+    answers = each_learner(group, lambda learner: (learner.failed_write, learner.held()))
+    causes = [failed for failed, _ in answers if failed is not None]
+    if causes:
+        raise OSError(f"a learner could not write its part: {_one_line(causes[0])}")
+    try:
+        found = written_by_learner(folder)
+    except Exception as error:  # Unpickling half a file may raise anything.
+        raise OSError(f"the learner's part cannot be read back ({type(error).__name__}: {_one_line(error)})") from error
+    if found not in [held for _, held in answers]:
+        raise OSError("the learner's part, read back, is not what the learner holds")
+
+
+def check_learners(group: LearnerGroup, folder: Path) -> None:
+    """After a restore, prove that every learner holds what the checkpoint does: RLlib passes over those that failed.
+
+    Raises:
+        UserError: a learner that does not.
+        ray.exceptions.RayActorError: a learner died.
+    """
+    wanted = written_by_learner(folder)
+    wrong = [str(index) for index, held in enumerate(each_learner(group, lambda one: one.held())) if held != wanted]
+    if wrong:
+        raise UserError(
+            f"learners {', '.join(wrong)} do not hold what is in checkpoint {folder}: resume with the configuration "
+            "and versions it was saved with, on nodes that see the folder"
+        )
+
+
+def written_by_learner(folder: Path) -> str:
+    """Checksum of a checkpoint's weights, reference and optimizer state, as `GRPOLearner.held` makes it.
+
+    Raises:
+        Exception: a file that is missing or damaged.
+    """
+    place = folder / COMPONENT_LEARNER_GROUP / COMPONENT_LEARNER
+    optimizer = pickle.loads((place / "state.pkl").read_bytes())[COMPONENT_OPTIMIZER]
+    module = pickle.loads((place / COMPONENT_RL_MODULE / DEFAULT_MODULE_ID / "module_state.pkl").read_bytes())
+    return digest({COMPONENT_RL_MODULE: {DEFAULT_MODULE_ID: module}, COMPONENT_OPTIMIZER: optimizer})
 
 
 def check_runners(algorithm: "GRPO") -> None:
@@ -135,12 +192,7 @@ def check_runners(algorithm: "GRPO") -> None:
 
 def fingerprint(state: Mapping[str, Any]) -> str:
     """Checksum of a module's inference weights."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        if name.startswith(PREFIX):
-            digest.update(name.encode())
-            digest.update(np.ascontiguousarray(state[name]).tobytes())
-    return digest.hexdigest()
+    return digest({name: value for name, value in state.items() if name.startswith(PREFIX)})
 
 
 def controller_from(state: Mapping[str, Any], hidden: int) -> Controller:
@@ -153,6 +205,10 @@ def controller_from(state: Mapping[str, Any], hidden: int) -> Controller:
     controller = Controller(tensors["stage1.trunk.norms.0.weight"].shape[0], hidden)
     controller.load_state_dict(tensors)
     return controller.eval()
+
+
+def _one_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def _digest(path: Path) -> str:

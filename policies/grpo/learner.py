@@ -4,20 +4,23 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
+from ray.rllib.core import COMPONENT_OPTIMIZER, COMPONENT_RL_MODULE
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from torch import Tensor
 
 from envs.errors import UserError
+from policies.grpo.digests import digest
 from policies.grpo.losses import LossInputs, LossSettings, grpo_loss
 from policies.grpo.rl_module import REFERENCE_LOGITS, ControllerModule
 
 WEIGHTS = "row_weights"
+T = TypeVar("T")
 
 
 class LearnerDied(UserError):
@@ -74,15 +77,24 @@ def answering(group: LearnerGroup, timeout_s: float) -> Iterator[None]:
         timer.cancel()
 
 
-def each_learner(group: LearnerGroup, change: Callable[[Any], None]) -> None:
-    """Have every learner do `change`; RLlib alone would pass over those that died."""
-    for answer in group.foreach_learner(change):
+def each_learner(group: LearnerGroup, ask: Callable[[Any], T]) -> list[T]:
+    """What every learner answers; RLlib alone would pass over those that died, or that failed at something before."""
+    answers = []
+    for answer in group.foreach_learner(ask, healthy_only=False, mark_healthy=True):
         if not answer.ok:
             raise answer.get()
+        answers.append(answer.get())
+    return answers
 
 
 class GRPOLearner(TorchLearner):
-    """One Adam over the controller; the frozen reference is left out."""
+    """One Adam over the controller; the frozen reference is left out.
+
+    Attributes:
+        failed_write: why its part of the last checkpoint could not be written; None where it was.
+    """
+
+    failed_write: str | None = None
 
     def get_parameters(self, module: Any) -> Sequence[torch.nn.Parameter]:
         return [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -128,3 +140,16 @@ class GRPOLearner(TorchLearner):
         # RLlib skips weights older than its own; a restore means exactly these weights, older or not.
         self._weights_seq_no = 0
         super().set_state(state)
+
+    def save_to_path(self, *args: Any, **kwargs: Any) -> str:
+        # RLlib never looks at what came of this in another process: kept for `checkpoint.check_written`.
+        self.failed_write = None
+        try:
+            return str(super().save_to_path(*args, **kwargs))
+        except Exception as error:
+            self.failed_write = f"{type(error).__name__}: {error}"
+            raise
+
+    def held(self) -> str:
+        """Checksum of the weights, the reference and the optimizer's state."""
+        return digest(self.get_state(components=[COMPONENT_RL_MODULE, COMPONENT_OPTIMIZER]))

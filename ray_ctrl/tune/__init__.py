@@ -21,7 +21,7 @@ import numpy as np
 from envs.errors import UserError
 from ray_ctrl.console import console, table
 from ray_ctrl.provenance import provenance
-from ray_ctrl.runs import free_folder, write_json, write_text
+from ray_ctrl.runs import RunFolder, free_folder, write_json, write_text
 from ray_ctrl.settings import with_overrides
 from ray_ctrl.tune.sweep import Sweep, dump, load_sweep
 
@@ -87,8 +87,12 @@ def _existing(run_dir: Path | None, path: Path | None) -> Path:
 def _run(sweep: Sweep, root: Path, resume: bool) -> int:
     from cluster.connect import connect
     from ray_ctrl.tune.search import at_once, needed, totals, trial_resources
+    from ray_ctrl.tune.trial import TRIALS
 
-    if not resume:
+    if resume:
+        for place in sorted((root / TRIALS).glob("*/run.json")):
+            RunFolder.open(place.parent).check_importance()
+    else:
         root.mkdir(parents=True, exist_ok=True)
         sweep = prepare(sweep, root)
         write_text(root / "sweep.yaml", dump(sweep))

@@ -68,7 +68,9 @@ def open_folder(root: Path, trial: str, config: Config, *, share: bool) -> RunFo
     """The trial's run folder, made where it is missing; with `share` it takes the sweep's profile and budgets."""
     place = root / TRIALS / trial
     if (place / "run.json").is_file():
-        return RunFolder.open(place)
+        found = RunFolder.open(place)
+        found.check_importance()
+        return found
     # Left by a process that died before the folder was complete.
     shutil.rmtree(place, ignore_errors=True)
     folder = RunFolder.create(place, config)

@@ -18,6 +18,7 @@ from policies.baselines import FixedKnobs, RandomKnobs
 from policies.controller import Controller
 from policies.grpo.checkpoint import fingerprint, restore_checkpoint, save_checkpoint
 from policies.grpo.evaluation import evaluate_contexts
+from policies.grpo.learner import each_learner
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -160,6 +161,39 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path, monk
     with pytest.raises(UserError, match="No space left on device"):
         save_checkpoint(algorithm, tmp_path / "full")
     assert list(tmp_path.iterdir()) == []
+    algorithm.stop()
+
+
+def test_a_remote_learner_that_cannot_write_its_part_is_an_error(tmp_path: Path) -> None:
+    algorithm = resumable(0).learners(num_learners=1, num_gpus_per_learner=0).build_algo()
+    train(algorithm, 1)
+
+    def break_disk(learner: Any) -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        learner.module.save_to_path = full
+
+    def mend_disk(learner: Any) -> None:
+        del learner.module.save_to_path
+
+    each_learner(algorithm.learner_group, break_disk)
+    with pytest.raises(UserError, match=r"could not be written.*a learner could not write.*No space left on device"):
+        save_checkpoint(algorithm, tmp_path / "full")
+    assert list(tmp_path.iterdir()) == []
+    # It was the disk: the learner itself is as good as before.
+    each_learner(algorithm.learner_group, mend_disk)
+    folder = save_checkpoint(algorithm, tmp_path / "good")
+    expected = train(algorithm, 1)
+    restore_checkpoint(algorithm, folder)
+    assert train(algorithm, 1) == expected
+
+    def deaf(learner: Any) -> None:
+        learner.restore_from_path = lambda *_, **__: None
+
+    each_learner(algorithm.learner_group, deaf)
+    with pytest.raises(UserError, match="learners 0 do not hold what is in checkpoint"):
+        restore_checkpoint(algorithm, folder)
     algorithm.stop()
 
 

@@ -1,13 +1,18 @@
-"""`run.track`: rows reach MLflow's local store once, a resumed run goes on in its entry, errors are told."""
+"""`run.track`: rows reach MLflow's local store once, a resumed run goes on in its entry, errors are told.
+`run.prometheus`: the names under which numbers are seen.
+"""
 
 import importlib.util
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from envs.errors import UserError
 from ray_ctrl.settings import load_config
-from ray_ctrl.tracking import open_tracker
+from ray_ctrl.tracking import Gauges, open_tracker
 
 SETTINGS = {"grpo": {"lr": 0.001}, "run": {"seed": 3}}
 
@@ -56,3 +61,24 @@ def test_an_unreachable_tracker_is_one_line(tmp_path: Path) -> None:
 def test_other_trackers_are_refused() -> None:
     with pytest.raises(UserError, match=r"run.track = 'comet:x' is not allowed"):
         load_config("smoke", overrides=["run.track=comet:x"])
+
+
+def test_prometheus_sees_numbers_under_the_names_in_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, Any] = {}
+
+    def gauge(name: str, description: str, tag_keys: tuple[str, ...]) -> Any:
+        return SimpleNamespace(set=lambda value, tags: shown.update({f"ray_{name}": (value, tags)}))  # as Ray does
+
+    monkeypatch.setattr("ray.util.metrics.Gauge", gauge)
+    gauges = Gauges("my-run")
+    gauges.log({"reward": 0.25, "violations": 0.5, "validation/score": 0.75}, 6)
+    gauges.log({"reward": 0.5}, 7)
+    page = (Path(__file__).parents[3] / "docs" / "cluster.md").read_text("utf-8")
+    assert set(shown) == set(re.findall(r"`(ray_ray_ctrl_\w+)`", page))
+    assert {name: value for name, (value, _) in shown.items()} == {
+        "ray_ray_ctrl_reward": 0.5,
+        "ray_ray_ctrl_violations": 0.5,
+        "ray_ray_ctrl_validation_score": 0.75,
+        "ray_ray_ctrl_iteration": 7.0,
+    }
+    assert all(tags == {"run": "my-run"} for _, tags in shown.values())

@@ -2,14 +2,17 @@
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from envs.errors import UserError
+from ray_ctrl.cli import main
 from ray_ctrl.config import Config
 from ray_ctrl.runs import RunFolder, best, newest_run
 from ray_ctrl.settings import load_config
+from ray_ctrl.tune.trial import open_folder
 
 
 def _write(folder: Path) -> None:
@@ -39,6 +42,56 @@ def test_empty_folder_may_be_used_and_a_file_may_not(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(UserError, match="exists already"):
         RunFolder.create(tmp_path / "file", Config())
+
+
+def _scores(path: Path, scores: Sequence[float]) -> None:
+    path.write_text(json.dumps({"importance": list(scores)}), encoding="utf-8")
+
+
+def test_block_importance_that_changed_is_refused_on_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "importance.json"
+    scores = [block / 10 for block in range(16)]
+    _scores(file, scores)
+    run = RunFolder.create(tmp_path / "run", load_config("smoke", None, [f"model.importance={file}"]))
+    file.write_text(json.dumps({"importance": scores, "task": "scenes"}, indent=4), encoding="utf-8")
+    run.check_importance()  # the same scores, however they are written
+    _scores(file, [*scores[:3], 0.35, *scores[4:]])
+    assert main(["train", "--resume", "--run-dir", str(run.root)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"in {file} the score of block 3 is 0.35, and {run.root} began with 0.3" in error
+    file.unlink()
+    assert main(["train", "--resume", "--run-dir", str(run.root)]) == 2
+    assert f"no file of block importance at {file}" in capsys.readouterr().err
+
+
+def test_block_importance_written_beside_the_weights_since_is_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    run = RunFolder.create(tmp_path / "run", load_config("smoke", None, [f"model.name={model}"]))
+    run.check_importance()
+    _scores(model / "importance.json", [1.0] * 16)
+    with pytest.raises(UserError, match=r"importance\.json the score of block 0 is 1\.0"):
+        run.check_importance()
+
+
+def test_a_sweep_with_a_trial_of_other_block_importance_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "importance.json"
+    _scores(file, range(16))
+    sweep = {"preset": "smoke", "trials": 1, "set": {"model.importance": str(file)}}
+    sweep["space"] = {"grpo.lr": {"log_uniform": [1e-4, 1e-1]}}
+    root = tmp_path / "sweep"
+    root.mkdir()
+    (root / "sweep.yaml").write_text(json.dumps(sweep), encoding="utf-8")
+    config = load_config("smoke", None, [f"model.importance={file}"])
+    open_folder(root, "one", config, share=False)
+    _scores(file, range(1, 17))
+    with pytest.raises(UserError, match="block importance cannot change"):
+        open_folder(root, "one", config, share=False)
+    assert main(["tune", "--resume", "--run-dir", str(root)]) == 2
+    assert "block importance cannot change" in capsys.readouterr().err
 
 
 def test_open_needs_a_run(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The engine gives what one request after another would give, and computes nothing twice."""
 
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +108,11 @@ def test_each_image_is_encoded_once(engine, samples, space):
     engine.outcomes([s for s in chosen for _ in plans], [space.plan(k) for _ in chosen for k in plans])
     distinct = {(s.image.digest, engine.tiling(s, tier)) for s in chosen for tier in ("low", "high")}
     assert engine.stats()["engine/images_encoded"] == len(distinct)
+
+
+def test_every_counter_is_documented(engine):
+    page = (Path(__file__).parents[3] / "docs" / "runs.md").read_text("utf-8")
+    assert set(engine.stats()) == set(re.findall(r"`(engine/\w+)`", page))
 
 
 def test_hits_cost_nothing(engine, pairs):

@@ -1,0 +1,91 @@
+"""The tables of metrics in the documents name what a run writes down, no more and no less."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from envs.reward import TERMS
+from policies.distribution import HEADS
+from policies.grpo.algorithm import GRPO
+from policies.grpo.prices import Prices, PriceSettings
+from policies.grpo.rounds import COUNTS
+from policies.grpo.runner import Rollouts
+from ray_ctrl import train
+from ray_ctrl.config import RewardConfig
+
+DOCS = Path(__file__).parents[3] / "docs"
+EDGES = (-0.5,)
+ENDINGS = {"<term>": TERMS, "<head>": HEADS, "<bin>": ("0", "1")}
+
+
+def documented(page: str, heading: str) -> set[str]:
+    """Names in the first column of the table under a heading, with every ending that a placeholder stands for."""
+    section = (DOCS / page).read_text("utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]
+    columns = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    names = [name for column in columns for name in re.findall(r"`([^`]+)`", column)]
+    found = [one for name in names for one in _whole(name)]
+    assert len(found) == len(set(found)), "a name is in the table twice"
+    return set(found)
+
+
+def _whole(name: str) -> list[str]:
+    for ending, values in ENDINGS.items():
+        if ending in name:
+            return [name.replace(ending, value) for value in values]
+    return [name]
+
+
+def rollouts(count: int) -> Rollouts:
+    """What runners send of `count` rollouts, in both bins of budgets."""
+    numbers = np.linspace(0.1, 1.0, count)
+    keys = ("accuracy", "latency_ms", "budget_ms", *HEADS, *(f"reward_{term}" for term in TERMS))
+    budgets = np.where(np.arange(count) % 2, -1.0, 0.0).reshape(count, 1, 1).repeat(2, axis=1)
+    two = np.zeros((count, 2, 1), np.float32)
+    infos = dict.fromkeys(keys, numbers)
+    return Rollouts(obs={"budget": budgets}, actions=two, log_probs=two, logits=two, rewards=numbers, infos=infos)
+
+
+def iteration() -> dict[str, float]:
+    """`result["grpo"]` of an iteration in which everything there is happened."""
+    prices = PriceSettings(edges=EDGES)
+    config = {"group_size": 4, "divide_by_spread": False, "prices": prices, "kl_coeff": 0.1, "reference_interval": 0}
+    algorithm: Any = SimpleNamespace(
+        config=SimpleNamespace(**config),
+        round=1,
+        prices=Prices.start(prices).updated(np.array([-1.0, 0.0]), np.array([True, False])),
+        metrics=SimpleNamespace(peek=lambda key, default: 0.5),
+        _sample=lambda: (rollouts(8), dict.fromkeys(COUNTS, 0.0)),
+        _returns=lambda found: found.rewards,
+        _learn=lambda found, groups: None,
+    )
+    GRPO.training_step(algorithm)
+    return dict(algorithm._row)
+
+
+def test_the_loops_numbers_are_documented() -> None:
+    assert set(iteration()) == documented("grpo.md", 'The numbers of an iteration: `result["grpo"]`')
+
+
+def test_the_columns_of_metrics_jsonl_are_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts = [{"reward": 0.5, "accuracy": 1.0, "latency_ms": 9.0, "budget_ms": 10.0}]
+    monkeypatch.setattr("policies.grpo.evaluation.evaluate_contexts", lambda *given: contexts)
+    rows: list[dict[str, Any]] = []
+    trainer: Any = SimpleNamespace(
+        algorithm=SimpleNamespace(train=lambda: {"grpo": iteration()}, engine_stats=dict),
+        config=SimpleNamespace(reward=RewardConfig()),
+        contexts=[(0, 10.0)],
+        done=0,
+        folder=SimpleNamespace(append_metrics=rows.append),
+        writer=None,
+        trackers=[],
+        _validates=lambda: True,
+        _validate=lambda: train.Trainer._validate(trainer),
+    )
+    train.Trainer.iterate(trainer)
+    # The engine's own are looked at where there is an engine.
+    wanted = {name for name in documented("runs.md", "metrics.jsonl") if not name.startswith("engine/")}
+    assert set(rows[0]) == wanted
