@@ -50,6 +50,7 @@ def build_algorithm(setting: Setting, envs: int, contexts: int) -> GRPO:
         kl_coeff=grpo.kl_weight,
         reference_interval=grpo.reference_every,
         entropy_coeff=grpo.entropy_weight,
+        entropy_rounds=config.run.iterations if grpo.entropy_decay else 0,
         max_staleness=grpo.max_staleness,
         ratio_max=grpo.ratio_max,
         prices=price_settings(setting) if config.reward.mode == "constrained" else None,

@@ -82,7 +82,7 @@ class TaskConfig(Section):
         description="A task of `envs.tasks`, a data file or folder, or a mix of them; docs/data.md has the grammar.",
     )
     train_samples: Int = Field(
-        default=512,
+        default=384,
         ge=1,
         description="Samples of the train split used for training, 1 or more. Training returns "
         "to the same finite set, so outcomes are reused.",
@@ -280,7 +280,7 @@ class GRPOSettings(Section):
         description="Rollouts that share one sample and budget and are compared with one another. 2 to 1024.",
     )
     groups: Int = Field(default=192, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536.")
-    lr: float = Field(default=1e-4, gt=0, le=1, description="Adam step size. Above 0, to 1.")
+    lr: float = Field(default=3e-4, gt=0, le=1, description="Adam step size. Above 0, to 1.")
     epochs: Int = Field(default=4, ge=1, le=100, description="Passes over an iteration's rollouts. 1 to 100.")
     minibatch: Int | None = Field(
         default=1024,
@@ -312,7 +312,11 @@ class GRPOSettings(Section):
         description="Iterations between refreshes of the reference policy; 0 is never. 0 or more.",
     )
     entropy_weight: float = Field(
-        default=0.02, ge=0, le=10, description="Weight of the entropy bonus, per nat. 0 to 10."
+        default=0.1, ge=0, le=10, description="Weight of the entropy bonus, per nat. 0 to 10."
+    )
+    entropy_decay: Flag = Field(
+        default=True,
+        description="Let that weight fall linearly to 0 over `run.iterations`: explore first, then decide.",
     )
     max_grad_norm: float = Field(
         default=1.0, gt=0, le=1e6, description="Longest gradient, Euclidean norm. Above 0, to 1e6."
@@ -411,7 +415,7 @@ class RunConfig(Section):
         description="Name of the run folder; `null` names it by time.",
     )
     seed: Int = Field(default=0, ge=0, lt=2**31, description="Seed of everything random. 0 to 2^31 - 1.")
-    iterations: Int = Field(default=120, ge=1, description="Training iterations, 1 or more.")
+    iterations: Int = Field(default=240, ge=1, description="Training iterations, 1 or more.")
     checkpoint_every: Int = Field(default=10, ge=1, description="Iterations between checkpoints, 1 up.")
     keep_checkpoints: Int = Field(
         default=3,

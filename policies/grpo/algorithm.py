@@ -28,7 +28,7 @@ from policies.grpo import checkpoint
 from policies.grpo.advantages import GroupAdvantages, group_advantages
 from policies.grpo.config import GRPOConfig
 from policies.grpo.evaluation import EvaluationRequest, Row
-from policies.grpo.learner import WEIGHTS, answering, each_learner, learner_errors
+from policies.grpo.learner import ENTROPY_SHARES, WEIGHTS, answering, each_learner, learner_errors
 from policies.grpo.metrics import learner_metrics, rollout_metrics
 from policies.grpo.minibatches import minibatches
 from policies.grpo.prices import Prices, PriceSettings
@@ -157,6 +157,7 @@ class GRPO(Algorithm):
         if rows.size < len(rollouts):
             rollouts = rollouts.take(rows)
         columns = _columns(rollouts, groups.values.reshape(-1)[rows])
+        columns[ENTROPY_SHARES] = np.full(2 * rows.size, self.config.entropy_share(self.round), np.float32)
         learners = max(1, self.config.num_learners)
         results: list[Any] = []
         for epoch in range(self.config.num_epochs):

@@ -26,6 +26,7 @@ OWN_SETTINGS: Final = (
     "kl_coeff",
     "reference_interval",
     "entropy_coeff",
+    "entropy_rounds",
     "max_staleness",
     "ratio_max",
     "prices",
@@ -49,6 +50,7 @@ class GRPOConfig(AlgorithmConfig):
         kl_coeff: weight of the KL to a frozen reference; 0 keeps no reference.
         reference_interval: iterations between refreshes of the reference; 0 never.
         entropy_coeff: weight of the entropy bonus, per nat.
+        entropy_rounds: rounds over which that weight falls to 0, linearly; 0 keeps it.
         max_staleness: updates between the weights that sample a round and those that learn from it; 0 samples and
             learns in turns. Needs remote env runners.
         ratio_max: with staleness, the ratio is cut off there.
@@ -74,6 +76,7 @@ class GRPOConfig(AlgorithmConfig):
         self.kl_coeff: float = 0.0
         self.reference_interval: int = 0
         self.entropy_coeff: float = 0.01
+        self.entropy_rounds: int = 0
         self.max_staleness: int = 0
         self.ratio_max: float = 3.0
         self.prices: PriceSettings | None = None
@@ -125,6 +128,10 @@ class GRPOConfig(AlgorithmConfig):
         """Resets of a whole runner that one iteration takes."""
         return self.groups_per_iteration * self.group_size // self.num_envs_per_env_runner
 
+    def entropy_share(self, round_number: int) -> float:
+        """Part of the entropy bonus that is given in a round, 0 to 1."""
+        return max(0.0, 1.0 - round_number / self.entropy_rounds) if self.entropy_rounds else 1.0
+
     def build_algo(self, *args: Any, **kwargs: Any) -> "GRPO":
         # RLlib takes a value of -1 for "deprecated" on the way and puts the default in its place: check before that.
         self.validate()
@@ -147,6 +154,8 @@ class GRPOConfig(AlgorithmConfig):
                 f"clip_low {self.clip_low}, clip_high {self.clip_high}, kl_coeff {self.kl_coeff}, entropy_coeff "
                 f"{self.entropy_coeff} are not allowed: 0 < clip_low < 1, 0 < clip_high, both coefficients >= 0"
             )
+        if self.entropy_rounds < 0:
+            raise UserError(f"entropy_rounds {self.entropy_rounds} is not allowed: give 0 (never falls) or more rounds")
         if self.max_staleness < 0 or (self.max_staleness and not self.ratio_max > 1 + self.clip_high):
             raise UserError(
                 f"max_staleness {self.max_staleness}, ratio_max {self.ratio_max} are not allowed: max_staleness >= 0, "

@@ -20,6 +20,7 @@ from policies.grpo.losses import LossInputs, LossSettings, grpo_loss
 from policies.grpo.rl_module import REFERENCE_LOGITS, ControllerModule
 
 WEIGHTS = "row_weights"
+ENTROPY_SHARES = "entropy_shares"
 T = TypeVar("T")
 
 
@@ -109,6 +110,7 @@ class GRPOLearner(TorchLearner):
             advantages=batch[Columns.ADVANTAGES],
             weights=batch[WEIGHTS],
             reference_logits=fwd_out.get(REFERENCE_LOGITS),
+            entropy_shares=batch[ENTROPY_SHARES],
         )
         settings = LossSettings(
             config.clip_low,

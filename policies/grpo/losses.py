@@ -40,6 +40,7 @@ class LossInputs:
         advantages: (B,).
         weights: (B,) mean 1 over an epoch; 0 for padding.
         reference_logits: (B, 18) of the frozen reference, or None.
+        entropy_shares: (B,) part of the entropy bonus given, 0 to 1; None gives all of it.
     """
 
     old_logits: Tensor
@@ -48,6 +49,7 @@ class LossInputs:
     advantages: Tensor
     weights: Tensor
     reference_logits: Tensor | None = None
+    entropy_shares: Tensor | None = None
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
@@ -77,7 +79,8 @@ def grpo_loss(logits: Tensor, inputs: LossInputs, settings: LossSettings) -> tup
     cut_B = ratio_B.clamp(max=settings.ratio_max)
     surrogate_B = clipped_surrogate(cut_B, inputs.advantages, settings.clip_low, settings.clip_high)
     entropy_B = policy.entropy()
-    loss_B = -surrogate_B - settings.entropy_coeff * entropy_B
+    bonus_B = entropy_B if inputs.entropy_shares is None else entropy_B * inputs.entropy_shares
+    loss_B = -surrogate_B - settings.entropy_coeff * bonus_B
     metrics = {}
     if inputs.reference_logits is not None:
         reference_B = KnobDistribution(inputs.reference_logits).log_prob(inputs.actions)

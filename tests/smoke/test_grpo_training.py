@@ -219,6 +219,7 @@ def test_equal_groups_can_be_dropped_and_everything_equal_is_survived() -> None:
         ({"groups_per_iteration": 6}, "multiple of 4 groups"),
         ({"clip_low": 1.5}, "clip_low 1.5"),
         ({"entropy_coeff": -1.0}, "entropy_coeff -1.0"),
+        ({"entropy_rounds": -1}, "entropy_rounds -1"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_starts(training: dict, words: str) -> None:

@@ -13,6 +13,7 @@ from envs.errors import UserError
 from envs.knobs import KnobSpace
 from policies.distribution import LOGITS_WIDTH, KnobDistribution, mask_logits
 from policies.grpo.advantages import complete_groups, group_advantages
+from policies.grpo.config import GRPOConfig
 from policies.grpo.losses import LossInputs, LossSettings, clipped_surrogate, grpo_loss, kl_estimate
 from policies.grpo.minibatches import minibatches
 from policies.grpo.prices import FLOOR, Prices, PriceSettings, overrun_cost
@@ -149,6 +150,23 @@ def test_loss_is_the_sum_of_its_terms() -> None:
     expected = metrics["loss_policy"] + 0.7 * metrics["kl_reference"] - 0.1 * entropy
     torch.testing.assert_close(loss, expected)
     assert metrics["kl_reference"] > 0
+
+
+def test_each_decision_gets_its_share_of_the_entropy_bonus() -> None:
+    settings = LossSettings(entropy_coeff=0.1)
+    whole, none, half = (
+        grpo_loss(inputs().old_logits, inputs(entropy_shares=shares), settings)[0]
+        for shares in (None, torch.zeros(len(inputs().weights)), torch.full_like(inputs().weights, 0.5))
+    )
+    assert whole < half < none
+    torch.testing.assert_close(half, (whole + none) / 2)
+
+
+def test_the_entropy_bonus_falls_to_nothing_over_its_rounds() -> None:
+    config = GRPOConfig()
+    assert config.entropy_share(10**6) == 1.0
+    config.training(entropy_rounds=40)
+    assert [config.entropy_share(number) for number in (0, 10, 40, 50)] == [1.0, 0.75, 0.0, 0.0]
 
 
 def test_padding_changes_nothing() -> None:
