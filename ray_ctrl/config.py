@@ -316,7 +316,7 @@ class GRPOSettings(Section):
     )
     entropy_decay: Flag = Field(
         default=True,
-        description="Let that weight fall linearly to 0 over `run.iterations`: explore first, then decide.",
+        description="Let that weight fall linearly to 0 over `run.iterations`: explore, then decide.",
     )
     max_grad_norm: float = Field(
         default=1.0, gt=0, le=1e6, description="Longest gradient, Euclidean norm. Above 0, to 1e6."
