@@ -82,7 +82,7 @@ class TaskConfig(Section):
         description="A task of `envs.tasks`, a data file or folder, or a mix of them; docs/data.md has the grammar.",
     )
     train_samples: Int = Field(
-        default=384,
+        default=256,
         ge=1,
         description="Samples of the train split used for training, 1 or more. Training returns "
         "to the same finite set, so outcomes are reused.",
@@ -316,7 +316,8 @@ class GRPOSettings(Section):
     )
     entropy_decay: Flag = Field(
         default=True,
-        description="Let that weight fall linearly to 0 over `run.iterations`: explore, then decide.",
+        description="Let that weight fall linearly to 0 over `run.iterations`: explore, then decide. A run resumed for "
+        "longer is given the weight that a run of that length has there.",
     )
     max_grad_norm: float = Field(
         default=1.0, gt=0, le=1e6, description="Longest gradient, Euclidean norm. Above 0, to 1e6."

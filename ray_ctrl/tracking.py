@@ -1,7 +1,7 @@
 """Experiment trackers by one setting, `run.track`, through Ray's own integrations; and Ray's Prometheus endpoint.
 
-`mlflow:URI` (a server, `sqlite:///FILE` or `file:///FOLDER`) or `wandb:PROJECT`. Each iteration's row is logged once: a
-resumed run continues its entry.
+`mlflow:URI` (a server, `sqlite:///FILE` or `file:///FOLDER`) or `wandb:PROJECT`. A resumed run continues its
+entry; iterations done again after a crash are logged again.
 """
 
 import json

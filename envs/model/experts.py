@@ -130,7 +130,7 @@ def _dense(x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_EGD: Te
 
 
 def _reserve(x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor) -> Tensor:
-    """As `_dense`, in two parts: what a token's first experts add is data, what the others add is learnt."""
+    """As `_dense`, in two parts: the weights of a token's first experts are fixed, those of the others learn."""
     first = torch.arange(weights_NK.shape[1], device=x_ND.device) < min(TOP_KS)
     fixed = _dense(x_ND, weights_NK * first, experts_NK, gate_up_EGD.detach(), down_EHD.detach())
     return fixed + _dense(x_ND, weights_NK * ~first, experts_NK, gate_up_EGD, down_EHD)

@@ -190,7 +190,7 @@ class Language(nn.Module):
             attention_mask_BTT: True where a token (row) may attend to another (column); causal where not given.
                 Every token must be allowed at least one.
             lengths: true lengths of right-padded rows, to spend no experts on padding.
-            experts: "dense", "grouped" or "auto".
+            experts: "dense", "grouped", "auto", or "reserve" to train (see `experts`).
         """
         rows, tokens, _ = x_BTD.shape
         rope = self.rope(tokens)[:tokens]

@@ -217,9 +217,9 @@ class GRPO(Algorithm):
 
     def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
         checkpoint.verify(Path(path))
-        with checkpoint.explained(Path(path)), answering(self.learner_group, self.config.learner_timeout_s):
-            super().restore_from_path(path, *args, **kwargs)
-        with answering(self.learner_group, self.config.learner_timeout_s):
+        with learner_errors(self.round), answering(self.learner_group, self.config.learner_timeout_s):
+            with checkpoint.explained(Path(path)):
+                super().restore_from_path(path, *args, **kwargs)
             checkpoint.check_learners(self.learner_group, Path(path))
         checkpoint.check_runners(self)
 

@@ -107,7 +107,7 @@ def explained(folder: Path) -> Iterator[None]:
     """Turn what goes wrong while a checkpoint is loaded into one line."""
     try:
         yield
-    except UserError:
+    except (UserError, ray.exceptions.RayActorError):
         raise
     except Exception as error:
         raise UserError(

@@ -48,7 +48,7 @@ class GRPOConfig(AlgorithmConfig):
         drop_equal_groups: leave groups of equal returns out of the batch.
         clip_low, clip_high: bounds of the ratio below and above 1.
         kl_coeff: weight of the KL to a frozen reference; 0 keeps no reference.
-        reference_interval: iterations between refreshes of the reference; 0 never.
+        reference_interval: rounds between refreshes of the reference; 0 never.
         entropy_coeff: weight of the entropy bonus, per nat.
         entropy_rounds: rounds over which that weight falls to 0, linearly; 0 keeps it.
         max_staleness: updates between the weights that sample a round and those that learn from it; 0 samples and

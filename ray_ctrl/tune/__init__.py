@@ -104,7 +104,7 @@ def _run(sweep: Sweep, root: Path, resume: bool) -> int:
         with Interruption() as interruption:
             statuses = drive(sweep, root, concurrent, resume, interruption)
     ended = sum(status in ("TERMINATED", "ERROR") for status in statuses.values())
-    return finish(sweep, root, statuses, finished=ended >= sweep.trials and not interruption.asked)
+    return finish(sweep, root, statuses, finished=ended >= sweep.trials)
 
 
 def prepare(sweep: Sweep, root: Path) -> Sweep:

@@ -23,7 +23,7 @@ class Result:
 
     Attributes:
         chosen: dotted key to value, at the best validation; at the end of the trial where there is none.
-        status: Tune's word: TERMINATED, ERROR, RUNNING, PAUSED, PENDING.
+        status: Tune's word: TERMINATED, ERROR, RUNNING, PAUSED, PENDING; UNFINISHED where it was interrupted.
         curve: (iteration, metric) of every validation.
         best: iteration and metric of the best validation that has a checkpoint; None without one.
         iterations: how many were done.

@@ -197,6 +197,23 @@ def test_a_remote_learner_that_cannot_write_its_part_is_an_error(tmp_path: Path)
     algorithm.stop()
 
 
+def test_the_entropy_bonus_of_a_round_reaches_the_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = configuration(entropy_coeff=0.1, entropy_rounds=4).build_algo()
+    sent = []
+    update = algorithm.learner_group.update
+
+    def watched(batch: Any, **given: Any) -> Any:
+        sent.append({float(share) for share in batch.policy_batches["default_policy"]["entropy_shares"]})
+        return update(batch=batch, **given)
+
+    monkeypatch.setattr(algorithm.learner_group, "update", watched)
+    train(algorithm, 5)
+    algorithm.stop()
+    shares = [1.0, 0.75, 0.5, 0.25, 0.0]
+    epochs = len(sent) // len(shares)
+    assert sent == [{share} for share in shares for _ in range(epochs)]
+
+
 def test_equal_groups_can_be_dropped_and_everything_equal_is_survived() -> None:
     # One environment step decides everything equally: accuracy less a price of 0 is still graded, so fix the knobs.
     algorithm = configuration(drop_equal_groups=True).build_algo()

@@ -42,10 +42,10 @@ class PackingSettings:
         early_quotas: most questions of each family about one scene while the share of captions falls: they teach what
             stands where, and questions mostly read it off.
         late_quotas: the same from then on, with more of those that take two steps.
-        reserve_steps: share of steps that teach only the experts which the smallest top-k leaves out (full plan).
-        reserve_quotas: the questions of those steps: families that come to need all experts.
         plan_quotas: the same under a random plan, where no captions are asked for then; None asks as at any step.
             Families left out of it are never answered with less than the whole model, and come to need it.
+        reserve_share: share of steps that teach only the experts which the smallest top-k leaves out (full plan).
+        reserve_quotas: the questions of those steps: families that come to need all experts.
     """
 
     images: tuple[int, int, int] = (18, 12, 9)
@@ -63,7 +63,7 @@ class PackingSettings:
         default_factory=lambda: {"color": 3, "shape": 1, "count": 3, "digit": 2, "compare": 4, "match": 2}
     )
     plan_quotas: Quotas | None = None
-    reserve_steps: float = 0.0
+    reserve_share: float = 0.0
     reserve_quotas: Quotas = field(default_factory=dict)
 
 
@@ -77,7 +77,7 @@ def only_tier(packing: PackingSettings, tier: str) -> PackingSettings:
         captions_until=0.0,
         caption_floor=0.0,
         random_plans=0.0,
-        reserve_steps=0.0,
+        reserve_share=0.0,
     )
 
 
@@ -120,7 +120,7 @@ class PackedScenes(Dataset[PackedBatch]):
         caption_share = max(falling, self.settings.caption_floor)
         quotas = self.settings.early_quotas if falling > 0 else self.settings.late_quotas
         plan = ExecutionPlan()
-        reserve = self.settings.reserve_steps > 0 and bool(rng.random() < self.settings.reserve_steps)
+        reserve = self.settings.reserve_share > 0 and bool(rng.random() < self.settings.reserve_share)
         if reserve:
             quotas, caption_share = self.settings.reserve_quotas, 0.0
         elif rng.random() < self.settings.random_plans:

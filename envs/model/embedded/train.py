@@ -1,6 +1,7 @@
 """The recipe of the embedded model, from nothing to a model folder, in one resumable command.
 
-`python -m envs.model.embedded.train --out DIR [--start MODEL [--first PHASE]] [--minutes M] [--seed S] [--resume]`
+`python -m envs.model.embedded.train --out DIR [--start MODEL [--first PHASE]] [--minutes M] [--seed S] [--device cpu]
+[--resume]`
 
 Four phases: the vision tower alone on single crops (`warmup`), then everything on whole scenes (`scenes_phase`), where
 captions give way to packed questions and few crops to many. The last two make questions need different knobs.
@@ -44,7 +45,8 @@ DEPTH_PACKING = PackingSettings(
     late_quotas={"color": 1, "shape": 1, "count": 2, "sum": 4, "digit": 3, "compare": 3, "match": 2},
     plan_quotas={"digit": 4, "match": 4},
 )
-# Corners are first learnt by the reserve alone, then by all: whoever has them first keeps most of the work.
+# Under the full plan corners are first learnt by the reserve alone, then by all: whoever has them first keeps most of
+# the work. Random plans ask for a few throughout, so that fewer experts answer some.
 RESERVE_PACKING = replace(
     DEPTH_PACKING,
     early_tiers=(0.4, 0.25, 0.35),
@@ -54,7 +56,7 @@ RESERVE_PACKING = replace(
     early_quotas={"color": 1, "shape": 1, "count": 2, "sum": 4, "digit": 3, "compare": 3, "match": 2},
     late_quotas={"color": 1, "shape": 1, "count": 3, "sum": 4, "corners": 4, "digit": 3, "compare": 2, "match": 2},
     plan_quotas={"digit": 4, "match": 4, "corners": 2, "sum": 1, "count": 1},
-    reserve_steps=0.3,
+    reserve_share=0.3,
     reserve_quotas={"corners": 4},
 )
 LATE_PHASES = ("depth", "reserve")
@@ -145,7 +147,7 @@ def depth_phase(recipe: Recipe, model: AdaptiveMolmoE) -> Phase:
 
 
 def reserve_phase(recipe: Recipe, model: AdaptiveMolmoE) -> Phase:
-    """`model` trained on: half of the steps teach one more family to the experts that the smallest top-k leaves out.
+    """`model` trained on: a share of the steps teaches one more family to the experts beyond the smallest top-k.
 
     As new knowledge is given to experts of its own in lifelong learning (Chen et al. 2023, "Lifelong Language
     Pretraining with Distribution-Specialized Experts"), so that the old ones keep what they know.
@@ -215,7 +217,7 @@ def _start(recipe: Recipe, settings: LoopSettings) -> Phase | None:
     """The first phase that trains the whole model, warmed up where it needs that; None when time ran out before."""
     if recipe.start is not None:
         model = AdaptiveMolmoE.from_pretrained(recipe.start, device=settings.device)
-        begin = depth_phase if recipe.first == "depth" else reserve_phase
+        begin = {"depth": depth_phase, "reserve": reserve_phase}[recipe.first]
         return begin(recipe, model.requires_grad_(True))
     warmup = warmup_phase(recipe, settings.device)
     if not run_phase(warmup, settings):
@@ -250,7 +252,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; the model goes to OUT/model")
     parser.add_argument("--start", help="model folder to start phase FIRST from, in place of those before")
-    parser.add_argument("--first", choices=LATE_PHASES, default=LATE_PHASES[0], help="phase that --start begins with")
+    parser.add_argument("--first", choices=LATE_PHASES, help=f"phase that --start begins with ({LATE_PHASES[0]})")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; go on with --resume")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and data")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -258,7 +260,9 @@ def main() -> int:
     options = parser.parse_args()
     if not options.minutes > 0:
         raise UserError(f"--minutes {options.minutes} is not allowed: give a number above 0")
-    recipe = Recipe(seed=options.seed, start=options.start, first=options.first)
+    if options.first and not options.start:
+        raise UserError(f"--first {options.first} needs --start MODEL: without one all phases run")
+    recipe = Recipe(seed=options.seed, start=options.start, first=options.first or LATE_PHASES[0])
     check_folder(options.out, recipe, options.resume)
     keep_freed_memory()
     settings = LoopSettings(options.out, torch.device(options.device), deadline=time.monotonic() + 60 * options.minutes)

@@ -76,8 +76,8 @@ def _sums(scene: Scene, kinds: Mapping[str, int]) -> list[Question]:
     return questions
 
 
-def _corners(kinds: Mapping[str, int]) -> list[Question]:
-    """Questions of the family `corners`: about all shapes, and about pairs of kinds of which there are at least two."""
+def _corners(kinds: Counter[str]) -> list[Question]:
+    """Questions of the family `corners`: about all shapes, and about pairs of kinds that add up to at least two."""
     if not kinds:
         return []
     asked = [("How many corners are there?", tuple(kinds))]

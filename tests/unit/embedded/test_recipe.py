@@ -14,7 +14,7 @@ from envs.errors import UserError
 from envs.knobs import ExecutionPlan
 from envs.model import AdaptiveMolmoE, MolmoEProcessor, embedded
 from envs.model.embedded.evaluate import measure_importance
-from envs.model.embedded.loop import LoopSettings, schedule
+from envs.model.embedded.loop import LoopSettings, Phase, run_phase, schedule
 from envs.model.embedded.packing import (
     FAMILY_NAMES,
     IGNORE,
@@ -26,7 +26,7 @@ from envs.model.embedded.packing import (
 )
 from envs.model.embedded.scenes_phase import scenes_loss
 from envs.model.embedded.shape import build_config, build_processor, build_tokenizer, train_tokenizer
-from envs.model.embedded.train import DEPTH_PACKING, LATE_PHASES, RESERVE_PACKING, Recipe, check_folder, train
+from envs.model.embedded.train import DEPTH_PACKING, LATE_PHASES, RESERVE_PACKING, Recipe, check_folder, main, train
 from envs.model.embedded.warmup import WarmupCrops
 from envs.tasks.scenes import SceneImage, all_questions, make_scene
 from envs.tasks.scenes.draw import draw_scene
@@ -220,3 +220,34 @@ def test_importance_finds_the_block_that_does_nothing() -> None:
 def test_validation_batches_hold_questions_alone_from_the_first_on() -> None:
     batch = PackedScenes(2, 0, only_tier(TINY.reserve_packing, "low"), "validation")[0]
     assert FAMILY_NAMES.index("caption") not in batch.families.unique().tolist()
+
+
+def test_a_first_phase_needs_a_model_to_start_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path / "run"), "--first", "reserve"])
+    with pytest.raises(UserError, match="--first reserve needs --start"):
+        main()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_may_be_learnt_from_at_a_rate_of_its_own(tmp_path: Path) -> None:
+    """With a rate of 0 for every batch nothing changes, however large the phase's own."""
+
+    def trained(rate: float) -> torch.Tensor:
+        layer = torch.nn.Linear(2, 1, bias=False)
+        torch.nn.init.ones_(layer.weight)
+        folder = tmp_path / str(rate)
+        folder.mkdir()
+        phase = Phase(
+            name="toy",
+            modules=torch.nn.ModuleDict({"model": layer}),
+            data=[torch.ones(1, 2)] * 3,  # type: ignore[arg-type]
+            loss=lambda batch: (layer(batch).sum(), {}),
+            steps=3,
+            lr=0.1,
+            rate=lambda batch: rate,
+        )
+        assert run_phase(phase, dataclasses.replace(settings(folder), weight_decay=0.0))
+        return layer.weight.detach()
+
+    assert torch.equal(trained(0.0), torch.ones(1, 2))
+    assert not torch.equal(trained(1.0), torch.ones(1, 2))

@@ -101,7 +101,7 @@ def test_a_learner_remembers_why_it_could_not_write(monkeypatch: pytest.MonkeyPa
     assert one.failed_write is None
 
 
-def test_digests_see_every_number_and_where_it_is() -> None:
+def test_digests_see_every_array_and_where_it_is() -> None:
     whole = {"a": np.zeros(2), "b": [np.ones(1)]}
     assert digest(whole) == digest({"b": [np.ones(1)], "a": np.zeros(2)})
     others = ({"a": np.zeros(2)}, {"b": np.zeros(2), "a": [np.ones(1)]}, {"a": np.zeros((2, 1)), "b": [np.ones(1)]})
