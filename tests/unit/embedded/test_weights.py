@@ -58,8 +58,22 @@ def test_it_answers_above_chance(
     assert sum(right) / len(right) >= at_least
 
 
-def test_every_answer_of_the_scenes_is_one_token(processor: MolmoEProcessor) -> None:
-    assert {len(processor.encode(f" {sample.answers[0]}")) for sample in load_scenes("validation")} == {1}
+def test_corners_want_more_experts_than_the_smallest_top_k(model: AdaptiveMolmoE, processor: MolmoEProcessor) -> None:
+    samples = [sample for sample in load_scenes("validation") if sample.family == "corners"][:40]
+    batch = collate([processor(sample.image, sample.question, "low") for sample in samples])
+    right = {}
+    for top_k in (4, 8):
+        answers = model.generate(batch, ExecutionPlan("low", 1, top_k), max_new_tokens=4)
+        pairs = zip(answers, samples, strict=True)
+        right[top_k] = sum(processor.decode(ids) == sample.answers[0] for ids, sample in pairs) / len(samples)
+    assert right[8] >= right[4] + 0.15
+
+
+def test_answers_of_the_scenes_are_one_token_but_for_larger_numbers(processor: MolmoEProcessor) -> None:
+    answers = {sample.answers[0] for sample in load_scenes("validation")}
+    long = {answer for answer in answers if len(processor.encode(f" {answer}")) > 1}
+    assert long == {answer for answer in answers if answer.isdecimal() and int(answer) > 9}
+    assert max(len(processor.encode(f" {answer}")) for answer in long) == 2
 
 
 def test_weights_are_finite(model: AdaptiveMolmoE) -> None:
