@@ -13,6 +13,7 @@ from envs.budgets import BudgetDistribution, budget_range
 from envs.errors import UserError
 from envs.knobs import MAX_DROPPED, ExecutionPlan, KnobSpace
 from envs.latency import Identity, ProfiledClock, ProfileTable, profile
+from envs.latency.profiler import GOOD_FIT
 from envs.model.importance import removal_order
 from envs.reward import RewardConfig as RewardWeights
 from envs.tasks import load_task
@@ -236,10 +237,17 @@ def measure_table(config: Config, engine: Any) -> ProfileTable:
     clock = ProfiledClock(table)
     console.print(
         f"profiled {len(table.cells)} requests, {config.clock.profile_repeats} times each: reference request "
-        f"{clock.reference_ms:.1f} ms, median error of the fit {clock.median_error:.1%}",
+        f"{clock.reference_ms:.1f} ms, median error of the fit {clock.median_error:.1%}{doubt(clock.median_error)}",
         markup=False,
     )
     return table
+
+
+def doubt(median_error: float) -> str:
+    """What to do where a profile does not fit its own measurements: budgets made from it would mean little."""
+    if median_error <= GOOD_FIT:
+        return ""
+    return f", above {GOOD_FIT:.0%}: the device was busy; profile it when it is not, or raise clock.profile_repeats"
 
 
 def _budgets(setting: Setting, path: Path) -> BudgetDistribution:

@@ -26,7 +26,8 @@ Progress = Callable[[int, int], None]
 MOST_RECALIBRATION_REQUESTS: Final = 50
 _CARRIED_WEIGHT: Final = 0.1
 _WARM_UP: Final = 2
-_GOOD_FIT: Final = 0.05
+GOOD_FIT: Final = 0.05
+"""Median error of a fit that budgets can be made from."""
 _MOST_TURNS: Final = 3
 """On a device that is busy with other things, medians need more repeats: up to three times as many are made."""
 
@@ -93,7 +94,7 @@ def profile(
     for turn in range(1, _MOST_TURNS + 1):
         seen.run(engine, cells, repeats, rng, controller, _later(progress, turn))
         table = ProfileTable(identity, reference, seen.cells(engine, cells))
-        if len(cells) < FEWEST_CELLS or ProfiledClock(table).median_error <= _GOOD_FIT:
+        if len(cells) < FEWEST_CELLS or ProfiledClock(table).median_error <= GOOD_FIT:
             break
     return table
 

@@ -9,6 +9,7 @@ from envs.errors import UserError
 from ray_ctrl import config_docs
 from ray_ctrl.config import Config
 from ray_ctrl.feasibility import plan_layout
+from ray_ctrl.setting import doubt
 from ray_ctrl.settings import load_config, presets, to_yaml, valid_keys
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "config.md"
@@ -112,3 +113,8 @@ def test_defaults_live_in_the_models_alone() -> None:
     """The laptop preset changes nothing, so that one place holds the defaults."""
     assert load_config("laptop") == Config()
     assert yaml.safe_load(to_yaml(Config()))["grpo"]["lr"] == Config().grpo.lr
+
+
+def test_a_profile_that_does_not_fit_is_doubted_aloud() -> None:
+    assert doubt(0.05) == ""
+    assert "the device was busy" in doubt(0.08)
