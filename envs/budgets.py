@@ -149,7 +149,8 @@ def budget_range(
 ) -> tuple[float, float]:
     """The device's range over training samples, ms: p95 of the cheapest plan to p95 of the dearest.
 
-    At the lower end 95 % of requests can be served at all, at the upper end 95 % of them in full.
+    At the lower end 95 % of requests can be served at all, at the upper end 95 % of them in full, by the latency that
+    rollouts are judged by: a spread on top, large in a table measured on a busy device, would put every plan in time.
 
     Args:
         engine: gives a sample's sizes, and runs 16 samples for the usual answer length.
@@ -169,7 +170,8 @@ def budget_range(
         times = [[clock.measure(s, plan)[1].total for s in spread] for plan in (cheapest, full)]
     else:
         length = _usual_length(engine, spread, full) if new_tokens is None else new_tokens
-        times = [[clock.p95(engine.shape(s, plan.tier), plan, length) for s in samples] for plan in (cheapest, full)]
+        plans = (cheapest, full)
+        times = [[clock.latency(engine.shape(s, plan.tier), plan, length).total for s in samples] for plan in plans]
     low, high = (float(np.quantile(row, 0.95)) for row in times)
     return low, high
 

@@ -112,13 +112,20 @@ def test_the_device_range_serves_most_requests_at_either_end():
     cheapest, full = world.space.plan(world.space.cheapest), world.space.plan(world.space.full)
 
     def served(plan, budget):
-        times = [world.clock.p95(world.engine.shape(s, plan.tier), plan, 4) for s in world.samples]
+        times = [world.clock.latency(world.engine.shape(s, plan.tier), plan, 4).total for s in world.samples]
         return np.mean(np.array(times) <= budget * (1 + 1e-9))
 
     assert low < high
     assert served(cheapest, low) >= 0.9
     assert served(full, high) >= 0.9
     assert served(full, low) < 0.9
+
+
+def test_the_noise_of_a_busy_device_does_not_move_the_range(monkeypatch):
+    world = make_world(40)
+    quiet = budget_range(world.engine, world.clock, world.space, world.samples, new_tokens=4)
+    monkeypatch.setattr(type(world.clock), "p95", lambda self, *request: 3 * self.latency(*request).total)
+    assert budget_range(world.engine, world.clock, world.space, world.samples, new_tokens=4) == quiet
 
 
 def test_the_device_range_of_a_measured_clock_runs_few_requests():
