@@ -1,15 +1,14 @@
 """Every figure of the model card, measured: `python -m envs.model.embedded.evaluate --model DIR --out DIR`.
 
-Writes `importance.json` (from validation), `outcomes-<split>.npz` (accuracy of every sample under every distinct plan)
-and `figures-<split>.json`. Outcomes and latencies come from the rollout engine; latency is measured at batch 1 and
-interpolated by the profiled clock.
+Writes `importance.json` (from validation), `outcomes-<split>.npz` (every sample under every distinct plan)
+and `figures.json`. Outcomes and latencies come from the rollout engine; latency is measured at batch 1 and interpolated
+by the profiled clock. Answers are kept in `outcomes.sqlite` as they come: stopped, the command goes on where it was.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ import torch
 from rich.progress import track
 
 from envs.engine import RolloutEngine
+from envs.engine.importance import measure_importance
 from envs.errors import UserError
-from envs.knobs import MODEL_BLOCKS, TIERS, ExecutionPlan, Knobs, KnobSpace
+from envs.knobs import TIERS, ExecutionPlan, Knobs, KnobSpace
 from envs.latency.profiled import ProfiledClock
 from envs.latency.profiler import profile
 from envs.model.embedded.figures import (
@@ -32,11 +32,8 @@ from envs.model.embedded.figures import (
     knob_figures,
     markdown_table,
 )
-from envs.model.embedded.loop import fast_math, keep_freed_memory
-from envs.model.embedded.packing import PackedBatch, PackedScenes, only_tier
-from envs.model.embedded.scenes_phase import scenes_loss
-from envs.model.embedded.train import RESERVE_PACKING
-from envs.model.importance import IMPORTANCE_FILE, read_importance
+from envs.model.embedded.loop import keep_freed_memory
+from envs.model.importance import importance_path, read_importance, write_importance
 from envs.model.molmoe import AdaptiveMolmoE
 from envs.model.processor import MolmoEProcessor
 from envs.tasks.sample import Sample
@@ -46,51 +43,18 @@ _CHUNK = 64
 _PROBE_POSITION = 3
 _PROBE_LEVEL = 8
 _NEW_TOKENS = 4
-_IMPORTANCE_SEED = 7
-_IMPORTANCE_BATCHES = 8
+_IMPORTANCE_SAMPLES = 400
 
 
-def make_engine(folder: Path, importance: Sequence[float] | None = None) -> RolloutEngine:
+def make_engine(folder: Path, importance: Sequence[float] | None = None, store: Path | None = None) -> RolloutEngine:
     """An engine for the model in `folder`; answers longer than any the scenes have are cut."""
     return RolloutEngine(
         AdaptiveMolmoE.from_pretrained(folder),
         MolmoEProcessor.from_pretrained(folder),
+        store=store,
         importance=importance,
         max_new_tokens=_NEW_TOKENS,
     )
-
-
-@torch.no_grad()
-def measure_importance(model: AdaptiveMolmoE, batches: Sequence[PackedBatch]) -> dict[str, Any]:
-    """What leaving out each block alone costs, as the content of `importance.json`.
-
-    Cross entropy rather than accuracy: with equal numbers of questions it ranks blocks with far less noise.
-    """
-
-    def loss(plan: ExecutionPlan) -> float:
-        with fast_math(torch.device("cpu")):
-            return float(np.mean([float(scenes_loss(model, replace(batch, plan=plan))[0]) for batch in batches]))
-
-    everything = tuple(range(MODEL_BLOCKS))
-    full = loss(ExecutionPlan())
-    without = [
-        loss(ExecutionPlan(blocks=everything[:b] + everything[b + 1 :])) for b in _track(everything[1:], "blocks")
-    ]
-    rises = [value - full for value in without]
-    # Block 0 is never dropped; its score only has to be the largest.
-    scores = [2 * max(*rises, 0.01), *rises]
-    return {
-        "importance": [round(score, 4) for score in scores],
-        "task": f"scenes, validation, packed questions about {sum(len(b.labels) for b in batches)} scenes",
-        "metric": "rise in mean cross entropy of answers when the block alone is left out, high tier, top-k 8; "
-        "block 0 is fixed",
-    }
-
-
-def importance_batches(count: int) -> list[PackedBatch]:
-    """Packed questions of all families about validation scenes at the high tier."""
-    data = PackedScenes(count, _IMPORTANCE_SEED, only_tier(RESERVE_PACKING, "high"), "validation")
-    return [data[i] for i in range(count)]
 
 
 def accuracies(
@@ -224,8 +188,8 @@ def run(model: Path, out: Path, count: int | None, with_latency: bool) -> dict[s
     """Importance, then outcomes and figures of validation and test."""
     out.mkdir(parents=True, exist_ok=True)
     validation, test = (_evenly(load_scenes(split), count) for split in ("validation", "test"))
-    write_importance(model)
-    engine = make_engine(model, read_importance(model))
+    ensure_importance(model)
+    engine = make_engine(model, read_importance(model), out / "outcomes.sqlite")
     space = KnobSpace(engine.importance)
     clock = None
     result: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -238,12 +202,15 @@ def run(model: Path, out: Path, count: int | None, with_latency: bool) -> dict[s
         latency = latencies(engine, samples, space.distinct, clock) if clock else None
         families = tuple(sample.family or "" for sample in samples)
         tables[split] = OutcomeTable(space.distinct, families, accuracy, latency)
-        np.savez_compressed(
-            out / f"outcomes-{split}.npz",
-            accuracy=accuracy.astype(np.float16),
-            knobs=np.array([f"{k.tier} {k.insertion} {k.top_k} {k.blocks}" for k in space.distinct]),
-            samples=np.array([sample.id for sample in samples]),
-        )
+        saved: dict[str, Any] = {
+            "accuracy": accuracy.astype(np.float16),
+            "knobs": np.array([f"{k.tier} {k.insertion} {k.top_k} {k.blocks}" for k in space.distinct]),
+            "samples": np.array([sample.id for sample in samples]),
+            "families": np.array(families),
+        }
+        if latency is not None:
+            saved["latency_ms"] = latency.astype(np.float32)
+        np.savez_compressed(out / f"outcomes-{split}.npz", **saved)
         result[split] = figures(tables[split], samples)
     # Two plans a sample are cheap: the probe is fitted and judged on whole splits.
     whole = {split: load_scenes(split) for split in tables}
@@ -254,16 +221,21 @@ def run(model: Path, out: Path, count: int | None, with_latency: bool) -> dict[s
     return result
 
 
-def write_importance(model: Path) -> None:
-    """Measures block importance, unless the model folder holds it already."""
-    if not (model / IMPORTANCE_FILE).is_file():
-        content = measure_importance(AdaptiveMolmoE.from_pretrained(model), importance_batches(_IMPORTANCE_BATCHES))
-        (model / IMPORTANCE_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def ensure_importance(model: Path) -> None:
+    """Measures block importance on validation samples, unless the model folder holds it already."""
+    file = importance_path(model)
+    if file.is_file():
+        return
+    engine, samples = make_engine(model), _evenly(load_scenes("validation"), _IMPORTANCE_SAMPLES)
+    found = measure_importance(engine, samples)
+    write_importance(
+        file, found.to_dict({"task": "scenes", "split": "validation", "fingerprint": engine.model.fingerprint})
+    )
 
 
 def quick(model: Path, count: int | None, split: str = "validation") -> dict[str, dict[str, float]]:
     """Accuracy by family of the full and the cheapest plan and of each tier: a first look at a model."""
-    write_importance(model)
+    ensure_importance(model)
     samples = _evenly(load_scenes(split), count)
     engine = make_engine(model, read_importance(model))
     space = KnobSpace(engine.importance)

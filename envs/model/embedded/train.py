@@ -3,12 +3,12 @@
 `python -m envs.model.embedded.train --out DIR [--start MODEL [--first PHASE]] [--minutes M] [--seed S] [--device cpu]
 [--resume]`
 
-Four phases: the vision tower alone on single crops (`warmup`), then everything on whole scenes (`scenes_phase`), where
-captions give way to packed questions and few crops to many. The last two make questions need different knobs.
+Five phases: the vision tower alone on single crops (`warmup`), then everything on whole scenes (`scenes_phase`), where
+captions give way to packed questions and few crops to many. The last three make questions need different knobs.
 `depth_phase`: reading digits is practised under random plans, all else, sums above all, is only ever answered by the
-whole model. `reserve_phase`: corners are learnt by the experts that the smallest top-k leaves out. `--start` takes a
-model folder in place of the phases before `--first`. The model folder is DIR/model; the training state and the log lie
-beside it.
+whole model. `reserve_phase`: corners are learnt by the experts that the smallest top-k leaves out. `contrast_phase`: so
+are sums, and plans grow apart. `--start` takes a model folder in place of the phases before `--first`. The model folder
+is DIR/model; the training state and the log lie beside it.
 """
 
 import argparse
@@ -19,12 +19,14 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from envs.errors import UserError
+from envs.knobs import TIERS
 from envs.model.embedded.loop import LoopSettings, Metrics, Phase, keep_freed_memory, run_phase, to_device
 from envs.model.embedded.packing import PackedBatch, PackedScenes, PackingSettings, only_tier, random_plan
 from envs.model.embedded.scenes_phase import match_scales, scenes_loss
@@ -35,7 +37,7 @@ from envs.model.vision import VisionBackbone
 
 _HELD_OUT_SEED = 1
 _HELD_OUT = 4  # batches of each kind
-_DEPTH_SEED, _RESERVE_SEED = 100, 200  # set the scenes of these phases apart from those before
+_DEPTH_SEED, _RESERVE_SEED, _CONTRAST_SEED = 100, 200, 300  # set the scenes of these phases apart from those before
 DEPTH_PACKING = PackingSettings(
     early_tiers=(0.3, 0.22, 0.48),
     late_tiers=(0.3, 0.22, 0.48),
@@ -53,13 +55,21 @@ RESERVE_PACKING = replace(
     late_tiers=(0.4, 0.25, 0.35),
     captions_until=0.25,
     random_plans=0.3,
-    early_quotas={"color": 1, "shape": 1, "count": 2, "sum": 4, "digit": 3, "compare": 3, "match": 2},
-    late_quotas={"color": 1, "shape": 1, "count": 3, "sum": 4, "corners": 4, "digit": 3, "compare": 2, "match": 2},
+    early_quotas={"color": 1, "shape": 1, "count": 2, "sum": 4, "digit": 4, "compare": 3, "match": 3},
+    late_quotas={"color": 1, "shape": 1, "count": 3, "sum": 4, "corners": 4, "digit": 4, "compare": 2, "match": 3},
     plan_quotas={"digit": 4, "match": 4, "corners": 2, "sum": 1, "count": 1},
     reserve_share=0.3,
     reserve_quotas={"corners": 4},
 )
-LATE_PHASES = ("depth", "reserve")
+CONTRAST_PACKING = replace(
+    RESERVE_PACKING,
+    captions_until=0.0,
+    random_plans=0.15,
+    late_quotas={"color": 1, "shape": 1, "count": 3, "sum": 3, "corners": 2, "digit": 4, "compare": 2, "match": 3},
+    plan_quotas={"digit": 4, "match": 4},
+    reserve_share=0.45,
+    reserve_quotas={"corners": 4, "sum": 4},
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,10 @@ class Recipe:
             much that the others can go unnoticed; flattened, all eight have a part in whatever is learnt from then on.
         reserve_steps, reserve_lr, reserve_packing: the same for the reserve phase.
         rehearsal_lr: factor on the rate of its other steps, which only have to keep what was learnt before.
+        reserve_tower_lr: `tower_lr` of this phase, which is the longest look at small digits.
+        contrast_steps, contrast_packing: the same for the contrast phase, at the rates of the reserve phase.
         start: model folder that phase `first` starts from; None runs all phases.
-        first: "depth" or "reserve".
+        first: a name of `LATE_PHASES`.
     """
 
     seed: int = 0
@@ -93,12 +105,15 @@ class Recipe:
     depth_lr: float = 6.0e-4
     depth_packing: PackingSettings = field(default_factory=lambda: DEPTH_PACKING)
     router_scale: float = 0.25
-    reserve_steps: int = 1200
+    reserve_steps: int = 2600
     reserve_lr: float = 8.0e-4
     rehearsal_lr: float = 0.5
+    reserve_tower_lr: float = 1.0
     reserve_packing: PackingSettings = field(default_factory=lambda: RESERVE_PACKING)
+    contrast_steps: int = 1900
+    contrast_packing: PackingSettings = field(default_factory=lambda: CONTRAST_PACKING)
     start: str | None = None
-    first: str = LATE_PHASES[0]
+    first: str = "depth"
 
 
 def warmup_phase(recipe: Recipe, device: torch.device) -> Phase:
@@ -153,16 +168,34 @@ def reserve_phase(recipe: Recipe, model: AdaptiveMolmoE) -> Phase:
     Pretraining with Distribution-Specialized Experts"), so that the old ones keep what they know.
     """
     data = PackedScenes(recipe.reserve_steps, recipe.seed + _RESERVE_SEED, recipe.reserve_packing)
-    phase = _packed_phase("reserve", model, data, recipe, recipe.reserve_lr)
-    return replace(phase, rate=lambda batch: 1.0 if batch.reserve else recipe.rehearsal_lr)
+    return _with_reserve("reserve", model, data, recipe)
+
+
+def contrast_phase(recipe: Recipe, model: AdaptiveMolmoE) -> Phase:
+    """`model` trained on: the reserve gets sums, too, and nothing but digits is answered with less than the model."""
+    data = PackedScenes(recipe.contrast_steps, recipe.seed + _CONTRAST_SEED, recipe.contrast_packing)
+    return _with_reserve("contrast", model, data, recipe)
+
+
+def _with_reserve(name: str, model: AdaptiveMolmoE, data: PackedScenes, recipe: Recipe) -> Phase:
+    phase = _packed_phase(name, model, data, recipe, recipe.reserve_lr)
+    return replace(
+        phase,
+        rate=lambda batch: 1.0 if batch.reserve else recipe.rehearsal_lr,
+        tower_lr=recipe.reserve_tower_lr,
+    )
+
+
+LATE_PHASES: Final = {"depth": depth_phase, "reserve": reserve_phase, "contrast": contrast_phase}
+"""What comes after the scenes phase, in order; `--first` names one of them."""
 
 
 def _packed_phase(name: str, model: AdaptiveMolmoE, data: PackedScenes, recipe: Recipe, lr: float) -> Phase:
-    """A phase over packed scenes, validated at both ends of the tiers and, at the high one, under random plans too."""
+    """A phase over packed scenes, validated at every tier and, at the high one, under random plans too."""
     seed = recipe.seed + _HELD_OUT_SEED
     held_out = {
         tier: PackedScenes(_HELD_OUT, seed, only_tier(data.settings, tier), "validation", data.processor)
-        for tier in ("low", "high")
+        for tier in TIERS
     }
 
     def loss(batch: PackedBatch) -> tuple[Tensor, Metrics]:
@@ -198,33 +231,25 @@ def export(model: AdaptiveMolmoE, folder: Path) -> None:
 
 def train(recipe: Recipe, settings: LoopSettings) -> bool:
     """Runs what is left of the recipe; True when it is complete. A model folder is written once there is a model."""
-    phase = _start(recipe, settings)
-    if phase is None:
-        return False
-    model = phase.modules["model"]
-    assert isinstance(model, AdaptiveMolmoE)
-    complete = run_phase(phase, settings)
-    if complete and phase.name == "scenes":
-        phase = depth_phase(recipe, model)
-        complete = run_phase(phase, settings)
-    if complete and phase.name == "depth":
-        complete = run_phase(reserve_phase(recipe, model), settings)
+    late = list(LATE_PHASES)
+    if recipe.start is not None:
+        model = AdaptiveMolmoE.from_pretrained(recipe.start, device=settings.device).requires_grad_(True)
+        late, complete = late[late.index(recipe.first) :], True
+    else:
+        warmup = warmup_phase(recipe, settings.device)
+        if not run_phase(warmup, settings):
+            return False
+        vision = warmup.modules["vision"]
+        assert isinstance(vision, VisionBackbone)
+        scenes = scenes_phase(recipe, settings.device, vision)
+        complete = run_phase(scenes, settings)
+        trained = scenes.modules["model"]
+        assert isinstance(trained, AdaptiveMolmoE)
+        model = trained
+    for name in late:
+        complete = complete and run_phase(LATE_PHASES[name](recipe, model), settings)
     export(model, settings.folder / "model")
     return complete
-
-
-def _start(recipe: Recipe, settings: LoopSettings) -> Phase | None:
-    """The first phase that trains the whole model, warmed up where it needs that; None when time ran out before."""
-    if recipe.start is not None:
-        model = AdaptiveMolmoE.from_pretrained(recipe.start, device=settings.device)
-        begin = {"depth": depth_phase, "reserve": reserve_phase}[recipe.first]
-        return begin(recipe, model.requires_grad_(True))
-    warmup = warmup_phase(recipe, settings.device)
-    if not run_phase(warmup, settings):
-        return None
-    vision = warmup.modules["vision"]
-    assert isinstance(vision, VisionBackbone)
-    return scenes_phase(recipe, settings.device, vision)
 
 
 def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
@@ -252,7 +277,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; the model goes to OUT/model")
     parser.add_argument("--start", help="model folder to start phase FIRST from, in place of those before")
-    parser.add_argument("--first", choices=LATE_PHASES, help=f"phase that --start begins with ({LATE_PHASES[0]})")
+    parser.add_argument("--first", choices=LATE_PHASES, help="phase that --start begins with (depth)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; go on with --resume")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and data")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -262,7 +287,7 @@ def main() -> int:
         raise UserError(f"--minutes {options.minutes} is not allowed: give a number above 0")
     if options.first and not options.start:
         raise UserError(f"--first {options.first} needs --start MODEL: without one all phases run")
-    recipe = Recipe(seed=options.seed, start=options.start, first=options.first or LATE_PHASES[0])
+    recipe = Recipe(seed=options.seed, start=options.start, first=options.first or "depth")
     check_folder(options.out, recipe, options.resume)
     keep_freed_memory()
     settings = LoopSettings(options.out, torch.device(options.device), deadline=time.monotonic() + 60 * options.minutes)

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from envs.knobs import Knobs
 from envs.model.embedded.figures import (
@@ -49,6 +51,15 @@ def test_headroom_orders_one_plan_family_and_sample() -> None:
     assert row["per_sample"] == 100.0
     assert headroom(table(), [15.0])[0]["one_plan"] == 25.0
     assert headroom(table(), [5.0])[0] == {"budget_ms": 5.0, "one_plan": 0.0, "per_family": 0.0, "per_sample": 0.0}
+
+
+@given(seed=st.integers(0, 1000), budget=st.floats(5.0, 60.0))
+def test_more_freedom_to_choose_never_costs_accuracy(seed: int, budget: float) -> None:
+    rng = np.random.default_rng(seed)
+    accuracy, latency = (rng.random((12, 6)) > 0.5).astype(float), rng.uniform(10.0, 50.0, (12, 6))
+    families = tuple(rng.choice(["a", "b", "c"], 12).tolist())
+    row = headroom(OutcomeTable(KNOBS, families, accuracy, latency), [budget])[0]
+    assert row["one_plan"] <= row["per_family"] + 1e-9 <= row["per_sample"] + 2e-9
 
 
 def test_chance_is_the_commonest_answer() -> None:

@@ -13,7 +13,6 @@ from PIL import Image
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
 from envs.model import AdaptiveMolmoE, MolmoEProcessor, embedded
-from envs.model.embedded.evaluate import measure_importance
 from envs.model.embedded.loop import LoopSettings, Phase, run_phase, schedule
 from envs.model.embedded.packing import (
     FAMILY_NAMES,
@@ -26,7 +25,16 @@ from envs.model.embedded.packing import (
 )
 from envs.model.embedded.scenes_phase import scenes_loss
 from envs.model.embedded.shape import build_config, build_processor, build_tokenizer, train_tokenizer
-from envs.model.embedded.train import DEPTH_PACKING, LATE_PHASES, RESERVE_PACKING, Recipe, check_folder, main, train
+from envs.model.embedded.train import (
+    CONTRAST_PACKING,
+    DEPTH_PACKING,
+    LATE_PHASES,
+    RESERVE_PACKING,
+    Recipe,
+    check_folder,
+    main,
+    train,
+)
 from envs.model.embedded.warmup import WarmupCrops
 from envs.tasks.scenes import SceneImage, all_questions, make_scene
 from envs.tasks.scenes.draw import draw_scene
@@ -43,6 +51,10 @@ TINY = Recipe(
     reserve_steps=2,
     reserve_packing=dataclasses.replace(
         RESERVE_PACKING, images=(2, 1, 1), text_tokens=60, early_tiers=(1, 0, 0), late_tiers=(1, 0, 0)
+    ),
+    contrast_steps=2,
+    contrast_packing=dataclasses.replace(
+        CONTRAST_PACKING, images=(2, 1, 1), text_tokens=60, early_tiers=(1, 0, 0), late_tiers=(1, 0, 0)
     ),
 )
 
@@ -61,10 +73,10 @@ def test_the_recipe_leaves_a_model_that_answers(tmp_path: Path) -> None:
     assert len(answer) == 1
     assert len(answer[0]) <= 2
     phases = {line.split('"')[3] for line in (tmp_path / "log.jsonl").read_text().splitlines()}
-    assert phases == {"warmup", "scenes", "depth", "reserve"}
+    assert phases == {"warmup", "scenes", "depth", "reserve", "contrast"}
 
 
-@pytest.mark.parametrize("first", ["depth", "reserve"])
+@pytest.mark.parametrize("first", list(LATE_PHASES))
 def test_later_phases_start_from_a_model(first: str, tmp_path: Path) -> None:
     start = embedded.folder()
     assert train(dataclasses.replace(TINY, start=str(start), first=first), settings(tmp_path))
@@ -73,7 +85,7 @@ def test_later_phases_start_from_a_model(first: str, tmp_path: Path) -> None:
     if first == "depth":
         before = {key: value * (TINY.router_scale if "router" in key else 1) for key, value in before.items()}
     assert 0 < max(float((before[key] - after[key]).abs().max()) for key in before) < 0.1
-    ran = LATE_PHASES[LATE_PHASES.index(first) :]
+    ran = list(LATE_PHASES)[list(LATE_PHASES).index(first) :]
     assert {path.stem for path in tmp_path.glob("*.pt")} == set(ran)
 
 
@@ -85,8 +97,8 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     runs = 0
     while not train(TINY, settings(parts, seconds=0)):  # out of time after every step
         runs += 1
-    assert runs == 4
-    a, b = (torch.load(f / "reserve.pt", weights_only=True)["modules"] for f in (whole, parts))
+    assert runs == 5
+    a, b = (torch.load(f / "contrast.pt", weights_only=True)["modules"] for f in (whole, parts))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -202,19 +214,6 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates[0] < 0.05
     assert max(rates) == pytest.approx(1.0, abs=0.01)
     assert rates[-1] == pytest.approx(0.03, abs=1e-6)
-
-
-def test_importance_finds_the_block_that_does_nothing() -> None:
-    processor = build_processor()
-    model = AdaptiveMolmoE.initialise(build_config(processor.tokenizer.get_vocab_size()), 0).eval()
-    with torch.no_grad():
-        model.language.blocks[6].attn_out.zero_()
-        model.language.blocks[6].down.zero_()
-    batch = PackedScenes(1, 0, only_tier(TINY.packing, "low"), "validation", processor)[0]
-    scores = measure_importance(model, [batch])["importance"]
-    assert scores[6] == 0.0
-    assert scores[0] == max(scores)
-    assert sum(score != 0 for score in scores) > 12
 
 
 def test_validation_batches_hold_questions_alone_from_the_first_on() -> None:

@@ -135,7 +135,7 @@ def test_splits_are_fixed_and_their_ids_unique(split: str) -> None:
     assert load_scenes(split) == samples
     shares = Counter(s.family for s in samples)
     assert set(shares) == set(FAMILIES)
-    assert min(shares.values()) >= 0.025 * len(samples)
+    assert min(shares.values()) >= 0.02 * len(samples)
 
 
 def test_training_split_is_large_enough() -> None:
