@@ -29,8 +29,8 @@ COLORS: Final = MappingProxyType(
 SHAPES: Final = ("circle", "square", "triangle", "cross")
 
 STREAMS: Final = ("corpus", "train", "validation", "test")
-"""`corpus` is the endless set that trains the model itself; the others are the splits of the task. The model has seen no
-digit of any split: a controller that learned where it reads too well would trust it too much elsewhere."""
+"""`corpus` is the endless set that trains the model itself; the others are the splits of the task. No digit of a
+split was seen by the model: a controller that learnt where it reads too well would trust it too much elsewhere."""
 DIGIT_BLOCKS: Final = MappingProxyType(
     {"corpus": (0, 1200), "train": (1200, 1350), "validation": (1350, 1500), "test": (1500, 1797)}
 )
