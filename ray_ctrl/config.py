@@ -82,7 +82,7 @@ class TaskConfig(Section):
         description="A task of `envs.tasks`, a data file or folder, or a mix of them; docs/data.md has the grammar.",
     )
     train_samples: Int = Field(
-        default=256,
+        default=512,
         ge=1,
         description="Samples of the train split used for training, 1 or more. Training returns "
         "to the same finite set, so outcomes are reused.",
