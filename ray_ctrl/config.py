@@ -399,7 +399,7 @@ class EvaluationConfig(Section):
         "is the best. 0 or more.",
     )
     lookup_samples: Int = Field(
-        default=256,
+        default=512,
         ge=0,
         description="Training samples on which every distinct plan is run for the lookup-table "
         "baseline; 0 leaves that baseline out. 0 or more.",
