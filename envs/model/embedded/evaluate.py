@@ -1,8 +1,8 @@
 """Every figure of the model card, measured: `python -m envs.model.embedded.evaluate --model DIR --out DIR`.
 
-Writes `importance.json` (from validation), `outcomes-<split>.npz` (every sample under every distinct plan)
-and `figures.json`. Outcomes and latencies come from the rollout engine; latency is measured at batch 1 and interpolated
-by the profiled clock. Answers are kept in `outcomes.sqlite` as they come: stopped, the command goes on where it was.
+Writes `importance.json` (from validation, unless it is there), `outcomes-<split>.npz` (every sample under every plan) and
+`figures.json`. Outcomes and latencies come from the rollout engine; latency is measured at batch 1 and interpolated by
+the profiled clock. Answers are kept in `outcomes.sqlite` as they come: stopped, the command goes on where it was.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from envs.model.importance import importance_path, read_importance, write_import
 from envs.model.molmoe import AdaptiveMolmoE
 from envs.model.processor import MolmoEProcessor
 from envs.tasks.sample import Sample
-from envs.tasks.scenes import load_scenes
+from envs.tasks.scenes import load
 
 _CHUNK = 64
 _PROBE_POSITION = 3
@@ -180,14 +180,10 @@ def low_is_enough(engine: RolloutEngine, samples: Sequence[Sample], label: str) 
     return (low >= high).astype(np.float64)
 
 
-def _evenly(samples: Sequence[Sample], count: int | None) -> list[Sample]:
-    return list(samples if count is None else samples[:: max(1, len(samples) // count)][:count])
-
-
 def run(model: Path, out: Path, count: int | None, with_latency: bool) -> dict[str, Any]:
     """Importance, then outcomes and figures of validation and test."""
     out.mkdir(parents=True, exist_ok=True)
-    validation, test = (_evenly(load_scenes(split), count) for split in ("validation", "test"))
+    validation, test = (load(split, count) for split in ("validation", "test"))
     ensure_importance(model)
     engine = make_engine(model, read_importance(model), out / "outcomes.sqlite")
     space = KnobSpace(engine.importance)
@@ -213,7 +209,7 @@ def run(model: Path, out: Path, count: int | None, with_latency: bool) -> dict[s
         np.savez_compressed(out / f"outcomes-{split}.npz", **saved)
         result[split] = figures(tables[split], samples)
     # Two plans a sample are cheap: the probe is fitted and judged on whole splits.
-    whole = {split: load_scenes(split) for split in tables}
+    whole = {split: load(split) for split in tables}
     low = {split: low_is_enough(engine, samples, f"{split}, probe") for split, samples in whole.items()}
     result["probe_auc"] = probe_auc(engine, whole["validation"], low["validation"], whole["test"], low["test"])
     (out / "figures.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -222,21 +218,25 @@ def run(model: Path, out: Path, count: int | None, with_latency: bool) -> dict[s
 
 
 def ensure_importance(model: Path) -> None:
-    """Measures block importance on validation samples, unless the model folder holds it already."""
-    file = importance_path(model)
+    """Measures block importance on validation samples, unless the model folder holds it already.
+
+    Raises:
+        UserError: the file there was measured with other weights.
+    """
+    file, engine = importance_path(model), make_engine(model)
+    fingerprint = engine.model.fingerprint
     if file.is_file():
+        if json.loads(file.read_text(encoding="utf-8")).get("fingerprint", fingerprint) != fingerprint:
+            raise UserError(f"{file} was measured with other weights than those beside it: remove it to measure anew")
         return
-    engine, samples = make_engine(model), _evenly(load_scenes("validation"), _IMPORTANCE_SAMPLES)
-    found = measure_importance(engine, samples)
-    write_importance(
-        file, found.to_dict({"task": "scenes", "split": "validation", "fingerprint": engine.model.fingerprint})
-    )
+    found = measure_importance(engine, load("validation", _IMPORTANCE_SAMPLES))
+    write_importance(file, found.to_dict({"task": "scenes", "split": "validation", "fingerprint": fingerprint}))
 
 
 def quick(model: Path, count: int | None, split: str = "validation") -> dict[str, dict[str, float]]:
     """Accuracy by family of the full and the cheapest plan and of each tier: a first look at a model."""
     ensure_importance(model)
-    samples = _evenly(load_scenes(split), count)
+    samples = load(split, count)
     engine = make_engine(model, read_importance(model))
     space = KnobSpace(engine.importance)
     knobs = {f"{tier}, 8, 16": Knobs(tier, 1, 8, 16) for tier in TIERS}
@@ -252,7 +252,9 @@ def quick(model: Path, count: int | None, split: str = "validation") -> dict[str
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure a trained embedded model on the scenes.")
-    parser.add_argument("--model", type=Path, required=True, help="model folder; importance.json is written into it")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="model folder; importance.json is written into it unless it is there"
+    )
     parser.add_argument("--out", type=Path, help="folder for outcomes and figures")
     parser.add_argument("--samples", type=int, help="run all plans on this many of each split instead of 2,000")
     parser.add_argument("--no-latency", action="store_true", help="skip whatever needs measured latency")

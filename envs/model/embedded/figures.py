@@ -90,7 +90,9 @@ def headroom(table: OutcomeTable, budgets_ms: Sequence[float]) -> list[dict[str,
         allowed = table.accuracy[:, table.latency.mean(0) <= budget]
         if not allowed.shape[1]:
             allowed = np.zeros((len(families), 1))
-        per_family = [allowed[families == f].mean(0).max() * (families == f).mean() for f in set(table.families)]
+        per_family = [
+            allowed[families == f].mean(0).max() * (families == f).mean() for f in sorted(set(table.families))
+        ]
         rows.append(
             {
                 "budget_ms": float(budget),

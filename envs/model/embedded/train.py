@@ -88,7 +88,7 @@ class Recipe:
         reserve_steps, reserve_lr, reserve_packing: the same for the reserve phase.
         rehearsal_lr: factor on the rate of its other steps, which only have to keep what was learnt before.
         reserve_tower_lr: `tower_lr` of this phase, which is the longest look at small digits.
-        contrast_steps, contrast_packing: the same for the contrast phase, at the rates of the reserve phase.
+        contrast_steps, contrast_packing: the same for the contrast phase, which has all rates of the reserve phase.
         start: model folder that phase `first` starts from; None runs all phases.
         first: a name of `LATE_PHASES`.
     """
@@ -172,7 +172,7 @@ def reserve_phase(recipe: Recipe, model: AdaptiveMolmoE) -> Phase:
 
 
 def contrast_phase(recipe: Recipe, model: AdaptiveMolmoE) -> Phase:
-    """`model` trained on: the reserve gets sums, too, and nothing but digits is answered with less than the model."""
+    """`model` trained on: the reserve gets sums, too, and only digit and match are asked under random plans."""
     data = PackedScenes(recipe.contrast_steps, recipe.seed + _CONTRAST_SEED, recipe.contrast_packing)
     return _with_reserve("contrast", model, data, recipe)
 

@@ -1,7 +1,9 @@
 """The recipe end to end at toy size: all phases, interruption, the folder it leaves."""
 
 import dataclasses
+import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from PIL import Image
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
 from envs.model import AdaptiveMolmoE, MolmoEProcessor, embedded
+from envs.model.embedded.evaluate import ensure_importance
 from envs.model.embedded.loop import LoopSettings, Phase, run_phase, schedule
 from envs.model.embedded.packing import (
     FAMILY_NAMES,
@@ -169,13 +172,21 @@ def test_only_families_that_want_crops_meet_random_plans() -> None:
     assert families == {"digit", "match"}
 
 
-def test_reserve_steps_ask_for_their_families_and_teach_experts_and_words_alone() -> None:
-    batches = PackedScenes(20, 0, TINY.reserve_packing)
+@pytest.mark.parametrize(
+    ("packing", "taught"), [(TINY.reserve_packing, {"corners"}), (TINY.contrast_packing, {"corners", "sum"})]
+)
+def test_reserve_steps_ask_for_their_families_alone(packing: PackingSettings, taught: set[str]) -> None:
+    batches = PackedScenes(20, 0, packing)
     reserve = [batch for batch in (batches[step] for step in range(20)) if batch.reserve]
     assert 4 < len(reserve) < 16
     families = {FAMILY_NAMES[index] for batch in reserve for index in batch.families.unique().tolist() if index >= 0}
-    assert families == {"corners"}
+    assert families == taught
     assert all(batch.plan == ExecutionPlan() for batch in reserve)
+
+
+def test_reserve_steps_teach_experts_and_words_alone() -> None:
+    packing = dataclasses.replace(TINY.reserve_packing, reserve_share=1.0)
+    reserve = [PackedScenes(1, 0, packing)[0]]
     model = AdaptiveMolmoE.from_pretrained(embedded.folder()).requires_grad_(True)
     scenes_loss(model, reserve[0])[0].backward()
     taught = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.grad is not None}
@@ -214,6 +225,17 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates[0] < 0.05
     assert max(rates) == pytest.approx(1.0, abs=0.01)
     assert rates[-1] == pytest.approx(0.03, abs=1e-6)
+
+
+def test_importance_of_other_weights_is_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(embedded.folder(), model)
+    ensure_importance(model)
+    file = model / "importance.json"
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps(kept | {"fingerprint": "0" * 64}))
+    with pytest.raises(UserError, match="measured with other weights"):
+        ensure_importance(model)
 
 
 def test_validation_batches_hold_questions_alone_from_the_first_on() -> None:
