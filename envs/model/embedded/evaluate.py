@@ -1,8 +1,8 @@
 """Every figure of the model card, measured: `python -m envs.model.embedded.evaluate --model DIR --out DIR`.
 
 Writes `importance.json` (from validation, unless it is there), `outcomes-<split>.npz` (every sample under every plan)
-and `figures.json`. Outcomes and latencies come from the rollout engine; latency is measured at batch 1 and interpolated by
-the profiled clock. Answers are kept in `outcomes.sqlite` as they come: stopped, the command goes on where it was.
+and `figures.json`. Outcomes and latencies come from the rollout engine; latency is measured at batch 1 and interpolated
+by the profiled clock. Answers are kept in `outcomes.sqlite` as they come: stopped, the command goes on where it was.
 """
 
 import argparse
