@@ -82,7 +82,7 @@ class TaskConfig(Section):
         description="A task of `envs.tasks`, a data file or folder, or a mix of them; docs/data.md has the grammar.",
     )
     train_samples: Int = Field(
-        default=512,
+        default=256,
         ge=1,
         description="Samples of the train split used for training, 1 or more. Training returns "
         "to the same finite set, so outcomes are reused.",
@@ -399,7 +399,7 @@ class EvaluationConfig(Section):
         "is the best. 0 or more.",
     )
     lookup_samples: Int = Field(
-        default=512,
+        default=256,
         ge=0,
         description="Training samples on which every distinct plan is run for the lookup-table "
         "baseline; 0 leaves that baseline out. 0 or more.",
