@@ -3,8 +3,8 @@
 Letters: N tokens, D model width, E experts, H hidden width of an expert, K most experts any token of the call uses.
 `grouped` sorts (token, expert) pairs by expert and multiplies group by group: cost in proportion to the experts used.
 `dense` runs every expert on every token as two wide products: cheaper where calls cost more than arithmetic (few
-tokens, small experts), and fast to differentiate. Both give the same numbers within rounding. `reserve` is dense, for
-training: of each token's experts only those that the smallest top-k leaves out get a gradient.
+tokens, small experts), and fast to differentiate. Both give the same numbers within rounding. `Reserve` is dense, for
+training: of each token's experts only the last get a gradient.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs.errors import UserError
-from envs.knobs import TOP_KS
 
 KERNELS = ("auto", "dense", "grouped")
-RESERVE = "reserve"
 # Up to these sizes two wide products are over before the pairs are even sorted (measured, one CPU thread).
 _DENSE_TOKENS = 32
 _DENSE_WEIGHTS = 2**19
@@ -26,6 +24,13 @@ _DENSE_WEIGHTS = 2**19
 _CHUNK_TOKENS = 1024
 # What grouped products ask of every row.
 _ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Kernel to train with: the `first` experts of each token are fixed, those ranked behind them learn."""
+
+    first: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,12 @@ def route(logits_NE: Tensor, top_k: int | TopK) -> tuple[Tensor, Tensor]:
 
 
 def mixture(
-    x_ND: Tensor, logits_NE: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor, top_k: int | TopK, kernel: str = "auto"
+    x_ND: Tensor,
+    logits_NE: Tensor,
+    gate_up_EGD: Tensor,
+    down_EHD: Tensor,
+    top_k: int | TopK,
+    kernel: str | Reserve = "auto",
 ) -> Tensor:
     """Weighted sum (N, D) of each token's experts, `down(silu(gate) * up)`.
 
@@ -83,10 +93,10 @@ def mixture(
         gate_up_EGD: gate over up projections, G = 2H rows an expert.
         down_EHD: down projections, transposed.
         top_k: experts per token, 4 to 8, alike or per token.
-        kernel: "dense", "grouped", or "auto" to choose by size; `RESERVE` to train.
+        kernel: "dense", "grouped", or "auto" to choose by size; `Reserve` to train.
     """
-    if kernel == RESERVE:
-        return _reserve(x_ND, *route(logits_NE, top_k), gate_up_EGD, down_EHD)
+    if isinstance(kernel, Reserve):
+        return _reserve(x_ND, *route(logits_NE, top_k), gate_up_EGD, down_EHD, kernel.first)
     if kernel not in KERNELS:
         raise UserError(f"experts kernel {kernel!r} is not allowed: choose one of {', '.join(KERNELS)}")
     if kernel != "dense" and not _aligned(x_ND, down_EHD):
@@ -123,17 +133,24 @@ def _split(top_k: int | TopK, tokens: int) -> Sequence[int | TopK]:
 
 def _dense(x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor) -> Tensor:
     n, experts, hidden = len(x_ND), len(gate_up_EGD), down_EHD.shape[1]
+    if n == 1 and experts_NK.shape[1] < experts:
+        # A lone token, as in decoding, waits for weights to be read: those of its own experts alone.
+        used = experts_NK[0]
+        gate_up_EGD, down_EHD = gate_up_EGD.index_select(0, used), down_EHD.index_select(0, used)
+        experts, experts_NK = len(used), torch.arange(len(used), device=used.device).unsqueeze(0)
     gate_up = F.linear(x_ND, gate_up_EGD.flatten(0, 1)).view(n, experts, 2 * hidden)
     share_NE = weights_NK.new_zeros(n, experts).scatter(1, experts_NK, weights_NK).to(gate_up.dtype)
     inner = F.silu(gate_up[..., :hidden]) * gate_up[..., hidden:] * share_NE.unsqueeze(-1)
     return inner.view(n, -1) @ down_EHD.flatten(0, 1)
 
 
-def _reserve(x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor) -> Tensor:
+def _reserve(
+    x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor, first: int
+) -> Tensor:
     """As `_dense`, in two parts: the weights of a token's first experts are fixed, those of the others learn."""
-    first = torch.arange(weights_NK.shape[1], device=x_ND.device) < min(TOP_KS)
-    fixed = _dense(x_ND, weights_NK * first, experts_NK, gate_up_EGD.detach(), down_EHD.detach())
-    return fixed + _dense(x_ND, weights_NK * ~first, experts_NK, gate_up_EGD, down_EHD)
+    leading = torch.arange(weights_NK.shape[1], device=x_ND.device) < first
+    fixed = _dense(x_ND, weights_NK * leading, experts_NK, gate_up_EGD.detach(), down_EHD.detach())
+    return fixed + _dense(x_ND, weights_NK * ~leading, experts_NK, gate_up_EGD, down_EHD)
 
 
 def _grouped(x_ND: Tensor, logits_NE: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor, top_k: int | TopK) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from envs.knobs import INSERTIONS, ExecutionPlan
 from envs.model.config import MolmoEConfig
-from envs.model.experts import TopK, mixture, spread_top_k
+from envs.model.experts import Reserve, TopK, mixture, spread_top_k
 from envs.model.schedule import FULL_TOP_K, Level, Nodes, build_schedule, entry_block, per_row
 
 MAX_INSERTION = max(INSERTIONS)
@@ -58,7 +58,7 @@ class Block(nn.Module):
         normed = F.rms_norm(x_RTND, x_RTND.shape[-1:], None, self.eps) * weight
         return normed.view(*normed.shape[:3], self.heads, -1)
 
-    def finish(self, x_RTD: Tensor, mixed_RHTd: Tensor, top_k: int | TopK, kernel: str) -> Tensor:
+    def finish(self, x_RTD: Tensor, mixed_RHTd: Tensor, top_k: int | TopK, kernel: str | Reserve) -> Tensor:
         """Output projection, then the mixture of experts, each added to its input."""
         shape = x_RTD.shape
         mixed = mixed_RHTd.transpose(1, 2).reshape(-1, shape[-1])
@@ -69,7 +69,7 @@ class Block(nn.Module):
         return (x_ND + mixture(normed, logits, self.gate_up, self.down, top_k, kernel)).view(shape)
 
     def forward(
-        self, x_RTD: Tensor, rope: Tensor, mask: Tensor | None, top_k: int | TopK, kernel: str
+        self, x_RTD: Tensor, rope: Tensor, mask: Tensor | None, top_k: int | TopK, kernel: str | Reserve
     ) -> tuple[Tensor, Tensor, Tensor]:
         """All tokens: output (R, T, D), keys and values (R, T, H, d). Without a mask, attention is causal."""
         query, key, value = self.project(x_RTD, rope)
@@ -179,7 +179,7 @@ class Language(nn.Module):
         position_ids_BT: Tensor | None = None,
         attention_mask_BTT: Tensor | None = None,
         lengths: Sequence[int] | None = None,
-        experts: str = "auto",
+        experts: str | Reserve = "auto",
     ) -> Tensor:
         """Hidden states (B, T, D) after the final norm, differentiable.
 
@@ -190,7 +190,7 @@ class Language(nn.Module):
             attention_mask_BTT: True where a token (row) may attend to another (column); causal where not given.
                 Every token must be allowed at least one.
             lengths: true lengths of right-padded rows, to spend no experts on padding.
-            experts: "dense", "grouped", "auto", or "reserve" to train (see `experts`).
+            experts: "dense", "grouped", "auto", or `Reserve` to train (see `experts`).
         """
         rows, tokens, _ = x_BTD.shape
         rope = self.rope(tokens)[:tokens]
@@ -213,7 +213,7 @@ class Language(nn.Module):
         return self.final_norm(_in_prompt_order(x, rows, row_top_k))
 
     def run_prefix(
-        self, x_BTD: Tensor, lengths: Sequence[int], depth: int = MAX_INSERTION, experts: str = "auto"
+        self, x_BTD: Tensor, lengths: Sequence[int], depth: int = MAX_INSERTION, experts: str | Reserve = "auto"
     ) -> Prefix:
         """Blocks 1..depth at full top-k on right-padded prompts, everything kept."""
         tokens = x_BTD.shape[1]
@@ -227,7 +227,7 @@ class Language(nn.Module):
             values.append(value)
         return Prefix(tuple(hidden), tuple(keys), tuple(values), tuple(lengths))
 
-    def read_latency_tokens(self, tokens_BLD: Tensor, prefix: Prefix, experts: str = "auto") -> Tensor:
+    def read_latency_tokens(self, tokens_BLD: Tensor, prefix: Prefix, experts: str | Reserve = "auto") -> Tensor:
         """States (B, depth, L, D) of L alternative last tokens after each block of `prefix`.
 
         Each attends to its prompt and itself, never to the others; nothing attends to it, and no key or value is left.
@@ -258,7 +258,7 @@ class Language(nn.Module):
         top_k: Sequence[tuple[int, ...]],
         *,
         prefix: Prefix | None = None,
-        experts: str = "auto",
+        experts: str | Reserve = "auto",
     ) -> Prefilled:
         """Run prompts under plans up to the state that gives the first new token.
 
@@ -285,7 +285,7 @@ class Language(nn.Module):
 class _PrefillRun:
     """State of one prefill between levels."""
 
-    def __init__(self, language: Language, lengths: tuple[int, ...], rows: int, experts: str) -> None:
+    def __init__(self, language: Language, lengths: tuple[int, ...], rows: int, experts: str | Reserve) -> None:
         self.language, self.lengths, self.experts = language, lengths, experts
         self.x: Tensor | None = None
         self.caches: list[BlockCache | None] = []

@@ -44,7 +44,8 @@ class PackingSettings:
         late_quotas: the same from then on, with more of those that take two steps.
         plan_quotas: the same under a random plan, where no captions are asked for then; None asks as at any step.
             Families left out of it are never answered with less than the whole model, and come to need it.
-        reserve_share: share of steps that teach only the experts which the smallest top-k leaves out (full plan).
+        reserve_share: share of steps that teach only the last of each token's experts (full plan).
+        reserve_first: experts of a token that such steps leave as they are.
         reserve_quotas: the questions of those steps: families that come to need all experts.
     """
 
@@ -64,6 +65,7 @@ class PackingSettings:
     )
     plan_quotas: Quotas | None = None
     reserve_share: float = 0.0
+    reserve_first: int = min(TOP_KS)
     reserve_quotas: Quotas = field(default_factory=dict)
 
 
@@ -86,7 +88,8 @@ class PackedBatch:
     """Scenes of one tiling: model inputs of batch B and length T, and what each position should say next.
 
     `labels` (B, T) is -100 but where an answer's token or its end is due; `families` (B, T) is the question's family
-    where the answer itself is due, -1 elsewhere. A `reserve` batch teaches only the experts beyond the smallest top-k.
+    where the answer itself is due, -1 elsewhere. A batch with a `reserve` teaches only the
+    experts ranked behind that many of each token's.
     """
 
     inputs: dict[str, Tensor]
@@ -95,7 +98,7 @@ class PackedBatch:
     labels: Tensor
     families: Tensor
     plan: ExecutionPlan
-    reserve: bool = False
+    reserve: int | None = None
 
 
 @dataclass
@@ -129,7 +132,7 @@ class PackedScenes(Dataset[PackedBatch]):
                 quotas, caption_share = self.settings.plan_quotas, 0.0
         questions = [choose_questions(scene, rng, quotas, rng.random() < caption_share) for scene in scenes]
         batch = pack(self.processor, scenes, questions, tier, plan, self.settings.text_tokens)
-        return replace(batch, reserve=reserve)
+        return replace(batch, reserve=self.settings.reserve_first if reserve else None)
 
     def _tier_shares(self, step: int) -> list[float]:
         late = min(1.0, step / self.steps / self.settings.tiers_until)

@@ -11,7 +11,7 @@ from torch import Tensor
 from envs.knobs import ExecutionPlan
 from envs.model.embedded.loop import Metrics
 from envs.model.embedded.packing import FAMILY_NAMES, IGNORE, PackedBatch
-from envs.model.experts import RESERVE
+from envs.model.experts import Reserve
 from envs.model.molmoe import AdaptiveMolmoE
 
 _WORD_SCALE = 0.5
@@ -48,13 +48,13 @@ def scenes_loss(model: AdaptiveMolmoE, batch: PackedBatch) -> tuple[Tensor, Metr
     Figures under another plan than the full one are named `reduced_...`.
     """
     asked = batch.labels != IGNORE
-    with _experts_alone(model) if batch.reserve else nullcontext():
+    with nullcontext() if batch.reserve is None else _experts_alone(model):
         hidden = model.language(
             model.embed(batch.inputs),
             plans=batch.plan,
             position_ids_BT=batch.position_ids,
             attention_mask_BTT=batch.attention_mask,
-            experts=RESERVE if batch.reserve else "dense",
+            experts="dense" if batch.reserve is None else Reserve(batch.reserve),
         )
         logits = model.logits(hidden[asked]).float()
     labels = batch.labels[asked]

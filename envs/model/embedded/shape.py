@@ -28,18 +28,21 @@ GEOMETRY: Final = ImageGeometry(
 )
 
 
-def build_config(vocabulary: int) -> MolmoEConfig:
+EXPERT_HIDDEN: Final = 192
+
+
+def build_config(vocabulary: int, expert_hidden: int = EXPERT_HIDDEN) -> MolmoEConfig:
     """A MolmoE of 16 blocks and top-k 8 whose experts are a visible share of its time on a laptop CPU.
 
-    12 experts of hidden size 96 rather than 16 of 64: as many weights to train, but with 8 of them in use more work
-    for the top-k to save.
+    12 wide experts rather than 16 narrower ones: with 8 of them in use there is more work for the top-k to save. The
+    projector is as wide as an expert, as the published layout has it.
     """
     return MolmoEConfig(
         d_model=64,
         n_heads=4,
         n_layers=16,
         n_experts=12,
-        expert_hidden=96,
+        expert_hidden=expert_hidden,
         vocab_size=vocabulary,
         embedding_size=EMBEDDINGS,
         additional_vocab_size=0,
@@ -48,7 +51,7 @@ def build_config(vocabulary: int) -> MolmoEConfig:
         max_sequence_length=4096,
         eos_token_id=0,
         pad_token_id=1,
-        projector_hidden=96,
+        projector_hidden=expert_hidden,
         max_crops=12,
         overlap_margins=GEOMETRY.margins,
         vision=VisionConfig(

@@ -6,9 +6,10 @@
 Five phases: the vision tower alone on single crops (`warmup`), then everything on whole scenes (`scenes_phase`), where
 captions give way to packed questions and few crops to many. The last three make questions need different knobs.
 `depth_phase`: reading digits is practised under random plans, all else, sums above all, is only ever answered by the
-whole model. `reserve_phase`: corners are learnt by the experts that the smallest top-k leaves out. `contrast_phase`: so
-are sums, and plans grow apart. `--start` takes a model folder in place of the phases before `--first`. The model folder
-is DIR/model; the training state and the log lie beside it.
+whole model. `reserve_phase`: corners are learnt by the experts that the smallest top-k leaves out. `contrast_phase`:
+experts are widened, the last two of a token's eight go on with corners and sums, and plans grow apart. `--start` takes
+a model folder in place of the phases before `--first`. The model folder is DIR/model; the training state and the log
+lie beside it.
 """
 
 import argparse
@@ -30,8 +31,9 @@ from envs.knobs import TIERS
 from envs.model.embedded.loop import LoopSettings, Metrics, Phase, keep_freed_memory, run_phase, to_device
 from envs.model.embedded.packing import PackedBatch, PackedScenes, PackingSettings, only_tier, random_plan
 from envs.model.embedded.scenes_phase import match_scales, scenes_loss
-from envs.model.embedded.shape import build_config, build_tokenizer, write_files
+from envs.model.embedded.shape import EXPERT_HIDDEN, build_config, build_tokenizer, write_files
 from envs.model.embedded.warmup import CropBatch, TokenHeads, WarmupCrops, warmup_loss
+from envs.model.embedded.widen import widen
 from envs.model.molmoe import AdaptiveMolmoE
 from envs.model.vision import VisionBackbone
 
@@ -61,13 +63,17 @@ RESERVE_PACKING = replace(
     reserve_share=0.3,
     reserve_quotas={"corners": 4},
 )
+# Fewer scenes at the medium tier than at either end: what it reads well, no question needs the high tier for.
 CONTRAST_PACKING = replace(
     RESERVE_PACKING,
+    early_tiers=(0.35, 0.12, 0.53),
+    late_tiers=(0.35, 0.12, 0.53),
     captions_until=0.0,
     random_plans=0.15,
     late_quotas={"color": 1, "shape": 1, "count": 3, "sum": 3, "corners": 2, "digit": 4, "compare": 2, "match": 3},
     plan_quotas={"digit": 4, "match": 4},
     reserve_share=0.45,
+    reserve_first=6,
     reserve_quotas={"corners": 4, "sum": 4},
 )
 
@@ -89,6 +95,8 @@ class Recipe:
         rehearsal_lr: factor on the rate of its other steps, which only have to keep what was learnt before.
         reserve_tower_lr: `tower_lr` of this phase, which is the longest look at small digits.
         contrast_steps, contrast_packing: the same for the contrast phase, which has all rates of the reserve phase.
+        narrow_hidden: units of an expert before the contrast phase, which widens them: what has to be learnt first fits
+            in narrow experts, at half the time a step.
         start: model folder that phase `first` starts from; None runs all phases.
         first: a name of `LATE_PHASES`.
     """
@@ -110,8 +118,9 @@ class Recipe:
     rehearsal_lr: float = 0.5
     reserve_tower_lr: float = 1.0
     reserve_packing: PackingSettings = field(default_factory=lambda: RESERVE_PACKING)
-    contrast_steps: int = 1900
+    contrast_steps: int = 1700
     contrast_packing: PackingSettings = field(default_factory=lambda: CONTRAST_PACKING)
+    narrow_hidden: int = 96
     start: str | None = None
     first: str = "depth"
 
@@ -119,7 +128,7 @@ class Recipe:
 def warmup_phase(recipe: Recipe, device: torch.device) -> Phase:
     """The vision tower and throw-away readouts, on single crops."""
     torch.manual_seed(recipe.seed)
-    config = build_config(build_tokenizer().get_vocab_size())
+    config = build_config(build_tokenizer().get_vocab_size(), recipe.narrow_hidden)
     vision, heads = VisionBackbone(config).to(device), TokenHeads(config.d_model).to(device)
     encoder = vision.encoder
     for embedding in (encoder.class_embedding, encoder.positional_embedding, vision.pad_embed):
@@ -146,7 +155,8 @@ def warmup_phase(recipe: Recipe, device: torch.device) -> Phase:
 def scenes_phase(recipe: Recipe, device: torch.device, warm: VisionBackbone) -> Phase:
     """The whole model on packed scenes, its vision tower starting from `warm`."""
     data = PackedScenes(recipe.scenes_steps, recipe.seed, recipe.packing)
-    model = AdaptiveMolmoE.initialise(build_config(data.processor.tokenizer.get_vocab_size()), recipe.seed).to(device)
+    config = build_config(data.processor.tokenizer.get_vocab_size(), recipe.narrow_hidden)
+    model = AdaptiveMolmoE.initialise(config, recipe.seed).to(device)
     model.vision.load_state_dict(warm.state_dict())
     match_scales(model, to_device(data[0], device))
     return _packed_phase("scenes", model, data, recipe, recipe.scenes_lr)
@@ -172,7 +182,10 @@ def reserve_phase(recipe: Recipe, model: AdaptiveMolmoE) -> Phase:
 
 
 def contrast_phase(recipe: Recipe, model: AdaptiveMolmoE) -> Phase:
-    """`model` trained on: the reserve gets sums, too, and only digit and match are asked under random plans."""
+    """`model`, widened and trained on: a token's last two experts learn corners and sums, and only digit and match are
+    asked under random plans.
+    """
+    model = widen(model, EXPERT_HIDDEN, recipe.seed)
     data = PackedScenes(recipe.contrast_steps, recipe.seed + _CONTRAST_SEED, recipe.contrast_packing)
     return _with_reserve("contrast", model, data, recipe)
 
@@ -181,7 +194,7 @@ def _with_reserve(name: str, model: AdaptiveMolmoE, data: PackedScenes, recipe: 
     phase = _packed_phase(name, model, data, recipe, recipe.reserve_lr)
     return replace(
         phase,
-        rate=lambda batch: 1.0 if batch.reserve else recipe.rehearsal_lr,
+        rate=lambda batch: recipe.rehearsal_lr if batch.reserve is None else 1.0,
         tower_lr=recipe.reserve_tower_lr,
     )
 
@@ -243,13 +256,19 @@ def train(recipe: Recipe, settings: LoopSettings) -> bool:
         assert isinstance(vision, VisionBackbone)
         scenes = scenes_phase(recipe, settings.device, vision)
         complete = run_phase(scenes, settings)
-        trained = scenes.modules["model"]
-        assert isinstance(trained, AdaptiveMolmoE)
-        model = trained
+        model = _model_of(scenes)
     for name in late:
-        complete = complete and run_phase(LATE_PHASES[name](recipe, model), settings)
+        if complete:
+            phase = LATE_PHASES[name](recipe, model)
+            complete, model = run_phase(phase, settings), _model_of(phase)
     export(model, settings.folder / "model")
     return complete
+
+
+def _model_of(phase: Phase) -> AdaptiveMolmoE:
+    model = phase.modules["model"]
+    assert isinstance(model, AdaptiveMolmoE)
+    return model
 
 
 def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:

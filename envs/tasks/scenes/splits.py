@@ -28,7 +28,7 @@ class SplitSize:
 
 # Asked most are the families that one knob decides: digits to be read want crops, sums blocks, corners experts.
 _WEIGHTS: Final = MappingProxyType(
-    {"color": 1, "shape": 1, "count": 2, "sum": 6, "corners": 5, "digit": 7, "compare": 2, "match": 8}
+    {"color": 1, "shape": 1, "count": 1, "sum": 6, "corners": 6, "digit": 8, "compare": 2, "match": 9}
 )
 
 SPLITS: Final = MappingProxyType(

@@ -173,15 +173,16 @@ def test_only_families_that_want_crops_meet_random_plans() -> None:
 
 
 @pytest.mark.parametrize(
-    ("packing", "taught"), [(TINY.reserve_packing, {"corners"}), (TINY.contrast_packing, {"corners", "sum"})]
+    ("packing", "taught", "first"),
+    [(TINY.reserve_packing, {"corners"}, 4), (TINY.contrast_packing, {"corners", "sum"}, 6)],
 )
-def test_reserve_steps_ask_for_their_families_alone(packing: PackingSettings, taught: set[str]) -> None:
+def test_reserve_steps_ask_for_their_families_alone(packing: PackingSettings, taught: set[str], first: int) -> None:
     batches = PackedScenes(20, 0, packing)
-    reserve = [batch for batch in (batches[step] for step in range(20)) if batch.reserve]
+    reserve = [batch for batch in (batches[step] for step in range(20)) if batch.reserve is not None]
     assert 4 < len(reserve) < 16
     families = {FAMILY_NAMES[index] for batch in reserve for index in batch.families.unique().tolist() if index >= 0}
     assert families == taught
-    assert all(batch.plan == ExecutionPlan() for batch in reserve)
+    assert all(batch.plan == ExecutionPlan() and batch.reserve == first for batch in reserve)
 
 
 def test_reserve_steps_teach_experts_and_words_alone() -> None:
