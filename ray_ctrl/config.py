@@ -279,8 +279,8 @@ class GRPOSettings(Section):
         le=1024,
         description="Rollouts that share one sample and budget and are compared with one another. 2 to 1024.",
     )
-    groups: Int = Field(default=192, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536.")
-    lr: float = Field(default=3e-4, gt=0, le=1, description="Adam step size. Above 0, to 1.")
+    groups: Int = Field(default=384, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536.")
+    lr: float = Field(default=1e-3, gt=0, le=1, description="Adam step size. Above 0, to 1.")
     epochs: Int = Field(default=4, ge=1, le=100, description="Passes over an iteration's rollouts. 1 to 100.")
     minibatch: Int | None = Field(
         default=1024,
