@@ -3,8 +3,8 @@
 Letters: N tokens, D model width, E experts, H hidden width of an expert, K most experts any token of the call uses.
 `grouped` sorts (token, expert) pairs by expert and multiplies group by group: cost in proportion to the experts used.
 `dense` runs every expert on every token as two wide products: cheaper where calls cost more than arithmetic (few
-tokens, small experts), and fast to differentiate. Both give the same numbers within rounding. `Reserve` is dense, for
-training: of each token's experts only the last get a gradient.
+tokens, small experts), and fast to differentiate; a lone token gets its own experts alone. Both give the same numbers
+within rounding. `Reserve` is dense, for training: of each token's experts only the last get a gradient.
 """
 
 from collections.abc import Sequence

@@ -88,8 +88,8 @@ class PackedBatch:
     """Scenes of one tiling: model inputs of batch B and length T, and what each position should say next.
 
     `labels` (B, T) is -100 but where an answer's token or its end is due; `families` (B, T) is the question's family
-    where the answer itself is due, -1 elsewhere. A batch with a `reserve` teaches only the
-    experts ranked behind that many of each token's.
+    where the answer itself is due, -1 elsewhere. A batch with a `reserve` teaches
+    only the experts ranked behind that many of each token's.
     """
 
     inputs: dict[str, Tensor]

@@ -14,6 +14,7 @@ from envs.tasks.scenes import all_questions, caption, make_scene
 END: Final = "<|endoftext|>"
 PADDING: Final = "<|padding|>"
 EMBEDDINGS: Final = 512
+EXPERT_HIDDEN: Final = 192
 _CORPUS_SCENES: Final = 1500
 _TOKENIZER: Final = Path(__file__).parent / "tokenizer.json"
 
@@ -26,9 +27,6 @@ GEOMETRY: Final = ImageGeometry(
     mean=(0.48145466, 0.4578275, 0.40821073),
     std=(0.26862954, 0.26130258, 0.27577711),
 )
-
-
-EXPERT_HIDDEN: Final = 192
 
 
 def build_config(vocabulary: int, expert_hidden: int = EXPERT_HIDDEN) -> MolmoEConfig:

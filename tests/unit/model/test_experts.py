@@ -97,6 +97,17 @@ def test_dense_is_differentiable():
     assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in (x, logits, gate_up, down))
 
 
+@pytest.mark.parametrize("top_k", [4, 8])
+def test_a_lone_token_gets_the_same_numbers_from_its_own_experts_alone(top_k):
+    generator = torch.Generator().manual_seed(4)
+    x, logits = torch.randn(1, D, generator=generator), 3 * torch.randn(1, E, generator=generator)
+    gate_up, down = weights()
+    unused = logits[0].argsort(descending=True)[top_k:]
+    gate_up[unused] = torch.nan
+    out = mixture(x, logits, gate_up, down, top_k, "dense")
+    assert torch.allclose(out, plain(x, logits, gate_up, down, [top_k]), atol=1e-5)
+
+
 @pytest.mark.parametrize("first", [4, 6])
 def test_reserve_gives_the_same_numbers_and_a_gradient_to_later_experts_alone(first):
     generator = torch.Generator().manual_seed(3)
