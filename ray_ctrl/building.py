@@ -54,6 +54,7 @@ def build_algorithm(setting: Setting, envs: int, contexts: int) -> GRPO:
         max_staleness=grpo.max_staleness,
         ratio_max=grpo.ratio_max,
         prices=price_settings(setting) if config.reward.mode == "constrained" else None,
+        average=grpo.average,
         lr=grpo.lr,
         num_epochs=grpo.epochs,
         minibatch_size=grpo.minibatch,

@@ -322,6 +322,13 @@ class GRPOSettings(Section):
     max_grad_norm: float = Field(
         default=1.0, gt=0, le=1e6, description="Longest gradient, Euclidean norm. Above 0, to 1e6."
     )
+    average: float = Field(
+        default=0.95,
+        ge=0,
+        lt=1,
+        description="Weight of the past in the running average of the controller's weights over iterations, which is "
+        "what is validated and exported; 0 takes the latest weights. 0 to below 1.",
+    )
     max_staleness: Int = Field(
         default=0,
         ge=0,

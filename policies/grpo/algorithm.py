@@ -1,7 +1,7 @@
 """GRPO on RLlib, the whole loop in one file.
 
 One iteration: sample whole chunks -> complete groups -> returns at current prices -> advantages within
-groups -> epochs of minibatches on the learners -> prices -> reference. Everything random is derived from
+groups -> epochs of minibatches on the learners -> average -> prices -> reference. Everything random is derived from
 (seed, round), and the round is part of the checkpoint, so a resumed run repeats the undisturbed one. With
 `max_staleness` above 0, runners sample the next rounds meanwhile, under weights that old at most.
 """
@@ -26,6 +26,7 @@ from envs.errors import UserError
 from policies.controller import Controller
 from policies.grpo import checkpoint
 from policies.grpo.advantages import GroupAdvantages, group_advantages
+from policies.grpo.averaging import Weights, averaged
 from policies.grpo.config import GRPOConfig
 from policies.grpo.evaluation import EvaluationRequest, Row
 from policies.grpo.learner import ENTROPY_SHARES, WEIGHTS, answering, each_learner, learner_errors
@@ -57,6 +58,7 @@ class GRPO(Algorithm):
     def setup(self, config: Any) -> None:
         self.round = 0
         self.prices = Prices.start(self.config.prices or PriceSettings())
+        self.average: Weights | None = None
         self.evaluation_request: EvaluationRequest | None = None
         self.evaluation_rows: list[Row] = []
         self._row: dict[str, float] = {}
@@ -109,6 +111,8 @@ class GRPO(Algorithm):
             returns.reshape(-1, self.config.group_size), divide_by_spread=self.config.divide_by_spread
         )
         self._learn(rollouts, groups)
+        if self.config.average:
+            self.average = averaged(self.average, self._latest(), self.round, self.config.average)
         self._row = {"round": float(self.round)}
         self._row |= rollout_metrics(rollouts, returns, groups, self.prices if self.config.prices else None)
         if self.config.prices is not None:
@@ -175,29 +179,34 @@ class GRPO(Algorithm):
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
 
     def weights(self) -> Any:
-        """The controller's inference weights as the runners take them (in the object store if they are remote)."""
+        """The controller's latest inference weights as the runners take them (see `acting_weights`)."""
+        return _shared(self._latest())
+
+    def acting_weights(self) -> Any:
+        """The weights that are evaluated and exported: the running average, or the latest where there is none."""
+        return _shared(self._latest() if self.average is None else self.average)
+
+    def _latest(self) -> Weights:
         with answering(self.learner_group, self.config.learner_timeout_s):
-            state = self.learner_group.get_state(
+            state: Weights = self.learner_group.get_state(
                 components=f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", inference_only=True
             )[COMPONENT_LEARNER][COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
-        return ray.put(state) if ray.is_initialized() else state
+        return state
 
     def engine_stats(self) -> dict[str, float]:
         """Cumulative counters of the engines that sample, summed over runners, as of their last chunks."""
         return summed(list(self.rounds.stats.values()))
 
     def controller(self) -> Controller:
-        """A copy of the controller as trained so far, on the CPU, ready for `Controller.save`."""
-        state = self.weights()
-        state = ray.get(state) if isinstance(state, ray.ObjectRef) else state
-        return checkpoint.controller_from(state, self.config.hidden)
+        """A copy of the controller as evaluated now, on the CPU, ready for `Controller.save`."""
+        return checkpoint.controller_from(self._latest() if self.average is None else self.average, self.config.hidden)
 
     # Checkpoints: RLlib saves weights, optimizer, reference and counters; the round and the prices are added here.
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state: dict[str, Any] = super().get_state(*args, **kwargs)
         state[STATE] = {"round": self.round, "seed": self.config.seed, "prices": self.prices.state()}
-        state[STATE]["rounds"] = self.rounds.state()
+        state[STATE] |= {"rounds": self.rounds.state(), "average": self.average}
         return state
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -207,6 +216,7 @@ class GRPO(Algorithm):
             self.rounds.restore(state[STATE]["rounds"])
             self.round = int(state[STATE]["round"])
             self.prices = self.prices.restored(state[STATE]["prices"])
+            self.average = state[STATE].get("average")  # checkpoints from before it was kept hold none
 
     def save_to_path(self, path: Any = None, **kwargs: Any) -> str:
         with answering(self.learner_group, self.config.learner_timeout_s):
@@ -222,6 +232,11 @@ class GRPO(Algorithm):
                 super().restore_from_path(path, *args, **kwargs)
             checkpoint.check_learners(self.learner_group, Path(path))
         checkpoint.check_runners(self)
+
+
+def _shared(state: Weights) -> Any:
+    """Weights as runners take them: in the object store if they are remote."""
+    return ray.put(state) if ray.is_initialized() else state
 
 
 def _columns(rollouts: Rollouts, advantages: npt.NDArray[np.float64]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ OWN_SETTINGS: Final = (
     "max_staleness",
     "ratio_max",
     "prices",
+    "average",
     "hidden",
     "runner_threads",
     "restart_timeout_s",
@@ -54,6 +55,8 @@ class GRPOConfig(AlgorithmConfig):
         max_staleness: updates between the weights that sample a round and those that learn from it; 0 samples and
             learns in turns. Needs remote env runners.
         ratio_max: with staleness, the ratio is cut off there.
+        average: weight of the past in the running average of weights that is evaluated and exported, 0 to below 1;
+            0 takes the latest weights.
         prices: the constrained mode; None takes the environment's fixed-price reward.
         hidden: width of the controller's MLPs.
         runner_threads: torch threads of each remote env runner.
@@ -80,6 +83,7 @@ class GRPOConfig(AlgorithmConfig):
         self.max_staleness: int = 0
         self.ratio_max: float = 3.0
         self.prices: PriceSettings | None = None
+        self.average: float = 0.0
         self.hidden: int = 256
         self.runner_threads: int = 1
         self.restart_timeout_s: float = 300.0
@@ -154,6 +158,8 @@ class GRPOConfig(AlgorithmConfig):
                 f"clip_low {self.clip_low}, clip_high {self.clip_high}, kl_coeff {self.kl_coeff}, entropy_coeff "
                 f"{self.entropy_coeff} are not allowed: 0 < clip_low < 1, 0 < clip_high, both coefficients >= 0"
             )
+        if not 0 <= self.average < 1:
+            raise UserError(f"average {self.average} is not allowed: give 0 (latest weights) to below 1")
         if self.entropy_rounds < 0:
             raise UserError(f"entropy_rounds {self.entropy_rounds} is not allowed: give 0 (never falls) or more rounds")
         if self.max_staleness < 0 or (self.max_staleness and not self.ratio_max > 1 + self.clip_high):

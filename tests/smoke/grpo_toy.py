@@ -203,10 +203,19 @@ def configuration(runners: int = 0, *, broken: dict[str, Any] | None = None, **t
 
 
 def resumable(runners: int) -> Any:
-    """Everything a checkpoint must hold: optimizer, a reference that moves, prices that move."""
+    """Everything a checkpoint must hold: optimizer, a reference and prices that move, an average of weights."""
     from policies.grpo.prices import PriceSettings
 
-    return configuration(runners, kl_coeff=0.1, reference_interval=2, prices=PriceSettings(edges=(-1.0, -0.5)))
+    prices = PriceSettings(edges=(-1.0, -0.5))
+    return configuration(runners, kl_coeff=0.1, reference_interval=2, prices=prices, average=0.9)
+
+
+def two_more(algorithm: Any) -> dict[str, Any]:
+    """The numbers of two more iterations, and the controller that they end with."""
+    from policies.grpo.digests import digest
+
+    rows = [numbers(algorithm.train()) for _ in range(2)]
+    return {"numbers": rows, "controller": digest(algorithm.controller().state_dict())}
 
 
 def numbers(result: dict[str, Any]) -> dict[str, float]:
@@ -225,7 +234,7 @@ def main() -> None:
     for runners in sys.argv[2:]:
         algorithm = resumable(int(runners)).build_algo()
         restore_checkpoint(algorithm, Path(sys.argv[1]) / runners)
-        rows[runners] = [numbers(algorithm.train()) for _ in range(2)]
+        rows[runners] = two_more(algorithm)
         algorithm.stop()
     print("RESULT", json.dumps(rows))
 

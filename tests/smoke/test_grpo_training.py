@@ -11,7 +11,7 @@ import grpo_toy
 import numpy as np
 import pytest
 import ray
-from grpo_toy import configuration, numbers, resumable
+from grpo_toy import configuration, numbers, resumable, two_more
 
 from envs.errors import UserError
 from policies.baselines import FixedKnobs, RandomKnobs
@@ -77,13 +77,13 @@ def test_resumed_runs_equal_uninterrupted_ones(tmp_path: Path) -> None:
         algorithm = resumable(runners).build_algo()
         first[runners] = train(algorithm, 2)
         save_checkpoint(algorithm, tmp_path / str(runners))
-        expected[str(runners)] = train(algorithm, 2)
+        expected[str(runners)] = two_more(algorithm)
         algorithm.stop()
     json.dumps([first, expected], allow_nan=False)
     # One thread each: chunks make the numbers independent of how many runners there are.
     assert first[0] == first[1] == first[2]
     assert expected["0"] == expected["1"] == expected["2"]
-    assert first[0] != expected["0"]
+    assert first[0] != expected["0"]["numbers"]
     command = [sys.executable, grpo_toy.__file__, str(tmp_path), "0", "1", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=env, check=False)
@@ -102,6 +102,24 @@ def test_an_older_checkpoint_is_taken_back_to_by_learner_and_runners(tmp_path: P
     held = algorithm.env_runner_group.foreach_env_runner(lambda runner: fingerprint(runner.module.get_state()))
     assert held == [wanted] * len(held)
     assert train(algorithm, 2) == expected
+    algorithm.stop()
+
+
+def test_the_average_of_weights_is_evaluated_and_exported() -> None:
+    algorithm = configuration(average=0.5).evaluation(evaluation_config={"env_config": {"group_size": 1}}).build_algo()
+    average = None
+    for _ in range(3):
+        algorithm.train()
+        latest = ray.get(algorithm.weights())
+        # 1 of 1, 1 of 2, then half of the past.
+        average = latest if average is None else {name: (average[name] + latest[name]) / 2 for name in latest}
+    exported = algorithm.controller()
+    for name, value in ray.get(algorithm.acting_weights()).items():
+        np.testing.assert_allclose(value, average[name], rtol=1e-5, atol=1e-7, err_msg=name)
+    assert fingerprint(average) != fingerprint(latest)
+    contexts = [(sample, budget) for sample in range(grpo_toy.SAMPLES) for budget in (30.0, 70.0)]
+    rewards = [row["reward"] for row in evaluate_contexts(algorithm, contexts)]
+    assert abs(act_alone(exported, contexts) - float(np.mean(rewards))) < 1e-9
     algorithm.stop()
 
 

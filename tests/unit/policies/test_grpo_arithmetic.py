@@ -13,6 +13,7 @@ from envs.errors import UserError
 from envs.knobs import KnobSpace
 from policies.distribution import LOGITS_WIDTH, KnobDistribution, mask_logits
 from policies.grpo.advantages import complete_groups, group_advantages
+from policies.grpo.averaging import averaged
 from policies.grpo.config import GRPOConfig
 from policies.grpo.losses import LossInputs, LossSettings, clipped_surrogate, grpo_loss, kl_estimate
 from policies.grpo.minibatches import minibatches
@@ -277,3 +278,32 @@ def test_learners_together_see_the_minibatches_of_one() -> None:
     shares = two.reshape(2, 4, 12)
     for index, minibatch in enumerate(one.reshape(4, 24)):
         assert set(shares[:, index].reshape(-1).tolist()) == set(minibatch.tolist())
+
+
+@given(
+    arrays(np.float32, st.tuples(st.integers(1, 30), st.just(3)), elements=st.floats(-5, 5, width=32)),
+    st.floats(0, 0.99),
+)
+def test_the_average_of_weights_counts_few_rounds_alike_and_fades_many(rounds: np.ndarray, memory: float) -> None:
+    average = None
+    for index, row in enumerate(rounds):
+        before = None if average is None else average["w"].copy()
+        fresh = averaged(average, {"w": row}, index, memory)
+        if average is not None:
+            np.testing.assert_array_equal(average["w"], before)
+        average = fresh
+        assert average["w"].dtype == np.float32
+        seen = rounds[: index + 1]
+        if memory >= index / (index + 1):
+            np.testing.assert_allclose(average["w"], seen.mean(axis=0), atol=1e-4)
+        elif before is not None:
+            np.testing.assert_allclose(average["w"], memory * before + (1 - memory) * row, atol=1e-4)
+        assert (average["w"] >= seen.min(axis=0) - 1e-4).all()
+        assert (average["w"] <= seen.max(axis=0) + 1e-4).all()
+    if memory == 0:
+        np.testing.assert_array_equal(average["w"], rounds[-1])
+
+
+def test_a_memory_of_one_is_refused() -> None:
+    with pytest.raises(UserError, match=r"average 1\.0 is not allowed"):
+        GRPOConfig().environment("toy").training(average=1.0).validate()
