@@ -52,7 +52,8 @@ def rollouts(count: int) -> Rollouts:
 def iteration() -> dict[str, float]:
     """`result["grpo"]` of an iteration in which everything there is happened."""
     prices = PriceSettings(edges=EDGES)
-    config = {"group_size": 4, "divide_by_spread": False, "prices": prices, "kl_coeff": 0.1, "reference_interval": 0}
+    config = {"group_size": 4, "divide_by_spread": False, "prices": prices, "average": 0.0}
+    config |= {"kl_coeff": 0.1, "reference_interval": 0}
     algorithm: Any = SimpleNamespace(
         config=SimpleNamespace(**config),
         round=1,
