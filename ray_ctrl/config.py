@@ -323,7 +323,7 @@ class GRPOSettings(Section):
         default=1.0, gt=0, le=1e6, description="Longest gradient, Euclidean norm. Above 0, to 1e6."
     )
     average: float = Field(
-        default=0.95,
+        default=0.9,
         ge=0,
         lt=1,
         description="Weight of the past in the running average of the controller's weights over iterations, which is "

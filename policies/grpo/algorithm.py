@@ -26,7 +26,7 @@ from envs.errors import UserError
 from policies.controller import Controller
 from policies.grpo import checkpoint
 from policies.grpo.advantages import GroupAdvantages, group_advantages
-from policies.grpo.averaging import Weights, averaged
+from policies.grpo.averaging import Average, Weights
 from policies.grpo.config import GRPOConfig
 from policies.grpo.evaluation import EvaluationRequest, Row
 from policies.grpo.learner import ENTROPY_SHARES, WEIGHTS, answering, each_learner, learner_errors
@@ -58,7 +58,7 @@ class GRPO(Algorithm):
     def setup(self, config: Any) -> None:
         self.round = 0
         self.prices = Prices.start(self.config.prices or PriceSettings())
-        self.average: Weights | None = None
+        self.average = Average(self.config.average)
         self.evaluation_request: EvaluationRequest | None = None
         self.evaluation_rows: list[Row] = []
         self._row: dict[str, float] = {}
@@ -112,7 +112,7 @@ class GRPO(Algorithm):
         )
         self._learn(rollouts, groups)
         if self.config.average:
-            self.average = averaged(self.average, self._latest(), self.round, self.config.average)
+            self.average = self.average.updated(self._latest())
         self._row = {"round": float(self.round)}
         self._row |= rollout_metrics(rollouts, returns, groups, self.prices if self.config.prices else None)
         if self.config.prices is not None:
@@ -179,12 +179,15 @@ class GRPO(Algorithm):
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
 
     def weights(self) -> Any:
-        """The controller's latest inference weights as the runners take them (see `acting_weights`)."""
+        """The latest weights, by which rollouts are sampled, as runners take them."""
         return _shared(self._latest())
 
-    def acting_weights(self) -> Any:
-        """The weights that are evaluated and exported: the running average, or the latest where there is none."""
-        return _shared(self._latest() if self.average is None else self.average)
+    def evaluated_weights(self) -> Any:
+        """What is evaluated and exported, as runners take it: the average, or the latest weights if none is kept."""
+        return _shared(self._evaluated())
+
+    def _evaluated(self) -> Weights:
+        return self._latest() if self.average.weights is None else self.average.weights
 
     def _latest(self) -> Weights:
         with answering(self.learner_group, self.config.learner_timeout_s):
@@ -199,14 +202,14 @@ class GRPO(Algorithm):
 
     def controller(self) -> Controller:
         """A copy of the controller as evaluated now, on the CPU, ready for `Controller.save`."""
-        return checkpoint.controller_from(self._latest() if self.average is None else self.average, self.config.hidden)
+        return checkpoint.controller_from(self._evaluated(), self.config.hidden)
 
     # Checkpoints: RLlib saves weights, optimizer, reference and counters; the round and the prices are added here.
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state: dict[str, Any] = super().get_state(*args, **kwargs)
         state[STATE] = {"round": self.round, "seed": self.config.seed, "prices": self.prices.state()}
-        state[STATE] |= {"rounds": self.rounds.state(), "average": self.average}
+        state[STATE] |= {"rounds": self.rounds.state(), "average": self.average.state()}
         return state
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -216,7 +219,7 @@ class GRPO(Algorithm):
             self.rounds.restore(state[STATE]["rounds"])
             self.round = int(state[STATE]["round"])
             self.prices = self.prices.restored(state[STATE]["prices"])
-            self.average = state[STATE].get("average")  # checkpoints from before it was kept hold none
+            self.average = self.average.restored(state[STATE].get("average"))
 
     def save_to_path(self, path: Any = None, **kwargs: Any) -> str:
         with answering(self.learner_group, self.config.learner_timeout_s):

@@ -62,7 +62,7 @@ def evaluate_with_runners(algorithm: "GRPO", group: EnvRunnerGroup | None) -> tu
     if not request.contexts:
         raise UserError("no contexts to evaluate: give at least one (sample index, budget in ms)")
     width = algorithm.evaluation_config.num_envs_per_env_runner
-    weights = None if request.baseline else algorithm.acting_weights()
+    weights = None if request.baseline else algorithm.evaluated_weights()
     spread = Spread(
         group,
         "run_contexts",

@@ -114,7 +114,7 @@ def test_the_average_of_weights_is_evaluated_and_exported() -> None:
         # 1 of 1, 1 of 2, then half of the past.
         average = latest if average is None else {name: (average[name] + latest[name]) / 2 for name in latest}
     exported = algorithm.controller()
-    for name, value in ray.get(algorithm.acting_weights()).items():
+    for name, value in ray.get(algorithm.evaluated_weights()).items():
         np.testing.assert_allclose(value, average[name], rtol=1e-5, atol=1e-7, err_msg=name)
     assert fingerprint(average) != fingerprint(latest)
     contexts = [(sample, budget) for sample in range(grpo_toy.SAMPLES) for budget in (30.0, 70.0)]

@@ -13,7 +13,7 @@ from envs.errors import UserError
 from envs.knobs import KnobSpace
 from policies.distribution import LOGITS_WIDTH, KnobDistribution, mask_logits
 from policies.grpo.advantages import complete_groups, group_advantages
-from policies.grpo.averaging import averaged
+from policies.grpo.averaging import Average
 from policies.grpo.config import GRPOConfig
 from policies.grpo.losses import LossInputs, LossSettings, clipped_surrogate, grpo_loss, kl_estimate
 from policies.grpo.minibatches import minibatches
@@ -285,23 +285,30 @@ def test_learners_together_see_the_minibatches_of_one() -> None:
     st.floats(0, 0.99),
 )
 def test_the_average_of_weights_counts_few_rounds_alike_and_fades_many(rounds: np.ndarray, memory: float) -> None:
-    average = None
+    average = Average(memory)
     for index, row in enumerate(rounds):
-        before = None if average is None else average["w"].copy()
-        fresh = averaged(average, {"w": row}, index, memory)
-        if average is not None:
-            np.testing.assert_array_equal(average["w"], before)
-        average = fresh
-        assert average["w"].dtype == np.float32
-        seen = rounds[: index + 1]
+        before = average
+        average = before.updated({"w": row})
+        if memory == 0:
+            assert average.weights is None
+            continue
+        found, seen = average.weights["w"], rounds[: index + 1]
+        assert found.dtype == np.float32
         if memory >= index / (index + 1):
-            np.testing.assert_allclose(average["w"], seen.mean(axis=0), atol=1e-4)
-        elif before is not None:
-            np.testing.assert_allclose(average["w"], memory * before + (1 - memory) * row, atol=1e-4)
-        assert (average["w"] >= seen.min(axis=0) - 1e-4).all()
-        assert (average["w"] <= seen.max(axis=0) + 1e-4).all()
-    if memory == 0:
-        np.testing.assert_array_equal(average["w"], rounds[-1])
+            np.testing.assert_allclose(found, seen.mean(axis=0), atol=1e-4)
+        else:
+            np.testing.assert_allclose(found, memory * before.weights["w"] + (1 - memory) * row, atol=1e-4)
+        assert (found >= seen.min(axis=0) - 1e-4).all()
+        assert (found <= seen.max(axis=0) + 1e-4).all()
+        assert average.rounds == index + 1
+        assert average.restored(average.state()) == average
+
+
+def test_an_average_is_not_restored_where_none_is_kept() -> None:
+    kept = Average(0.5).updated({"w": np.ones(2, np.float32)}).state()
+    assert Average(0.0).restored(kept).weights is None
+    assert Average(0.5).restored(None) == Average(0.5)  # a checkpoint from before averages: begins anew
+    assert Average(0.5).restored(kept).rounds == 1
 
 
 def test_a_memory_of_one_is_refused() -> None:
