@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs.errors import UserError
+from envs.knobs import TOP_KS
 
 KERNELS = ("auto", "dense", "grouped")
 # Up to these sizes two wide products are over before the pairs are even sorted (measured, one CPU thread).
@@ -28,9 +29,17 @@ _ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Reserve:
-    """Kernel to train with: the `first` experts of each token are fixed, those ranked behind them learn."""
+    """Kernel to train with: the `first` experts of each token are fixed, those ranked behind them learn.
+
+    Raises:
+        UserError: a `first` that leaves no expert to teach, or none fixed.
+    """
 
     first: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.first < max(TOP_KS):
+            raise UserError(f"reserve behind {self.first} experts is not allowed: give 1 to {max(TOP_KS) - 1}")
 
 
 @dataclass(frozen=True)

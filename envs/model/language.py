@@ -213,7 +213,7 @@ class Language(nn.Module):
         return self.final_norm(_in_prompt_order(x, rows, row_top_k))
 
     def run_prefix(
-        self, x_BTD: Tensor, lengths: Sequence[int], depth: int = MAX_INSERTION, experts: str | Reserve = "auto"
+        self, x_BTD: Tensor, lengths: Sequence[int], depth: int = MAX_INSERTION, experts: str = "auto"
     ) -> Prefix:
         """Blocks 1..depth at full top-k on right-padded prompts, everything kept."""
         tokens = x_BTD.shape[1]
@@ -227,7 +227,7 @@ class Language(nn.Module):
             values.append(value)
         return Prefix(tuple(hidden), tuple(keys), tuple(values), tuple(lengths))
 
-    def read_latency_tokens(self, tokens_BLD: Tensor, prefix: Prefix, experts: str | Reserve = "auto") -> Tensor:
+    def read_latency_tokens(self, tokens_BLD: Tensor, prefix: Prefix, experts: str = "auto") -> Tensor:
         """States (B, depth, L, D) of L alternative last tokens after each block of `prefix`.
 
         Each attends to its prompt and itself, never to the others; nothing attends to it, and no key or value is left.
@@ -258,7 +258,7 @@ class Language(nn.Module):
         top_k: Sequence[tuple[int, ...]],
         *,
         prefix: Prefix | None = None,
-        experts: str | Reserve = "auto",
+        experts: str = "auto",
     ) -> Prefilled:
         """Run prompts under plans up to the state that gives the first new token.
 
@@ -285,7 +285,7 @@ class Language(nn.Module):
 class _PrefillRun:
     """State of one prefill between levels."""
 
-    def __init__(self, language: Language, lengths: tuple[int, ...], rows: int, experts: str | Reserve) -> None:
+    def __init__(self, language: Language, lengths: tuple[int, ...], rows: int, experts: str) -> None:
         self.language, self.lengths, self.experts = language, lengths, experts
         self.x: Tensor | None = None
         self.caches: list[BlockCache | None] = []

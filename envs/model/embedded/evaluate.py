@@ -8,7 +8,7 @@ by the profiled clock. Answers are kept in `outcomes.sqlite` as they come: stopp
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ _PROBE_POSITION = 3
 _PROBE_LEVEL = 8
 _NEW_TOKENS = 4
 _IMPORTANCE_SAMPLES = 400
+_TIMED_SAMPLES = 80
 
 
 def make_engine(folder: Path, importance: Sequence[float] | None = None, store: Path | None = None) -> RolloutEngine:
@@ -180,17 +181,17 @@ def low_is_enough(engine: RolloutEngine, samples: Sequence[Sample], label: str) 
     return (low >= high).astype(np.float64)
 
 
-def run(model: Path, out: Path, count: int | None, with_latency: bool) -> dict[str, Any]:
-    """Importance, then outcomes and figures of validation and test."""
+def run(model: Path, out: Path, counts: Mapping[str, int | None], with_latency: bool) -> dict[str, Any]:
+    """Importance, then outcomes and figures of so many samples of validation and test (None: all)."""
     out.mkdir(parents=True, exist_ok=True)
-    validation, test = (load(split, count) for split in ("validation", "test"))
+    validation, test = (load(split, counts[split]) for split in ("validation", "test"))
     ensure_importance(model)
     engine = make_engine(model, read_importance(model), out / "outcomes.sqlite")
     space = KnobSpace(engine.importance)
     clock = None
     result: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     if with_latency:
-        result["latency"] = measure_ratios(engine, test[:: max(1, len(test) // 40)])
+        result["latency"] = measure_ratios(engine, test[:: max(1, len(test) // _TIMED_SAMPLES)])
         clock = ProfiledClock(profile(engine, test[:200], repeats=3, per_tiling=12))
     tables = {}
     for split, samples in (("validation", validation), ("test", test)):
@@ -256,18 +257,24 @@ def main() -> int:
         "--model", type=Path, required=True, help="model folder; importance.json is written into it unless it is there"
     )
     parser.add_argument("--out", type=Path, help="folder for outcomes and figures")
-    parser.add_argument("--samples", type=int, help="run all plans on this many of each split instead of 2,000")
+    parser.add_argument("--samples", type=int, help="run all plans on this many samples of a split instead of 2,000")
+    parser.add_argument(
+        "--validation-samples", type=int, help="on this many of validation, if not as many as --samples"
+    )
     parser.add_argument("--no-latency", action="store_true", help="skip whatever needs measured latency")
     parser.add_argument("--quick", action="store_true", help="only print a few plans")
     parser.add_argument("--split", choices=("validation", "test"), default="validation", help="for --quick")
     options = parser.parse_args()
-    if options.samples is not None and options.samples < 1:
-        raise UserError(f"--samples {options.samples} is not allowed: give at least 1")
+    for name in ("samples", "validation_samples"):
+        count = getattr(options, name)
+        if count is not None and count < 1:
+            raise UserError(f"--{name.replace('_', '-')} {count} is not allowed: give at least 1")
     keep_freed_memory()
     if options.quick:
         print(markdown_table(quick(options.model, options.samples, options.split)))
         return 0
-    run(options.model, options.out or options.model.parent / "evaluation", options.samples, not options.no_latency)
+    counts = {"validation": options.validation_samples or options.samples, "test": options.samples}
+    run(options.model, options.out or options.model.parent / "evaluation", counts, not options.no_latency)
     return 0
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from envs.knobs import INSERTIONS, MODEL_BLOCKS, TIERS, TOP_KS, ExecutionPlan
 from envs.model.embedded.shape import build_processor
+from envs.model.experts import Reserve
 from envs.model.processor import MolmoEProcessor, collate
 from envs.tasks.scenes import FAMILIES, Question, Scene, all_questions, caption, make_scene
 from envs.tasks.scenes.draw import draw_scene
@@ -88,8 +89,7 @@ class PackedBatch:
     """Scenes of one tiling: model inputs of batch B and length T, and what each position should say next.
 
     `labels` (B, T) is -100 but where an answer's token or its end is due; `families` (B, T) is the question's family
-    where the answer itself is due, -1 elsewhere. A batch with a `reserve` teaches
-    only the experts ranked behind that many of each token's.
+    where the answer itself is due, -1 elsewhere. With a `reserve` only the last of each token's experts learn.
     """
 
     inputs: dict[str, Tensor]
@@ -98,7 +98,7 @@ class PackedBatch:
     labels: Tensor
     families: Tensor
     plan: ExecutionPlan
-    reserve: int | None = None
+    reserve: Reserve | None = None
 
 
 @dataclass
@@ -123,8 +123,8 @@ class PackedScenes(Dataset[PackedBatch]):
         caption_share = max(falling, self.settings.caption_floor)
         quotas = self.settings.early_quotas if falling > 0 else self.settings.late_quotas
         plan = ExecutionPlan()
-        reserve = self.settings.reserve_share > 0 and bool(rng.random() < self.settings.reserve_share)
-        if reserve:
+        from_reserve = self.settings.reserve_share > 0 and bool(rng.random() < self.settings.reserve_share)
+        if from_reserve:
             quotas, caption_share = self.settings.reserve_quotas, 0.0
         elif rng.random() < self.settings.random_plans:
             plan = random_plan(rng)
@@ -132,7 +132,7 @@ class PackedScenes(Dataset[PackedBatch]):
                 quotas, caption_share = self.settings.plan_quotas, 0.0
         questions = [choose_questions(scene, rng, quotas, rng.random() < caption_share) for scene in scenes]
         batch = pack(self.processor, scenes, questions, tier, plan, self.settings.text_tokens)
-        return replace(batch, reserve=self.settings.reserve_first if reserve else None)
+        return replace(batch, reserve=Reserve(self.settings.reserve_first) if from_reserve else None)
 
     def _tier_shares(self, step: int) -> list[float]:
         late = min(1.0, step / self.steps / self.settings.tiers_until)

@@ -11,7 +11,6 @@ from torch import Tensor
 from envs.knobs import ExecutionPlan
 from envs.model.embedded.loop import Metrics
 from envs.model.embedded.packing import FAMILY_NAMES, IGNORE, PackedBatch
-from envs.model.experts import Reserve
 from envs.model.molmoe import AdaptiveMolmoE
 
 _WORD_SCALE = 0.5
@@ -54,7 +53,7 @@ def scenes_loss(model: AdaptiveMolmoE, batch: PackedBatch) -> tuple[Tensor, Metr
             plans=batch.plan,
             position_ids_BT=batch.position_ids,
             attention_mask_BTT=batch.attention_mask,
-            experts="dense" if batch.reserve is None else Reserve(batch.reserve),
+            experts=batch.reserve or "dense",
         )
         logits = model.logits(hidden[asked]).float()
     labels = batch.labels[asked]

@@ -95,8 +95,9 @@ class Recipe:
         rehearsal_lr: factor on the rate of its other steps, which only have to keep what was learnt before.
         reserve_tower_lr: `tower_lr` of this phase, which is the longest look at small digits.
         contrast_steps, contrast_packing: the same for the contrast phase, which has all rates of the reserve phase.
-        narrow_hidden: units of an expert before the contrast phase, which widens them: what has to be learnt first fits
-            in narrow experts, at half the time a step.
+        narrow_hidden: units of an expert before the contrast phase, unless `start` gives them: what has to be learnt
+            first fits in narrow experts, at half the time a step.
+        hidden: units of an expert from the contrast phase on.
         start: model folder that phase `first` starts from; None runs all phases.
         first: a name of `LATE_PHASES`.
     """
@@ -121,6 +122,7 @@ class Recipe:
     contrast_steps: int = 1700
     contrast_packing: PackingSettings = field(default_factory=lambda: CONTRAST_PACKING)
     narrow_hidden: int = 96
+    hidden: int = EXPERT_HIDDEN
     start: str | None = None
     first: str = "depth"
 
@@ -185,7 +187,7 @@ def contrast_phase(recipe: Recipe, model: AdaptiveMolmoE) -> Phase:
     """`model`, widened and trained on: a token's last two experts learn corners and sums, and only digit and match are
     asked under random plans.
     """
-    model = widen(model, EXPERT_HIDDEN, recipe.seed)
+    model = widen(model, recipe.hidden, recipe.seed)
     data = PackedScenes(recipe.contrast_steps, recipe.seed + _CONTRAST_SEED, recipe.contrast_packing)
     return _with_reserve("contrast", model, data, recipe)
 

@@ -47,9 +47,9 @@ class Format:
     weight: float
 
 
-# With the embedded model's crops of 56 pixels and windows of 42, the first four get another tiling at each tier (wide
-# and tall of 10 and 8 crops at most, so that the high tier costs little more than the medium one), the banner almost
-# the same at medium and high, the card the same at all.
+# With the embedded model's crops of 56 pixels and windows of 42, the first four get another tiling at each tier (of 12,
+# 12, 10 and 8 crops at the high one and 6 at the medium one, so that in wide and tall scenes the step between them is
+# small), the banner the same at medium and high, the card the same at all.
 FORMATS: Final = MappingProxyType(
     {
         "landscape": Format(182, 140, 4, 3, 0.24),

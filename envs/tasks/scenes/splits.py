@@ -26,14 +26,13 @@ class SplitSize:
     questions: int
 
 
-# Asked most are the families that one knob decides: digits to be read or matched want crops, sums blocks, corners
-# experts. Weights are not shares: a scene is asked once per family at most, and not every scene has a pair to match.
+# Asked most are the families that one knob decides: digits to be read want crops, sums blocks, corners experts.
 _WEIGHTS: Final = MappingProxyType(
-    {"color": 1, "shape": 1, "count": 1, "sum": 5, "corners": 11, "digit": 6, "compare": 2, "match": 30}
+    {"color": 1, "shape": 1, "count": 1, "sum": 6, "corners": 6, "digit": 8, "compare": 2, "match": 9}
 )
 
 SPLITS: Final = MappingProxyType(
-    {"train": SplitSize(10000, 2), "validation": SplitSize(1000, 2), "test": SplitSize(1000, 2)}
+    {"train": SplitSize(5000, 4), "validation": SplitSize(1000, 2), "test": SplitSize(1000, 2)}
 )
 
 
