@@ -39,6 +39,7 @@ from envs.model.embedded.train import (
     train,
 )
 from envs.model.embedded.warmup import WarmupCrops
+from envs.model.experts import Reserve
 from envs.tasks.scenes import SceneImage, all_questions, make_scene
 from envs.tasks.scenes.draw import draw_scene
 
@@ -184,7 +185,7 @@ def test_reserve_steps_ask_for_their_families_alone(packing: PackingSettings, ta
     assert 4 < len(reserve) < 16
     families = {FAMILY_NAMES[index] for batch in reserve for index in batch.families.unique().tolist() if index >= 0}
     assert families == taught
-    assert all(batch.plan == ExecutionPlan() and batch.reserve == first for batch in reserve)
+    assert all(batch.plan == ExecutionPlan() and batch.reserve == Reserve(first) for batch in reserve)
 
 
 def test_reserve_steps_teach_experts_and_words_alone() -> None:

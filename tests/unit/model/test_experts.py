@@ -122,3 +122,9 @@ def test_reserve_gives_the_same_numbers_and_a_gradient_to_later_experts_alone(fi
         assert not taught[ranked[:first]].any()
         assert taught[ranked[first:8]].all()
         assert not taught[ranked[8:]].any()
+
+
+@pytest.mark.parametrize("first", [0, 8])
+def test_a_reserve_that_teaches_nobody_or_everybody_is_refused(first):
+    with pytest.raises(UserError, match=rf"behind {first} experts.*give 1 to 7"):
+        Reserve(first)
