@@ -73,7 +73,7 @@ def accuracies(
 
 
 def measure_ratios(engine: RolloutEngine, samples: Sequence[Sample], repeats: int = 3) -> dict[str, float]:
-    """Median latency at batch 1 of the ends of the range, as ratios to the cheapest plan or the other end of a knob.
+    """Latency at batch 1 of the ends of the range, means of each sample's fastest, and what each knob alone saves.
 
     Plans are interleaved request by request, so that a busy machine slows all alike.
     """
