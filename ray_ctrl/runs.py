@@ -29,13 +29,14 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One good checkpoint: its folder, the iterations done, and its validation score where it has
-    one.
+    """One good checkpoint: its folder, the iterations done, and its validation score and its standard error where it
+    has one.
     """
 
     path: Path
     iteration: int
     score: float | None
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ class RunFolder:
 
     # -- checkpoints --------------------------------------------------------------------------
 
-    def save_checkpoint(self, iteration: int, score: float | None, write: Callable[[Path], None]) -> Checkpoint:
+    def save_checkpoint(
+        self, iteration: int, score: float | None, write: Callable[[Path], None], *, score_error: float = 0.0
+    ) -> Checkpoint:
         """Has `write` fill a folder aside, hashes it, and renames it into place.
 
         Raises:
@@ -160,7 +163,7 @@ class RunFolder:
             _clean_aside(folder)
             aside.mkdir(parents=True)
             write(aside)
-            state = {"format_version": FORMAT_VERSION, "iteration": iteration, "score": score}
+            state = {"format_version": FORMAT_VERSION, "iteration": iteration, "score": score, "error": score_error}
             write_json(aside / "state.json", state)
             write_json(aside / "manifest.json", _manifest(aside))
             if final.exists():
@@ -172,7 +175,7 @@ class RunFolder:
                 f"cannot write checkpoint {final}: {error.strerror or error}; free space there and "
                 "continue with --resume"
             ) from error
-        return Checkpoint(final, iteration, score)
+        return Checkpoint(final, iteration, score, score_error)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Good checkpoints, oldest first; damaged ones are warned of and left out."""
@@ -181,7 +184,7 @@ class RunFolder:
             problem = damage(path)
             if problem is None:
                 state = json.loads((path / "state.json").read_text("utf-8"))
-                good.append(Checkpoint(path, state["iteration"], state["score"]))
+                good.append(Checkpoint(path, state["iteration"], state["score"], state.get("error", 0.0)))
             else:
                 warnings.warn(f"checkpoint {path} is left out: {problem}", stacklevel=2)
         return good
@@ -211,25 +214,31 @@ class RunFolder:
                 path.rename(target)
 
     def prune(self, keep: int) -> None:
-        """Removes all good checkpoints but the newest `keep` and the best."""
+        """Removes all good checkpoints but the newest `keep`, the best, and the one that the best is measured by."""
         good = self.checkpoints()
-        kept = {c.path for c in good[-keep:]}
-        top = best(good)
-        if top is not None:
-            kept.add(top.path)
+        kept = {c.path for c in (*good[-keep:], best(good), _highest(good)) if c is not None}
         for checkpoint in good:
             if checkpoint.path not in kept:
                 shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 
 def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    """The checkpoint with the highest validation score, the earlier on a tie; the last one where
-    none has a score.
+    """The last checkpoint whose validation score lies within one standard error of the highest; the last one where none
+    has a score.
+
+    Which of many checkpoints of equal worth scores highest is chance (the one-standard-error rule, Breiman et al. 1984,
+    3.4.3). The later ones have been trained for longer, and with less exploration.
     """
+    top = _highest(checkpoints)
+    if top is None or top.score is None:
+        return checkpoints[-1] if checkpoints else None
+    return [c for c in checkpoints if c.score is not None and c.score >= top.score - top.error][-1]
+
+
+def _highest(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    """The one with the highest score, the latest on a tie; None where none has a score."""
     scored = [c for c in checkpoints if c.score is not None]
-    if scored:
-        return max(scored, key=lambda c: (c.score, -c.iteration))
-    return checkpoints[-1] if checkpoints else None
+    return max(scored, key=lambda c: (c.score, c.iteration)) if scored else None
 
 
 def newest_run(folder: Path) -> RunFolder:

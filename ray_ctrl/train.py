@@ -312,17 +312,20 @@ class Trainer:
         means = summary(rows)
         means.pop("contexts")
         figures = {f"validation/{RENAMED.get(key, key)}": value for key, value in means.items()}
-        return figures | {"validation/score": validation_score(rows, self.config.reward)}
+        reward = self.config.reward
+        figures["validation/score"] = validation_score(rows, reward)
+        figures["validation/score_error"] = validation_error(rows, reward)
+        return figures
 
     def _checkpoint(self, row: Metrics) -> None:
-        score = row.get("validation/score")
+        score, error = row.get("validation/score"), row.get("validation/score_error", 0.0)
 
         def write(aside: Path) -> None:
             self.algorithm.save_to_path((aside / "algorithm").absolute())
             metadata = self.setting.metadata() | {"iteration": self.done, "validation_score": score}
             self.algorithm.controller().save(aside / "controller", metadata)
 
-        self.folder.save_checkpoint(self.done, score, write)
+        self.folder.save_checkpoint(self.done, score, write, score_error=error)
         self.folder.prune(self.config.run.keep_checkpoints)
 
 
@@ -347,6 +350,14 @@ def validation_score(rows: Sequence[Mapping[str, float]], settings: RewardConfig
         max(0.0, float(np.mean(some)) - target - math.sqrt(target * (1 - target) / len(some))) for some in late.values()
     ]
     return float(np.mean([row["accuracy"] for row in rows]) - settings.price_max * np.mean(excess))
+
+
+def validation_error(rows: Sequence[Mapping[str, float]], settings: RewardConfig) -> float:
+    """Standard error of the score's mean reward or accuracy over samples, each of them seen under every budget."""
+    key = "reward" if settings.mode == "fixed" else "accuracy"
+    sample_of = np.arange(len(rows)) // VALIDATION_BUDGETS
+    means = np.bincount(sample_of, [row[key] for row in rows]) / np.bincount(sample_of)
+    return float(means.std(ddof=1) / math.sqrt(means.size)) if means.size > 1 else 0.0
 
 
 def validation_contexts(samples: int, budgets: Any) -> list[tuple[int, float]]:

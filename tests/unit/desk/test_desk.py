@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cluster.connect import ConnectError
@@ -127,6 +128,15 @@ def test_late_answers_that_chance_explains_do_not_count_against_a_checkpoint() -
     assert score(0) == score(6) == score(8) == pytest.approx(0.8)
     assert score(10) < 0.8
     assert score(20) < score(10)
+
+
+def test_the_error_of_a_score_is_that_of_samples_not_of_requests() -> None:
+    per_sample = [0.0, 1.0, 1.0, 0.0]
+    rows = [{"accuracy": a, "reward": 2 * a} for a in per_sample for _ in range(train.VALIDATION_BUDGETS)]
+    spread = np.std(per_sample, ddof=1) / 2
+    assert train.validation_error(rows, RewardConfig(mode="constrained")) == pytest.approx(spread)
+    assert train.validation_error(rows, RewardConfig(mode="fixed")) == pytest.approx(2 * spread)
+    assert train.validation_error(rows[: train.VALIDATION_BUDGETS], RewardConfig()) == 0.0
 
 
 def test_validation_never_sees_a_held_out_budget() -> None:

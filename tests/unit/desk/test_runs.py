@@ -178,6 +178,20 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert [c.iteration for c in run.checkpoints()] == [2, 4, 5]
 
 
+def test_best_is_the_last_within_one_standard_error_of_the_highest_score(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    for iteration, score in ((1, 0.5), (2, 0.9), (3, 0.86), (4, None), (5, 0.84), (6, 0.3), (7, 0.2)):
+        run.save_checkpoint(iteration, score, _write, score_error=0.05)
+    top = best(run.checkpoints())
+    assert top is not None
+    assert top.iteration == 3
+    assert top.error == 0.05
+    # What it was measured by is kept, or the bar would sink with every pruning.
+    run.prune(1)
+    assert [c.iteration for c in run.checkpoints()] == [2, 3, 7]
+    assert best(run.checkpoints()) == top
+
+
 def test_best_without_scores_is_the_last(tmp_path: Path) -> None:
     run = _run(tmp_path)
     run.save_checkpoint(1, None, _write)
