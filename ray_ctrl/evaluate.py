@@ -1,7 +1,7 @@
 """`ray-ctrl evaluate`: every test sample under every held-out budget exactly once, beside the baselines."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from envs.engine import Outcome
 from envs.errors import UserError
 from envs.latency import is_measuring
 from envs.world import World
@@ -171,18 +172,25 @@ def all_plan_outcomes(world: World, samples: Sequence[Any], clock: Any) -> tuple
     plans = [world.space.plan(knobs) for knobs in world.space.distinct]
     accuracy = np.zeros((len(plans), len(samples)))
     latency = np.zeros_like(accuracy)
+    for s, outcomes in enumerate(run_all_plans(world, samples)):
+        for p, outcome in enumerate(outcomes):
+            shape = world.engine.shape(samples[s], plans[p].tier)
+            accuracy[p, s] = world.engine.accuracy(samples[s], outcome)
+            latency[p, s] = clock.latency(shape, plans[p], outcome.n_tokens).total
+    return accuracy, latency
+
+
+def run_all_plans(world: World, samples: Sequence[Any]) -> Iterator[list[Outcome]]:
+    """Outcomes of every distinct plan, sample by sample; many samples' plans are run in one go."""
+    plans = [world.space.plan(knobs) for knobs in world.space.distinct]
     step = max(1, LOOKUP_BATCH // len(plans))
     with counted("running all plans on training samples") as progress:
         for first in range(0, len(samples), step):
             some = samples[first : first + step]
-            pairs = [(s, p) for s in range(len(some)) for p in range(len(plans))]
-            outcomes = world.engine.outcomes([some[s] for s, _ in pairs], [plans[p] for _, p in pairs])
-            for (s, p), outcome in zip(pairs, outcomes, strict=True):
-                shape = world.engine.shape(some[s], plans[p].tier)
-                accuracy[p, first + s] = world.engine.accuracy(some[s], outcome)
-                latency[p, first + s] = clock.latency(shape, plans[p], outcome.n_tokens).total
+            outcomes = world.engine.outcomes([s for s in some for _ in plans], plans * len(some))
             progress(first + len(some), len(samples))
-    return accuracy, latency
+            for start in range(0, len(outcomes), len(plans)):
+                yield outcomes[start : start + len(plans)]
 
 
 def write_report(methods: Sequence[Rollouts], out: Path) -> dict[str, Any]:

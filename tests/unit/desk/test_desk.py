@@ -1,6 +1,8 @@
 """Small parts of the desk: error exits, progress lines, contexts, resuming, folders."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +11,9 @@ from cluster.connect import ConnectError
 from envs.budgets import BudgetDistribution
 from envs.errors import UserError
 from ray_ctrl import cli, console, evaluate, train
-from ray_ctrl.config import RewardConfig
+from ray_ctrl.config import Config, RewardConfig
 from ray_ctrl.runs import RunFolder, free_folder
-from ray_ctrl.settings import load_config
+from ray_ctrl.settings import load_config, with_overrides
 
 
 class _Wrapped(Exception):
@@ -173,3 +175,31 @@ def test_finding_a_controller(tmp_path: Path) -> None:
     assert evaluate.find_controller(run.root) == (run.root / "checkpoints/iteration_000002/controller", run.root)
     run.controller.mkdir()
     assert evaluate.find_controller(run.root) == (run.controller, run.root)
+
+
+@pytest.mark.parametrize(
+    ("changes", "stopped", "ran"),
+    [
+        ({}, False, 6),
+        ({}, True, 2),
+        ({"evaluation.lookup_samples": 5}, False, 0),
+        ({"runners.count": 1}, False, 0),
+        ({"clock.kind": "measured"}, False, 0),
+    ],
+)
+def test_all_plans_run_ahead_where_training_asks_for_no_others(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], stopped: bool, ran: int
+) -> None:
+    asked: list[tuple[Any, Any]] = []
+
+    def outcomes(samples: list[Any], plans: list[Any]) -> list[Any]:
+        asked.extend(zip(samples, plans, strict=True))
+        return plans
+
+    space = SimpleNamespace(distinct=("dear", "cheap"), plan=lambda knobs: f"{knobs} plan")
+    world = SimpleNamespace(samples=range(6), space=space, engine=SimpleNamespace(outcomes=outcomes))
+    monkeypatch.setattr("ray_ctrl.evaluate.LOOKUP_BATCH", 4)  # two samples a batch
+    settings = {"task.train_samples": 6, "evaluation.lookup_samples": 6} | changes
+    config = with_overrides(Config(), [f"{key}={value}" for key, value in settings.items()])
+    train._run_ahead(config, SimpleNamespace(build=lambda split: world), SimpleNamespace(requested=stopped))
+    assert asked == [(sample, f"{knobs} plan") for sample in range(ran) for knobs in ("dear", "cheap")]
