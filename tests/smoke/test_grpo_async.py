@@ -12,7 +12,7 @@ from grpo_toy import configuration, numbers, resumable
 
 from envs.errors import UserError
 from policies.controller import Controller
-from policies.grpo.checkpoint import restore_checkpoint, save_checkpoint
+from policies.grpo.checkpoint import controller_from, restore_checkpoint, save_checkpoint
 
 STALENESS = 2
 
@@ -53,7 +53,7 @@ def test_rollouts_are_as_stale_as_they_say_and_no_context_comes_twice() -> None:
 
     algorithm._learn = checked
     for _ in range(6):
-        versions.append(algorithm.controller())
+        versions.append(controller_from(ray.get(algorithm.weights()), algorithm.config.hidden))
         staleness.append(algorithm.train()["grpo"]["staleness"])
     assert staleness == [0.0, 1.0, 2.0, 2.0, 2.0, 2.0]
     # Weights do move, so that the comparison above tells versions apart.
