@@ -429,7 +429,7 @@ class RunConfig(Section):
         default=3,
         ge=1,
         le=1000,
-        description="Latest checkpoints kept, besides the best. 1 to 1000.",
+        description="Latest checkpoints kept, besides the chosen and the highest-scoring one. 1 to 1000.",
     )
     tensorboard: Flag = Field(default=True, description="Write TensorBoard files.")
     prometheus: Flag = Field(

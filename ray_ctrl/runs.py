@@ -36,7 +36,7 @@ class Checkpoint:
     path: Path
     iteration: int
     score: float | None
-    error: float = 0.0
+    score_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,12 @@ class RunFolder:
             _clean_aside(folder)
             aside.mkdir(parents=True)
             write(aside)
-            state = {"format_version": FORMAT_VERSION, "iteration": iteration, "score": score, "error": score_error}
+            state = {
+                "format_version": FORMAT_VERSION,
+                "iteration": iteration,
+                "score": score,
+                "score_error": score_error,
+            }
             write_json(aside / "state.json", state)
             write_json(aside / "manifest.json", _manifest(aside))
             if final.exists():
@@ -184,7 +189,7 @@ class RunFolder:
             problem = damage(path)
             if problem is None:
                 state = json.loads((path / "state.json").read_text("utf-8"))
-                good.append(Checkpoint(path, state["iteration"], state["score"], state.get("error", 0.0)))
+                good.append(Checkpoint(path, state["iteration"], state["score"], state.get("score_error", 0.0)))
             else:
                 warnings.warn(f"checkpoint {path} is left out: {problem}", stacklevel=2)
         return good
@@ -232,7 +237,7 @@ def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     top = _highest(checkpoints)
     if top is None or top.score is None:
         return checkpoints[-1] if checkpoints else None
-    return [c for c in checkpoints if c.score is not None and c.score >= top.score - top.error][-1]
+    return [c for c in checkpoints if c.score is not None and c.score >= top.score - top.score_error][-1]
 
 
 def _highest(checkpoints: list[Checkpoint]) -> Checkpoint | None:

@@ -146,8 +146,8 @@ def _run_ahead(config: Config, setting: Any, stopper: Stopper) -> None:
     Whole batches of it take far less time than the same requests when rollouts come upon them bit by bit. Not with
     runners, which share that work, nor under a measured clock, which reuses nothing.
     """
-    lookup = config.evaluation.lookup_samples
-    if lookup < config.task.train_samples or config.runners.count or config.clock.kind == "measured":
+    covered = config.evaluation.lookup_samples >= config.task.train_samples
+    if stopper.requested or not covered or config.runners.count or config.clock.kind == "measured":
         return
     from ray_ctrl.evaluate import run_all_plans
 

@@ -178,22 +178,25 @@ def test_finding_a_controller(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "stopped", "ran"),
+    ("changes", "stopped_after", "ran"),
     [
-        ({}, False, 6),
-        ({}, True, 2),
-        ({"evaluation.lookup_samples": 5}, False, 0),
-        ({"runners.count": 1}, False, 0),
-        ({"clock.kind": "measured"}, False, 0),
+        ({}, None, 6),
+        ({}, 0, 0),
+        ({}, 1, 2),
+        ({"evaluation.lookup_samples": 5}, None, 0),
+        ({"runners.count": 1}, None, 0),
+        ({"clock.kind": "measured"}, None, 0),
     ],
 )
 def test_all_plans_run_ahead_where_training_asks_for_no_others(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], stopped: bool, ran: int
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], stopped_after: int | None, ran: int
 ) -> None:
     asked: list[tuple[Any, Any]] = []
+    stopper = SimpleNamespace(requested=stopped_after == 0)
 
     def outcomes(samples: list[Any], plans: list[Any]) -> list[Any]:
         asked.extend(zip(samples, plans, strict=True))
+        stopper.requested = stopped_after is not None
         return plans
 
     space = SimpleNamespace(distinct=("dear", "cheap"), plan=lambda knobs: f"{knobs} plan")
@@ -201,5 +204,5 @@ def test_all_plans_run_ahead_where_training_asks_for_no_others(
     monkeypatch.setattr("ray_ctrl.evaluate.LOOKUP_BATCH", 4)  # two samples a batch
     settings = {"task.train_samples": 6, "evaluation.lookup_samples": 6} | changes
     config = with_overrides(Config(), [f"{key}={value}" for key, value in settings.items()])
-    train._run_ahead(config, SimpleNamespace(build=lambda split: world), SimpleNamespace(requested=stopped))
+    train._run_ahead(config, SimpleNamespace(build=lambda split: world), stopper)
     assert asked == [(sample, f"{knobs} plan") for sample in range(ran) for knobs in ("dear", "cheap")]

@@ -185,7 +185,7 @@ def test_best_is_the_last_within_one_standard_error_of_the_highest_score(tmp_pat
     top = best(run.checkpoints())
     assert top is not None
     assert top.iteration == 3
-    assert top.error == 0.05
+    assert top.score_error == 0.05
     # What it was measured by is kept, or the bar would sink with every pruning.
     run.prune(1)
     assert [c.iteration for c in run.checkpoints()] == [2, 3, 7]
