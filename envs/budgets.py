@@ -111,7 +111,13 @@ class BudgetDistribution:
     def held_out(self) -> tuple[float, ...]:
         """Budgets never trained on, rising, ms: one below the range, the middle of every band, one above."""
         middles = (math.sqrt(low * high) for low, high in self.bands)
-        return (self.low_ms / _BEYOND, *middles, self.high_ms * _BEYOND)
+        low, high = self.reach
+        return (low, *middles, high)
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The smallest and the largest budget that a controller of this range is held to, ms: a little beyond it."""
+        return self.low_ms / _BEYOND, self.high_ms * _BEYOND
 
     def bin_index(self, budget_ms: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Price bin 0 to bins - 1 of each budget; budgets beyond the range belong to the outermost bins."""

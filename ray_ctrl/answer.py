@@ -1,6 +1,7 @@
 """`ray-ctrl answer`: one question within a budget, by a trained controller, on the wall clock."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from envs.budgets import check_budget
+from envs.budgets import BudgetDistribution, check_budget
 from envs.errors import UserError
 from envs.knobs import TIERS, Knobs, KnobSpace
 from envs.latency import Identity, LatencyRecord, MeasuredClock
@@ -57,7 +58,7 @@ def run(image: str, question: str, budget_ms: float, controller: Path | None, *,
     """
     check_budget(budget_ms)
     sample = make_sample(image, question)
-    folder, _ = find_controller(controller or newest_run(RUNS).root)
+    folder, _ = find_controller(controller or newest_run(RUNS, trained=True).root)
     found, metadata = Controller.load(folder)
     config = controller_config(metadata, folder)
     answered = answer(config, metadata, found, sample, budget_ms, repeats)
@@ -106,12 +107,35 @@ def answer(
     check_importance(engine, metadata)
     reference_ms = _reference(engine, metadata)
     space = KnobSpace(engine.importance)
-    steering = Steering(controller, space, budget_ms, reference_ms)
+    steering = Steering(controller, space, within_reach(budget_ms, metadata, reference_ms), reference_ms)
     for _ in range(max(1, repeats)):
         outcome, record, _ = engine.run_steered(sample, steering)
     if steering.knobs is None:
         raise RuntimeError("the engine ended a request without asking the controller")
     return Answer(engine.text(outcome), steering.knobs, budget_ms, reference_ms, record, outcome.n_tokens)
+
+
+def within_reach(budget_ms: float, metadata: Mapping[str, Any], reference_ms: float) -> float:
+    """The budget that the controller is shown: `budget_ms`, or the nearest one that it was trained for.
+
+    What a network makes of budgets far from all it has seen is anyone's guess; asked for the impossible it might choose
+    a dear plan. The impossible is warned of; in a budget larger than any there is no harm.
+
+    Args:
+        metadata: what was exported with the controller: its budgets, and the latency on the reference request there.
+        reference_ms: that latency here.
+    """
+    if "budgets" not in metadata:
+        return budget_ms
+    here = reference_ms / metadata["reference_ms"]
+    low, high = (end * here for end in BudgetDistribution(**metadata["budgets"]).reach)
+    if budget_ms < low:
+        warnings.warn(
+            f"a budget of {budget_ms:g} ms is smaller than any the controller was trained for ({low:.1f} ms on this "
+            f"device): it chooses as for {low:.1f} ms, and may be late",
+            stacklevel=2,
+        )
+    return min(max(budget_ms, low), high)
 
 
 def _check_model(engine: Any, metadata: Mapping[str, Any]) -> None:

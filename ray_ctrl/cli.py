@@ -82,7 +82,7 @@ def train(
     """Train a controller with GRPO; ends with the learning curve and the held-out table.
 
     Everything goes into one run folder. Ctrl-C finishes the iteration, writes a checkpoint and
-    leaves; `--resume` goes on from there.
+    leaves, a second one leaves at once; `--resume` goes on from there.
     """
     from ray_ctrl import train as room
 
@@ -166,7 +166,9 @@ def answer(
     budget_ms: Annotated[float, typer.Option("--budget-ms", "-b", help="Latency allowed, ms, above 0.")],
     controller: Annotated[
         Path | None,
-        typer.Option(help="Run folder or exported controller; by default the newest run.", show_default=False),
+        typer.Option(
+            help="Run folder or exported controller; by default the newest run that has one.", show_default=False
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Runs of the request; the last one is shown.", min=1)] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
@@ -339,9 +341,9 @@ def _guard(command: Callable[[], Any]) -> int:
         status = command()
     except UserError as error:
         return _complain(error.message, error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        return 130
+        return getattr(error, "exit_status", 130)
     except Exception as error:
         status = _known(error)
         if status is None:

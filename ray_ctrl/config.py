@@ -90,7 +90,7 @@ class TaskConfig(Section):
     validation_samples: Int = Field(
         default=128,
         ge=1,
-        description="Samples of the validation split, 1 or more; they choose the best checkpoint.",
+        description="Samples of the validation split, 1 or more; they choose among checkpoints.",
     )
     test_samples: Int = Field(default=200, ge=1, description="Samples of the test split in the final table, 1 or more.")
     seed: Int = Field(default=0, ge=0, description="Seed of the choice of samples. 0 or more.")
@@ -326,8 +326,8 @@ class GRPOSettings(Section):
         default=0.9,
         ge=0,
         lt=1,
-        description="Weight of the past in the running average of the controller's weights over iterations, which is "
-        "what is validated and exported; 0 takes the latest weights. 0 to below 1.",
+        description="Weight of the past in the running average of the controller's weights over iterations (at first "
+        "their plain mean), which is what is validated and exported; 0 takes the latest weights. 0 to below 1.",
     )
     max_staleness: Int = Field(
         default=0,

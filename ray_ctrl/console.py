@@ -55,7 +55,7 @@ def iteration_line(metrics: Mapping[str, Any], total: int, eta_s: float) -> str:
         f"violations {metrics['violations']:.1%}",
     ]
     if "validation/score" in metrics:
-        parts.append(f"validation {metrics['validation/score']:+.3f}")
+        parts.append(f"validation score {metrics['validation/score']:+.3f}")
     parts.append(f"{metrics['time/iteration_s']:.1f} s, {clock_time(eta_s)} left")
     return "  ".join(parts)
 

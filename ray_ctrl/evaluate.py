@@ -1,6 +1,7 @@
 """`ray-ctrl evaluate`: every test sample under every held-out budget exactly once, beside the baselines."""
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -39,31 +40,60 @@ def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
     from cluster.connect import connect
 
     folder, home = find_controller(path)
-    stored = controller_config(Controller.load(folder)[1], folder)
+    metadata = Controller.load(folder)[1]
+    stored = controller_config(metadata, folder)
     config = with_overrides(stored, overrides)
     layout = plan_layout(with_overrides(config, ["grpo.max_staleness=0"]))  # nothing is learnt here
     out = _fresh(out) if out else free_folder(home / "evaluation")
     setting = open_setting(config)
     _check(folder, setting)
-    keeps = (home / "run.json").is_file() and _same_clock(stored, config)
+    if (home / "run.json").is_file():
+        changed = _changed(stored, config)
+        why = f"the run's profile does not hold, {', '.join(changed)} being another"
+    else:
+        changed = ["run"]
+        why = "there is no run folder around the controller"
+    keeps = not changed and _same_budgets(stored, config)
+    if changed and _profiles(config):
+        console.print(f"profiling this device: {why}", markup=False)
     if not keeps:
         out.mkdir(parents=True)
-    setting = setting.with_clock(home if keeps else out)
-    runners = config.runners
-    with connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s):
-        evaluate_setting(setting, folder, out)
+    try:
+        setting = setting.with_clock(home if keeps else out, tables=out if changed else home)
+        runners = config.runners
+        with connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s):
+            evaluate_setting(setting, folder, out)
+    except (UserError, KeyboardInterrupt):
+        if not keeps:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
-def _same_clock(stored: Config, config: Config) -> bool:
-    """Whether the run's own profile table and budgets hold under `config` too.
+def _changed(stored: Config, config: Config) -> list[str]:
+    """Settings that the run's own profile table does not hold under.
 
-    They do under the measured clock: what was profiled is what is measured, so both are asked for the same budgets.
+    The kind `measured` is no change from `profiled`: what was profiled is what is measured.
     """
-    clock = stored.clock if config.clock.kind == "measured" and stored.clock.kind == "profiled" else config.clock
-    return (stored.model, stored.clock, stored.budgets) == (config.model, clock, config.budgets) and (
-        stored.task.model_dump(exclude={"test_samples", "validation_samples"})
-        == config.task.model_dump(exclude={"test_samples", "validation_samples"})
-    )
+    keys = [("model", key) for key in type(config.model).model_fields]
+    keys += [("clock", key) for key in type(config.clock).model_fields]
+    keys += [("task", key) for key in ("name", "seed", "on_broken")]
+    found = []
+    for section, key in keys:
+        was, now = (getattr(getattr(some, section), key) for some in (stored, config))
+        if was != now and (section, key, was, now) != ("clock", "kind", "profiled", "measured"):
+            found.append(f"{section}.{key}")
+    return found
+
+
+def _same_budgets(stored: Config, config: Config) -> bool:
+    """Whether the run's own budgets are those of `config`, its clock and task being the same."""
+    return stored.budgets == config.budgets and stored.task.train_samples == config.task.train_samples
+
+
+def _profiles(config: Config) -> bool:
+    """Whether a table is measured where the folder in use has none."""
+    clock = config.clock
+    return clock.kind == "profiled" and clock.table is None and clock.folder is None
 
 
 def find_controller(path: Path) -> tuple[Path, Path]:

@@ -47,7 +47,7 @@ def _run_folder(folder: RunFolder) -> dict[str, Any]:
     facts["checkpoints"] = ", ".join(str(c.iteration) for c in checkpoints) or "none"
     if chosen is not None:
         score = "" if chosen.score is None else f", validation score {chosen.score:.3f}"
-        facts["best checkpoint"] = f"{chosen.iteration}{score}"
+        facts["chosen checkpoint"] = f"{chosen.iteration}{score}"
     if metrics:
         facts["last reward"] = f"{metrics[-1]['reward']:.3f}"
     facts["controller"] = folder.controller if folder.controller.is_dir() else "not exported yet"

@@ -246,15 +246,21 @@ def _highest(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     return max(scored, key=lambda c: (c.score, c.iteration)) if scored else None
 
 
-def newest_run(folder: Path) -> RunFolder:
-    """The run folder under `folder` that was changed last.
+def newest_run(folder: Path, *, trained: bool = False) -> RunFolder:
+    """The run folder under `folder` that was begun last.
+
+    Args:
+        trained: only those with a controller, or a checkpoint that holds one.
 
     Raises:
         UserError: there is none.
     """
     runs = [path.parent for path in folder.glob("*/run.json") if (path.parent / "config.yaml").is_file()]
+    if trained:
+        runs = [run for run in runs if (run / "controller").is_dir() or any(run.glob("checkpoints/iteration_*"))]
     if not runs:
-        raise UserError(f"no run folder under {folder}: train first with 'ray-ctrl train'")
+        which = "run with a controller" if trained else "run folder"
+        raise UserError(f"no {which} under {folder}: train first with 'ray-ctrl train'")
     return RunFolder(max(runs, key=lambda path: (path / "run.json").stat().st_mtime_ns))
 
 

@@ -58,12 +58,16 @@ class Setting:
         """The live world of one split in this process."""
         return self.world(split).build()
 
-    def with_clock(self, folder: Path) -> "Setting":
-        """This setting with a profile table (measured where a valid one is missing) and budgets kept in `folder`."""
-        clock = self.config.clock
-        table = find_table(self.config, self.engine, folder) if clock.kind == "profiled" else None
+    def with_clock(self, folder: Path, tables: Path | None = None) -> "Setting":
+        """This setting with a profile table (measured where a valid one is missing) and budgets kept in `folder`.
+
+        Args:
+            tables: another folder that keeps the table.
+        """
+        clock, tables = self.config.clock, tables or folder
+        table = find_table(self.config, self.engine, tables) if clock.kind == "profiled" else None
         if clock.kind == "measured":
-            table = self._kept_table(folder)
+            table = self._kept_table(tables)
         known = replace(self, table=table)
         return replace(known, given_budgets=_budgets(known, folder / BUDGETS_FILE))
 

@@ -1,16 +1,30 @@
-"""SIGINT and SIGTERM as a wish to stop: the iteration is finished, a checkpoint written, then the program leaves."""
+"""SIGINT and SIGTERM: an interruption at once, or first a wish to stop, where what is under way should end whole."""
 
+import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+_STDERR = 2
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM, with the exit status that shells give it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_status = 128 + number
+
 
 class Stopper:
-    """Context in which the first signal sets `requested` and the second interrupts at once."""
+    """Context in which a signal raises `Interrupted`; within `patient` the first one only sets `requested`."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._promise: str | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stopper":
@@ -28,16 +42,31 @@ class Stopper:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def patient(self, promise: str) -> Iterator[None]:
+        """Lets what runs inside come to its own end after the first signal; it looks at `requested`.
+
+        Args:
+            promise: what the first signal is answered with, on stderr.
+        """
+        self._promise = promise
+        try:
+            yield
+        finally:
+            self._promise = None
+
     @property
     def requested(self) -> bool:
         return self.signal is not None
 
-    @property
-    def exit_status(self) -> int:
-        """128 plus the signal, as shells say it; 0 without one."""
-        return 0 if self.signal is None else 128 + self.signal
+    def obey(self) -> None:
+        """Raises `Interrupted` where a stop was requested, once what was to end whole has ended."""
+        if self.signal is not None:
+            raise Interrupted(self.signal)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
+        if self._promise is None or self.requested:
+            raise Interrupted(number)
         self.signal = number
+        # A handler may run in the middle of anything, also of a print: no buffer may be touched here.
+        os.write(_STDERR, f"\n{self._promise}; once more to leave at once\n".encode())

@@ -3,7 +3,8 @@
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from envs.errors import UserError
+from envs.tasks import check_task
 from ray_ctrl.config import Config, RewardConfig
 from ray_ctrl.console import console, iteration_line, progress_bar
 from ray_ctrl.feasibility import Layout, check_machine, plan_layout
@@ -50,9 +52,10 @@ def run(
     resume: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Trains and evaluates; returns the exit status (128 + signal after a wish to stop).
+    """Trains and evaluates; returns the exit status.
 
     Raises:
+        Interrupted: by SIGINT or SIGTERM; what was trained until then is kept.
         UserError: settings, folders or files that do not do.
     """
     folder = _find(run_dir, preset, config_file, overrides) if resume else None
@@ -63,6 +66,7 @@ def run(
     if dry_run:
         _show_plan(config, layout)
         check_machine(config, layout)
+        check_task(config.task.name)
         return 0
     root = folder.root if folder else run_dir or _new_root(config)
     if folder is None:
@@ -126,35 +130,45 @@ def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None
         with connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s):
             folder, trainer = _begin(config, layout, root, resumed, setting)
             try:
-                _run_ahead(config, trainer.setting, stopper)
-                finished = trainer.train(stopper)
+                with _saying(f"go on with: ray-ctrl train --resume --run-dir {folder.root}"):
+                    _run_ahead(config, trainer.setting)
+                    if not trainer.train(stopper):
+                        stopper.obey()
             finally:
                 trainer.stop()
-            if not finished:
-                console.print(f"stopped; go on with: ray-ctrl train --resume --run-dir {folder.root}", markup=False)
-                return stopper.exit_status
             chosen = export_best(folder)
             console.print(f"controller of iteration {chosen.iteration} exported to {folder.controller}", markup=False)
-            evaluate_setting(trainer.setting, folder.controller, free_folder(folder.root / "evaluation"))
+            with _saying(f"the controller is ready; evaluate it with: ray-ctrl evaluate {folder.root}"):
+                stopper.obey()
+                evaluate_setting(trainer.setting, folder.controller, free_folder(folder.root / "evaluation"))
     console.print(f"finished in {(time.monotonic() - started) / 60:.1f} minutes")
     return 0
 
 
-def _run_ahead(config: Config, setting: Any, stopper: Stopper) -> None:
+@contextmanager
+def _saying(how: str) -> Iterator[None]:
+    """Says how to go on where what runs inside is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"stopped; {how}", markup=False)
+        raise
+
+
+def _run_ahead(config: Config, setting: Any) -> None:
     """Runs what the lookup table asks for before the first iteration, where that is all that training can ask for.
 
     Whole batches of it take far less time than the same requests when rollouts come upon them bit by bit. Not with
     runners, which share that work, nor under a measured clock, which reuses nothing.
     """
     covered = config.evaluation.lookup_samples >= config.task.train_samples
-    if stopper.requested or not covered or config.runners.count or config.clock.kind == "measured":
+    if not covered or config.runners.count or config.clock.kind == "measured":
         return
     from ray_ctrl.evaluate import run_all_plans
 
     world = setting.build("train")
     for _ in run_all_plans(world, list(world.samples)):
-        if stopper.requested:
-            return
+        pass
 
 
 def _begin(
@@ -162,22 +176,22 @@ def _begin(
 ) -> tuple[RunFolder, "Trainer"]:
     """The run folder and the trainer, ready for the next iteration.
 
-    A folder made here is taken away again where the settings turn out not to do: nothing was trained yet, and it would
-    only stand in the way of the next try.
+    A folder made here is taken away again where the settings turn out not to do, or the profile is interrupted: nothing
+    was trained yet, and it would only stand in the way of the next try.
     """
     folder = resumed or RunFolder.create(root, config)
     console.print(f"run folder {folder.root}", markup=False)
     try:
         setting = setting.with_clock(folder.root)
         return folder, Trainer(config, folder, setting, layout)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         if resumed is None:
             shutil.rmtree(folder.root, ignore_errors=True)
         raise
 
 
 def export_best(folder: RunFolder) -> Checkpoint:
-    """Copies the best checkpoint's controller to `controller/`, draws the learning curve; returns the checkpoint."""
+    """Copies the chosen checkpoint's controller to `controller/`, draws the learning curve; returns the checkpoint."""
     from ray_ctrl.plots import learning_curve
 
     chosen = best(folder.checkpoints())
@@ -224,7 +238,7 @@ class Trainer:
         """Runs to the last iteration; False when a signal ended it before."""
         total = self.config.run.iterations
         begun, first = time.monotonic(), self.done
-        with progress_bar() as bar:
+        with progress_bar() as bar, stopper.patient("stopping after this iteration, with a checkpoint"):
             task = bar.add_task("training", total=total, completed=self.done)
             while self.done < total and not stopper.requested:
                 row = self._iterate_or_recover(stopper)
@@ -323,7 +337,7 @@ class Trainer:
         return self.done % every == 0 or self.done == total or self._validates()
 
     def _validate(self) -> Metrics:
-        """Means over the validation contexts, acting by argmax, and the score that chooses the best checkpoint."""
+        """Means over the validation contexts, acting by argmax, and the score that chooses among checkpoints."""
         from policies.grpo.evaluation import evaluate_contexts, summary
 
         rows = evaluate_contexts(self.algorithm, self.contexts)

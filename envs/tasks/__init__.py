@@ -10,7 +10,7 @@ from typing import Literal
 from envs.errors import UserError
 from envs.tasks.sample import FileImage, ImageRef, Sample, content_id
 
-__all__ = ["SPLITS", "FileImage", "ImageRef", "Sample", "content_id", "list_tasks", "load_task"]
+__all__ = ["SPLITS", "FileImage", "ImageRef", "Sample", "check_task", "content_id", "list_tasks", "load_task"]
 
 SPLITS = ("train", "validation", "test")
 
@@ -20,6 +20,17 @@ def list_tasks() -> tuple[str, ...]:
     from envs.tasks.table import DATA_SETS
 
     return ("scenes", *(entry.name for entry in DATA_SETS))
+
+
+def check_task(name_or_path: str) -> None:
+    """Refuses a task that `load_task` would not know; reads no data.
+
+    Raises:
+        UserError: an unknown set, a path that does not exist.
+    """
+    from envs.tasks.mix import parse_tasks
+
+    parse_tasks(name_or_path)
 
 
 def load_task(

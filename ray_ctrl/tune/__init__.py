@@ -10,11 +10,10 @@ import os
 import random
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import numpy as np
 
@@ -23,16 +22,18 @@ from ray_ctrl.console import console, table
 from ray_ctrl.provenance import provenance
 from ray_ctrl.runs import RunFolder, free_folder, write_json, write_text
 from ray_ctrl.settings import with_overrides
+from ray_ctrl.stopping import Stopper
 from ray_ctrl.tune.sweep import Sweep, dump, load_sweep
 
 STATE = "tune"
 INTERRUPTED = 130
+STOPPING = "stopping the trials at their last checkpoints"
 # Checkpoints that PBT hands on. A trial may be one comparison ahead of the one that goes on from it, and Tune counts a
 # checkpoint up to three times (as reported, as the best, as the one paused at): 2 x 3 are enough to lose none in use.
 KEPT = 6
 # Read by Ray Tune; set only where the user has not.
 TUNE_ENVIRONMENT = {
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see Interruption
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see stopping.Stopper
     "TUNE_GLOBAL_CHECKPOINT_S": "5",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -101,8 +102,8 @@ def _run(sweep: Sweep, root: Path, resume: bool) -> int:
     with connect(runners.address, needed(totals(group)), timeout_s=runners.connect_timeout_s) as there:
         concurrent = at_once(sweep, totals(group), there)
         show_plan(sweep, there)
-        with Interruption() as interruption:
-            statuses = drive(sweep, root, concurrent, resume, interruption)
+        with Stopper() as stopper, _tune_signal_kept(), stopper.patient(STOPPING):
+            statuses = drive(sweep, root, concurrent, resume, stopper)
     ended = sum(status in ("TERMINATED", "ERROR") for status in statuses.values())
     return finish(sweep, root, statuses, finished=ended >= sweep.trials)
 
@@ -155,7 +156,7 @@ def show_plan(sweep: Sweep, there: Mapping[str, float] | None) -> None:
     )
 
 
-def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, interruption: "Interruption") -> dict[str, str]:
+def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, stopper: Stopper) -> dict[str, str]:
     """Ray Tune's part; returns each trial's last status."""
     from ray import tune
 
@@ -170,7 +171,7 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, interruption:
     np.random.seed(sweep.file.seed)
     trainable = tune.with_parameters(train_trial, sweep=sweep, root=str(root))
     trainable = tune.with_resources(trainable, trial_resources(sweep.base))
-    progress = Progress(sweep, root, lambda: interruption.asked)
+    progress = Progress(sweep, root, lambda: stopper.requested)
     state = root / STATE
     restorable = resume and tune.Tuner.can_restore(str(state))
     if (root / TRIALS).exists() and not restorable:
@@ -233,26 +234,11 @@ def finish(sweep: Sweep, root: Path, statuses: Mapping[str, str], *, finished: b
     return 0
 
 
-class Interruption:
-    """SIGINT and SIGTERM (a stopped job, a drained node) as a wish to stop; the second one interrupts at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interruption":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._ask)
-        # What Ray Tune is told by (see Progress); Tune leaves its handler behind.
-        self._before[signal.SIGUSR1] = signal.getsignal(signal.SIGUSR1)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        # No more than this: a handler may run in the middle of anything, also before Tune's loop has begun.
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+@contextmanager
+def _tune_signal_kept() -> Iterator[None]:
+    """Gives SIGUSR1 back, what Ray Tune is told by (see Progress): Tune leaves its handler behind."""
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -54,7 +54,6 @@ class Progress(tune.Callback):
             self.ended = {trial.trial_id for trial in trials if str(trial.status) in DONE}
         if self.asked() and not self.stopping:
             self.stopping = True
-            console.print("stopping the trials at their last checkpoints", markup=False)
             # Ray Tune saves its state and leaves on this signal; by now its handler is there.
             os.kill(os.getpid(), signal.SIGUSR1)
 

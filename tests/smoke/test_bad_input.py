@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT_S, finish, refused, snapshot, start
+from conftest import LIMIT_S, finish, ray_ctrl, refused, snapshot, start
 from PIL import Image
 
 SMOKE = ("train", "--preset", "smoke")
@@ -42,6 +42,13 @@ def test_the_program_itself_ends_with_status_2() -> None:
     done = finish(start(["train", "--dry-run", "grpo.lrr=1"]))
     assert done.status == 2
     assert done.err == "error: unknown config key 'grpo.lrr': the nearest valid key is 'grpo.lr'\n"
+
+
+def test_a_dry_run_knows_an_unknown_task_after_showing_the_plan() -> None:
+    done = ray_ctrl("train", "--dry-run", "--task", "nonsuch")
+    assert done.status == 2
+    assert "# each iteration" in done.out
+    assert "unknown task 'nonsuch'" in done.err
 
 
 def test_existing_run_folder_is_not_overwritten(trained: Path) -> None:

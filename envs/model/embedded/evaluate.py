@@ -1,4 +1,4 @@
-"""Every figure of the model card, measured: `python -m envs.model.embedded.evaluate --model DIR --out DIR`.
+"""Every figure of the model card, measured: `python -m envs.model.embedded.evaluate`.
 
 Writes `importance.json` (from validation, unless it is there), `outcomes-<split>.npz` (every sample under every plan)
 and `figures.json`. Outcomes and latencies come from the rollout engine; latency is measured at batch 1 and interpolated
@@ -23,6 +23,7 @@ from envs.errors import UserError
 from envs.knobs import TIERS, ExecutionPlan, Knobs, KnobSpace
 from envs.latency.profiled import ProfiledClock
 from envs.latency.profiler import profile
+from envs.model.embedded import WEIGHTS
 from envs.model.embedded.figures import (
     FloatArray,
     OutcomeTable,
@@ -39,6 +40,7 @@ from envs.model.processor import MolmoEProcessor
 from envs.tasks.sample import Sample
 from envs.tasks.scenes import load
 
+SHIPPED_OUT = Path("runs/embedded-model")
 _CHUNK = 64
 _PROBE_POSITION = 3
 _PROBE_LEVEL = 8
@@ -254,9 +256,16 @@ def quick(model: Path, count: int | None, split: str = "validation") -> dict[str
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure a trained embedded model on the scenes.")
     parser.add_argument(
-        "--model", type=Path, required=True, help="model folder; importance.json is written into it unless it is there"
+        "--model",
+        type=Path,
+        default=WEIGHTS,
+        help="model folder, by default the shipped one; importance.json is written into it unless it is there",
     )
-    parser.add_argument("--out", type=Path, help="folder for outcomes and figures")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"folder for outcomes and figures; by default {SHIPPED_OUT}, or `evaluation` beside another model",
+    )
     parser.add_argument("--samples", type=int, help="run all plans on this many samples of a split instead of 2,000")
     parser.add_argument(
         "--validation-samples", type=int, help="on this many of validation, if not as many as --samples"
@@ -274,7 +283,8 @@ def main() -> int:
         print(markdown_table(quick(options.model, options.samples, options.split)))
         return 0
     counts = {"validation": options.validation_samples or options.samples, "test": options.samples}
-    run(options.model, options.out or options.model.parent / "evaluation", counts, not options.no_latency)
+    beside = SHIPPED_OUT if options.model == WEIGHTS else options.model.parent / "evaluation"
+    run(options.model, options.out or beside, counts, not options.no_latency)
     return 0
 
 

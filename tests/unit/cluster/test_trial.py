@@ -181,15 +181,16 @@ def test_what_tune_may_have_missed_is_told_again(
 
 def test_an_interruption_before_tune_listens_is_passed_on_later() -> None:
     """SIGUSR1 would end the process as long as Tune has no handler for it."""
-    from ray_ctrl.tune import Interruption
+    from ray_ctrl.stopping import Stopper
+    from ray_ctrl.tune import _tune_signal_kept
     from ray_ctrl.tune.progress import Progress
 
     heard: list[int] = []
-    with Interruption() as interruption:
-        progress = Progress(sweep(), Path(), lambda: interruption.asked)
+    with Stopper() as stopper, _tune_signal_kept(), stopper.patient("stopping"):
+        progress = Progress(sweep(), Path(), lambda: stopper.requested)
         progress.on_step_begin(0, [])
         os.kill(os.getpid(), signal.SIGINT)
-        assert interruption.asked
+        assert stopper.requested
         signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
         progress.on_step_begin(1, [])
         progress.on_step_begin(2, [])
