@@ -43,10 +43,6 @@ class Clock(AnyClock, Protocol):
 
     def latency(self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> LatencyRecord: ...
 
-    def p95(self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> float:
-        """95th percentile of the request's latency, ms; the latency itself for a clock without spread."""
-        ...
-
 
 class MeasuringClock(AnyClock, Protocol):
     """A clock that times the very request, at batch 1, with nothing shared or reused."""

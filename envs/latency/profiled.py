@@ -67,10 +67,6 @@ class ProfiledClock:
         rows = quantities(shape, plan, new_tokens)
         return LatencyRecord(*(sum(map(mul, rows[stage], self._costs[stage])) for stage in STAGES))
 
-    def p95(self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> float:
-        """95th percentile of the request's latency, ms: the median times the table's relative spread."""
-        return self.latency(shape, plan, new_tokens).total * max(1.0, self.quantile(0.95))
-
     def quantile(self, share: float) -> float:
         """Quantile of measured over predicted latency in the table: noise of the device and misfit of the clock."""
         return float(np.quantile(self._ratios, share))

@@ -105,10 +105,6 @@ class RooflineClock:
             controller=self.device.controller * 1e3,
         )
 
-    def p95(self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> float:
-        """The latency itself: this clock has no spread."""
-        return self.latency(shape, plan, new_tokens).total
-
     def _processor(self, shape: RequestShape) -> float:
         made = shape.crops * self.config.vision.crop_size**2
         return (_TOKENISER_S + (shape.pixels + made) * self.device.pixel_s) * 1e3

@@ -187,8 +187,7 @@ def run(model: Path, out: Path, counts: Mapping[str, int | None], with_latency: 
     """Importance, then outcomes and figures of so many samples of validation and test (None: all)."""
     out.mkdir(parents=True, exist_ok=True)
     validation, test = (load(split, counts[split]) for split in ("validation", "test"))
-    ensure_importance(model)
-    engine = make_engine(model, read_importance(model), out / "outcomes.sqlite")
+    engine = make_engine(model, ensure_importance(model), out / "outcomes.sqlite")
     space = KnobSpace(engine.importance)
     clock = None
     result: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -220,27 +219,27 @@ def run(model: Path, out: Path, counts: Mapping[str, int | None], with_latency: 
     return result
 
 
-def ensure_importance(model: Path) -> None:
-    """Measures block importance on validation samples, unless the model folder holds it already.
+def ensure_importance(model: Path) -> tuple[float, ...]:
+    """Block importance of the model folder, measured on validation samples where it holds none yet.
 
     Raises:
         UserError: the file there was measured with other weights.
     """
     file, engine = importance_path(model), make_engine(model)
     fingerprint = engine.model.fingerprint
-    if file.is_file():
-        if json.loads(file.read_text(encoding="utf-8")).get("fingerprint", fingerprint) != fingerprint:
-            raise UserError(f"{file} was measured with other weights than those beside it: remove it to measure anew")
-        return
-    found = measure_importance(engine, load("validation", _IMPORTANCE_SAMPLES))
-    write_importance(file, found.to_dict({"task": "scenes", "split": "validation", "fingerprint": fingerprint}))
+    if not file.is_file():
+        found = measure_importance(engine, load("validation", _IMPORTANCE_SAMPLES))
+        write_importance(file, found.to_dict({"task": "scenes", "split": "validation", "fingerprint": fingerprint}))
+    elif json.loads(file.read_text(encoding="utf-8")).get("fingerprint", fingerprint) != fingerprint:
+        raise UserError(f"{file} was measured with other weights than those beside it: remove it to measure anew")
+    return read_importance(model)
 
 
 def quick(model: Path, count: int | None, split: str = "validation") -> dict[str, dict[str, float]]:
     """Accuracy by family of the full and the cheapest plan and of each tier: a first look at a model."""
-    ensure_importance(model)
+    importance = ensure_importance(model)
     samples = load(split, count)
-    engine = make_engine(model, read_importance(model))
+    engine = make_engine(model, importance)
     space = KnobSpace(engine.importance)
     knobs = {f"{tier}, 8, 16": Knobs(tier, 1, 8, 16) for tier in TIERS}
     knobs |= {
