@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from envs.errors import UserError
+from ray_ctrl.stopping import Interrupted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -341,7 +342,7 @@ def _guard(command: Callable[[], Any]) -> int:
         status = command()
     except UserError as error:
         return _complain(error.message, error)
-    except KeyboardInterrupt as error:
+    except (Interrupted, KeyboardInterrupt) as error:
         print("interrupted", file=sys.stderr)
         return getattr(error, "exit_status", 130)
     except Exception as error:

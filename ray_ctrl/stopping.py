@@ -11,8 +11,11 @@ from typing import Any
 _STDERR = 2
 
 
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM, with the exit status that shells give it."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM, with the exit status that shells give it.
+
+    No KeyboardInterrupt, which libraries on the way turn into exits of their own.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)

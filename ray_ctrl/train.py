@@ -18,7 +18,7 @@ from ray_ctrl.console import console, iteration_line, progress_bar
 from ray_ctrl.feasibility import Layout, check_machine, plan_layout
 from ray_ctrl.runs import Checkpoint, Metrics, RunFolder, best, free_folder, newest_run
 from ray_ctrl.settings import load_config, to_yaml
-from ray_ctrl.stopping import Stopper
+from ray_ctrl.stopping import Interrupted, Stopper
 from ray_ctrl.tracking import Gauges, open_tracker
 
 VALIDATION_BUDGETS = 4
@@ -150,7 +150,7 @@ def _saying(how: str) -> Iterator[None]:
     """Says how to go on where what runs inside is interrupted."""
     try:
         yield
-    except KeyboardInterrupt:
+    except Interrupted:
         console.print(f"stopped; {how}", markup=False)
         raise
 
@@ -184,7 +184,7 @@ def _begin(
     try:
         setting = setting.with_clock(folder.root)
         return folder, Trainer(config, folder, setting, layout)
-    except (UserError, KeyboardInterrupt):
+    except (UserError, Interrupted):
         if resumed is None:
             shutil.rmtree(folder.root, ignore_errors=True)
         raise

@@ -49,11 +49,22 @@ def test_handlers_are_given_back() -> None:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_the_command_line_returns_the_signals_status(number: signal.Signals) -> None:
-    def interrupted() -> None:
+def test_the_command_line_returns_the_signals_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    """Also through typer, which has an exit status of its own for some exceptions."""
+
+    def interrupted(*given: Any, **more: Any) -> None:
         raise Interrupted(number)
 
-    assert cli._guard(interrupted) == 128 + number
+    monkeypatch.setattr(train, "run", interrupted)
+    assert cli.main(["train"]) == 128 + number
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_the_command_line_returns_130_where_a_command_has_no_stopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "run", lambda *given, **more: signal.raise_signal(signal.SIGINT))
+    assert cli.main(["train"]) == 130
 
 
 def _nothing(*given: Any) -> None:
