@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from envs.contexts import Context, ListedSchedule, Schedule, TrainingSchedule, listed
+from envs.contexts import Context, Listed, ListedSchedule, Schedule, TrainingSchedule, listed
 from envs.errors import UserError
 from envs.knobs import BLOCK_COUNTS, HEAD_SIZES, INSERTIONS, TIERS, TOP_KS
 from envs.latency_token import budget_level
@@ -44,8 +44,8 @@ class AdaptiveVQAVectorEnv(VectorEnv):
             `num_envs`: 1 or more (default 1);
             `group_size`: environments per context, a divisor of `num_envs` (default 1);
             `seed`: of the training schedule (default 0);
-            `contexts`: explicit (sample index, budget in ms) pairs, each run once by one
-            environment; None trains.
+            `contexts`: explicit ones as `envs.contexts.listed` takes them, each run once by one environment; None
+            trains.
 
     Raises:
         UserError: an unknown or missing key, or numbers that do not fit together.
@@ -97,7 +97,7 @@ class AdaptiveVQAVectorEnv(VectorEnv):
             raise UserError(f"round {round_index} is not allowed: rounds count from 0")
         self._round = int(round_index)
 
-    def set_contexts(self, contexts: Sequence[tuple[int, float]] | None) -> None:
+    def set_contexts(self, contexts: Sequence[Listed] | None) -> None:
         """Serve explicit contexts, one environment each, from round 0 on; None goes back to training.
 
         Raises:
@@ -142,7 +142,7 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         self._stage = 0
         self._choices[:] = 0
         reference = self.world.clock.reference_ms
-        self._log_ratios = [math.log(context.budget_ms / reference) for context in self._contexts]
+        self._log_ratios = [math.log(context.observed_ms / reference) for context in self._contexts]
         return self._observe_question(), {}
 
     def step(self, actions: Any) -> Step:

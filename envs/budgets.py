@@ -111,13 +111,18 @@ class BudgetDistribution:
     def held_out(self) -> tuple[float, ...]:
         """Budgets never trained on, rising, ms: one below the range, the middle of every band, one above."""
         middles = (math.sqrt(low * high) for low, high in self.bands)
-        low, high = self.reach
-        return (low, *middles, high)
+        return (self.low_ms / _BEYOND, *middles, self.high_ms * _BEYOND)
 
-    @property
-    def reach(self) -> tuple[float, float]:
-        """The smallest and the largest budget that a controller of this range is held to, ms: a little beyond it."""
-        return self.low_ms / _BEYOND, self.high_ms * _BEYOND
+    def nearest(self, budget_ms: float, scale: float = 1.0) -> float:
+        """The budget of the training range nearest to `budget_ms`, which is what a trained controller is shown.
+
+        What a network makes of budgets beyond all it has seen is anyone's guess: asked for the impossible it may choose
+        a dear plan, given all the time in the world a cheap one.
+
+        Args:
+            scale: of the range, for a device that takes so many times as long as the one trained for.
+        """
+        return min(max(budget_ms, self.low_ms * scale), self.high_ms * scale)
 
     def bin_index(self, budget_ms: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Price bin 0 to bins - 1 of each budget; budgets beyond the range belong to the outermost bins."""

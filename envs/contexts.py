@@ -5,7 +5,7 @@ history enters, so a restarted runner goes on where the lost one was, and a chun
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final, Protocol
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from envs.budgets import BudgetDistribution, check_budget
 from envs.errors import UserError
 
+Listed = tuple[int, float] | tuple[int, float, float]
 PADDING: Final = -1
 _ORDER_STREAM: Final = 1
 _BUDGET_STREAM: Final = 2
@@ -28,11 +29,18 @@ class Context:
         id: the group: distinct for all groups of a schedule, -1 for padding.
         sample: index into the world's samples.
         budget_ms: latency allowed.
+        shown_ms: budget that the observation shows, where it is another (see `BudgetDistribution.nearest`).
     """
 
     id: int
     sample: int
     budget_ms: float
+    shown_ms: float | None = None
+
+    @property
+    def observed_ms(self) -> float:
+        """The budget that the observation shows."""
+        return self.budget_ms if self.shown_ms is None else self.shown_ms
 
 
 class Schedule(Protocol):
@@ -81,7 +89,7 @@ class ListedSchedule:
     """Explicit contexts, each once, in order over rounds and places; surplus places get padding.
 
     Attributes:
-        contexts: (sample index, budget in ms) pairs, checked against `samples` by `listed`.
+        contexts: as `listed` checks and makes them.
     """
 
     contexts: tuple[Context, ...]
@@ -89,7 +97,7 @@ class ListedSchedule:
     def draw(self, round_index: int, groups: Sequence[int], total: int) -> list[Context]:
         """The listed contexts whose turn it is; padding repeats the first context under the id -1."""
         first = self.contexts[0]
-        padding = Context(PADDING, first.sample, first.budget_ms)
+        padding = replace(first, id=PADDING)
         turns = (round_index * total + group for group in groups)
         return [self.contexts[t] if t < len(self.contexts) else padding for t in turns]
 
@@ -98,17 +106,22 @@ class ListedSchedule:
         return -(-len(self.contexts) // total)
 
 
-def listed(contexts: Iterable[tuple[int, float]], samples: int) -> ListedSchedule:
-    """A schedule of explicit (sample index, budget in ms) contexts.
+def listed(contexts: Iterable[Listed], samples: int) -> ListedSchedule:
+    """A schedule of explicit contexts: (sample index, budget in ms), or with the budget shown, ms, as a third.
 
     Raises:
         UserError: none given, a sample that does not exist, or a budget that is not above 0.
     """
     checked = []
-    for place, (sample, budget_ms) in enumerate(contexts):
+    for place, context in enumerate(contexts):
+        sample, *budgets = context
+        if len(budgets) not in (1, 2):
+            raise UserError(
+                f"context {place} is {context!r}: give a sample, a budget and, if another is shown, that one"
+            )
         if not 0 <= sample < samples:
             raise UserError(f"context {place} names sample {sample}: there are {samples}, counted from 0")
-        checked.append(Context(place, int(sample), check_budget(budget_ms)))
+        checked.append(Context(place, int(sample), *map(check_budget, budgets)))
     if not checked:
         raise UserError("an explicit list of contexts is empty: give (sample index, budget in ms) pairs")
     return ListedSchedule(tuple(checked))

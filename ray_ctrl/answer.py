@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from envs.budgets import BudgetDistribution, check_budget
+from envs.budgets import check_budget
 from envs.errors import UserError
 from envs.knobs import TIERS, Knobs, KnobSpace
 from envs.latency import Identity, LatencyRecord, MeasuredClock
@@ -20,7 +20,7 @@ from ray_ctrl.console import console, table
 from ray_ctrl.evaluate import controller_config, find_controller
 from ray_ctrl.runs import newest_run
 from ray_ctrl.setting import check_importance, world_config
-from ray_ctrl.steering import Steering
+from ray_ctrl.steering import Steering, shown_budget
 
 RUNS = Path("runs")
 
@@ -107,35 +107,19 @@ def answer(
     check_importance(engine, metadata)
     reference_ms = _reference(engine, metadata)
     space = KnobSpace(engine.importance)
-    steering = Steering(controller, space, within_reach(budget_ms, metadata, reference_ms), reference_ms)
+    shown_ms = shown_budget(budget_ms, metadata, reference_ms)
+    if shown_ms > budget_ms:
+        warnings.warn(
+            f"a budget of {budget_ms:g} ms is smaller than any that the controller was trained for: it chooses as for "
+            f"{shown_ms:.1f} ms, and may be late",
+            stacklevel=2,
+        )
+    steering = Steering(controller, space, shown_ms, reference_ms)
     for _ in range(max(1, repeats)):
         outcome, record, _ = engine.run_steered(sample, steering)
     if steering.knobs is None:
         raise RuntimeError("the engine ended a request without asking the controller")
     return Answer(engine.text(outcome), steering.knobs, budget_ms, reference_ms, record, outcome.n_tokens)
-
-
-def within_reach(budget_ms: float, metadata: Mapping[str, Any], reference_ms: float) -> float:
-    """The budget that the controller is shown: `budget_ms`, or the nearest one that it was trained for.
-
-    What a network makes of budgets far from all it has seen is anyone's guess; asked for the impossible it might choose
-    a dear plan. The impossible is warned of; in a budget larger than any there is no harm.
-
-    Args:
-        metadata: what was exported with the controller: its budgets, and the latency on the reference request there.
-        reference_ms: that latency here.
-    """
-    if "budgets" not in metadata:
-        return budget_ms
-    here = reference_ms / metadata["reference_ms"]
-    low, high = (end * here for end in BudgetDistribution(**metadata["budgets"]).reach)
-    if budget_ms < low:
-        warnings.warn(
-            f"a budget of {budget_ms:g} ms is smaller than any the controller was trained for ({low:.1f} ms on this "
-            f"device): it chooses as for {low:.1f} ms, and may be late",
-            stacklevel=2,
-        )
-    return min(max(budget_ms, low), high)
 
 
 def _check_model(engine: Any, metadata: Mapping[str, Any]) -> None:

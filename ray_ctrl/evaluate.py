@@ -26,6 +26,7 @@ from ray_ctrl.report import Rollouts
 from ray_ctrl.runs import RunFolder, best, free_folder, write_json, write_text
 from ray_ctrl.setting import Setting, check_importance, open_setting
 from ray_ctrl.settings import parse, with_overrides
+from ray_ctrl.steering import shown_budget
 
 LOOKUP_BATCH = 1024  # larger ones are no faster, and progress is seen and an interruption heard between two
 STATIC_SHARE = 0.9  # of the budget, for plans chosen from a profile and then measured: room for the device's noise
@@ -46,7 +47,7 @@ def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
     layout = plan_layout(with_overrides(config, ["grpo.max_staleness=0"]))  # nothing is learnt here
     out = _fresh(out) if out else free_folder(home / "evaluation")
     setting = open_setting(config)
-    _check(folder, setting)
+    load_controller(folder, setting)
     if (home / "run.json").is_file():
         changed = _changed(stored, config)
         why = f"the run's profile does not hold, {', '.join(changed)} being another"
@@ -132,11 +133,16 @@ def _fresh(out: Path) -> Path:
     return out
 
 
-def _check(folder: Path, setting: Setting) -> Controller:
+def load_controller(folder: Path, setting: Setting) -> tuple[Controller, dict[str, Any]]:
+    """The controller exported to `folder` and what was exported with it.
+
+    Raises:
+        UserError: a damaged one, or one for another model or block importance.
+    """
     model = setting.engine.model
     controller, metadata = Controller.load(folder, d_model=int(model.config.d_model), fingerprint=model.fingerprint)
     check_importance(setting.engine, metadata)
-    return controller
+    return controller, metadata
 
 
 def evaluate_setting(setting: Setting, folder: Path, out: Path) -> dict[str, Any]:
@@ -146,14 +152,17 @@ def evaluate_setting(setting: Setting, folder: Path, out: Path) -> dict[str, Any
 
     budgets = setting.budgets.held_out()
     world = setting.build("test")
+    controller, metadata = load_controller(folder, setting)
     contexts = [(sample, ms) for sample in range(len(world.samples)) for ms in budgets]
-    algorithm = build_evaluator(setting, _check(folder, setting), len(contexts))
+    shown = {ms: shown_budget(ms, metadata, world.clock.reference_ms) for ms in budgets}
+    seen = [(sample, ms, shown[ms]) for sample, ms in contexts]
+    algorithm = build_evaluator(setting, controller, len(contexts))
     try:
         methods = []
         who = {"controller": None} | baselines(setting, world, budgets)
         with counted("evaluating") as progress:
             for name, baseline in who.items():
-                rows = evaluate_contexts(algorithm, contexts, baseline=baseline)
+                rows = evaluate_contexts(algorithm, contexts if baseline else seen, baseline=baseline)
                 methods.append(Rollouts.of(name, rows))
                 progress(len(methods), len(who))
     finally:

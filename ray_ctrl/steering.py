@@ -1,13 +1,29 @@
 """A trained controller at work on one request, as the engine's timed runs take it."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from envs.budgets import BudgetDistribution
 from envs.knobs import INSERTIONS, TIERS, TOP_KS, Knobs, KnobSpace
 from envs.latency_token import budget_level
 from policies.controller import Controller
+
+
+def shown_budget(budget_ms: float, metadata: Mapping[str, Any], reference_ms: float) -> float:
+    """The budget that a controller is shown: `budget_ms`, or the nearest one that it was trained for.
+
+    Args:
+        metadata: what was exported with the controller: its budgets, and the latency of the reference request there.
+        reference_ms: that latency here.
+    """
+    if "budgets" not in metadata:
+        return budget_ms
+    scale = reference_ms / metadata["reference_ms"]
+    return BudgetDistribution(**metadata["budgets"]).nearest(budget_ms, scale)
 
 
 class Steering:

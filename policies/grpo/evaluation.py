@@ -35,11 +35,12 @@ def evaluate_contexts(algorithm: "GRPO", contexts: Sequence[Any], *, baseline: B
     """Run every context once on the evaluation runners.
 
     Args:
-        contexts: (sample index, budget in ms) pairs, indices into the evaluation environment's samples.
+        contexts: (sample index, budget in ms), indices into the evaluation environment's samples; a third number is
+            the budget to show, ms, where the observation is to show another.
         baseline: who acts instead of the trained controller.
 
     Returns:
-        One row per context, in order: final infos, `context` (its index in `contexts`), `log_ratio`, `reward`.
+        One row per context, in order: final infos, `context` (its index in `contexts`), `log_ratio` (as shown), `reward`.
 
     Raises:
         UserError: no contexts, no evaluation runners configured, all of them dead, or a bad context.

@@ -35,7 +35,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     setting = SimpleNamespace(with_clock=with_clock)
     monkeypatch.setattr(evaluate, "open_setting", lambda config: setting)
-    monkeypatch.setattr(evaluate, "_check", lambda *given: None)
+    monkeypatch.setattr(evaluate, "load_controller", lambda *given: None)
     monkeypatch.setattr(evaluate, "evaluate_setting", lambda *given: None)
     monkeypatch.setattr("cluster.connect.connect", lambda *given, **more: nullcontext())
     return found

@@ -78,6 +78,9 @@ def test_listed_contexts_run_exactly_once_at_any_number_of_workers(count, worker
         ([(-1, 10.0)], "sample -1"),
         ([(0, 0.0)], "0.0 ms"),
         ([(0, "x")], "'x'"),
+        ([(0, 10.0, 0.0)], "0.0 ms"),
+        ([(0,)], "context 0 is"),
+        ([(0, 10.0, 10.0, 10.0)], "context 0 is"),
     ],
 )
 def test_bad_lists_are_refused(contexts, named):

@@ -80,6 +80,18 @@ def test_an_episode_is_what_the_engine_says(world):
         assert np.allclose(second["latency_token"][row], token, atol=1e-5)
 
 
+def test_a_context_may_show_another_budget_than_it_is_judged_by(world):
+    def observed(contexts):
+        env = AdaptiveVQAVectorEnv({"world": world, "num_envs": len(contexts), "contexts": contexts})
+        (first, second, *_), rewards, infos = play(env, np.random.default_rng(1))
+        return first["budget"][0], second["latency_token"][0], rewards[0], infos["budget_ms"][0]
+
+    judged, shown, both = (observed([context]) for context in ((0, 30.0), (0, 12.0), (0, 30.0, 12.0)))
+    assert np.array_equal(both[0], shown[0]) and not np.array_equal(both[0], judged[0])
+    assert np.array_equal(both[1], shown[1]) and not np.array_equal(both[1], judged[1])
+    assert both[2:] == judged[2:]
+
+
 def test_text_only_and_image_requests_run_side_by_side(world):
     contexts = [(24, 30.0), (0, 30.0), (24, 20.0), (1, 20.0)]
     env = AdaptiveVQAVectorEnv({"world": world, "num_envs": 4, "contexts": contexts})
