@@ -40,7 +40,8 @@ def evaluate_contexts(algorithm: "GRPO", contexts: Sequence[Any], *, baseline: B
         baseline: who acts instead of the trained controller.
 
     Returns:
-        One row per context, in order: final infos, `context` (its index in `contexts`), `log_ratio` (as shown), `reward`.
+        One row per context, in order: final infos, `context` (its index in `contexts`), `log_ratio` (of the budget
+        shown), `reward`.
 
     Raises:
         UserError: no contexts, no evaluation runners configured, all of them dead, or a bad context.
