@@ -130,7 +130,7 @@ class AdaptiveVQAVectorEnv(VectorEnv):
 
         Args:
             seed: seeds `np_random` alone. Contexts follow the schedule: RLlib passes the same seed every time.
-            options: `{"contexts": [(sample index, budget in ms), ...]}` serves these instead, this once.
+            options: `{"contexts": [...]}` serves these instead, this once.
         """
         super().reset(seed=seed)
         given = (options or {}).get("contexts")
@@ -142,7 +142,7 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         self._stage = 0
         self._choices[:] = 0
         reference = self.world.clock.reference_ms
-        self._log_ratios = [math.log(context.observed_ms / reference) for context in self._contexts]
+        self._log_ratios = [math.log(context.shown_ms / reference) for context in self._contexts]
         return self._observe_question(), {}
 
     def step(self, actions: Any) -> Step:

@@ -94,6 +94,18 @@ class BudgetDistribution:
         cut = tuple((plain._at_share(m - width / 2), plain._at_share(m + width / 2)) for m in middles)
         return cls(low_ms, high_ms, cut, bins)
 
+    @classmethod
+    def restored(cls, stored: Any) -> "BudgetDistribution":
+        """The distribution whose fields `stored` holds, as JSON keeps them.
+
+        Raises:
+            UserError: fields missing or foreign, or an unusable range.
+        """
+        try:
+            return cls(**stored)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"budgets {stored!r} cannot be read ({error})") from None
+
     def sample(self, rng: np.random.Generator, n: int) -> Array:
         """`n` training budgets, ms."""
         return self.at(rng.random(n))

@@ -29,18 +29,14 @@ class Context:
         id: the group: distinct for all groups of a schedule, -1 for padding.
         sample: index into the world's samples.
         budget_ms: latency allowed.
-        shown_ms: budget that the observation shows, where it is another (see `BudgetDistribution.nearest`).
+        shown_ms: budget that the observation shows, the same but for evaluations beyond the training range (see
+            `BudgetDistribution.nearest`).
     """
 
     id: int
     sample: int
     budget_ms: float
-    shown_ms: float | None = None
-
-    @property
-    def observed_ms(self) -> float:
-        """The budget that the observation shows."""
-        return self.budget_ms if self.shown_ms is None else self.shown_ms
+    shown_ms: float
 
 
 class Schedule(Protocol):
@@ -81,7 +77,8 @@ class TrainingSchedule:
         entropy = (self.seed, _BUDGET_STREAM, round_index, group)
         share = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy))).random()
         sample = int(_order(self.seed, epoch, self.samples)[place])
-        return Context(visit, sample, float(self.budgets.at(share)))
+        budget_ms = float(self.budgets.at(share))
+        return Context(visit, sample, budget_ms, budget_ms)
 
 
 @dataclass(frozen=True)
@@ -121,9 +118,10 @@ def listed(contexts: Iterable[Listed], samples: int) -> ListedSchedule:
             )
         if not 0 <= sample < samples:
             raise UserError(f"context {place} names sample {sample}: there are {samples}, counted from 0")
-        checked.append(Context(place, int(sample), *map(check_budget, budgets)))
+        budget_ms, shown_ms = check_budget(budgets[0]), check_budget(budgets[-1])
+        checked.append(Context(place, int(sample), budget_ms, shown_ms))
     if not checked:
-        raise UserError("an explicit list of contexts is empty: give (sample index, budget in ms) pairs")
+        raise UserError("an explicit list of contexts is empty: give (sample index, budget in ms) at least once")
     return ListedSchedule(tuple(checked))
 
 

@@ -17,8 +17,7 @@ from envs.tasks.sample import FileImage, Sample, content_id
 from policies.controller import Controller
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, table
-from ray_ctrl.evaluate import controller_config, find_controller
-from ray_ctrl.runs import newest_run
+from ray_ctrl.evaluate import controller_config, find_controller, newest_controller
 from ray_ctrl.setting import check_importance, world_config
 from ray_ctrl.steering import Steering, shown_budget
 
@@ -32,6 +31,7 @@ class Answer:
     answer: str
     knobs: Knobs
     budget_ms: float
+    shown_ms: float
     reference_ms: float
     record: LatencyRecord
     new_tokens: int
@@ -42,6 +42,7 @@ class Answer:
             "answer": self.answer,
             "knobs": asdict(self.knobs),
             "budget_ms": self.budget_ms,
+            "budget_shown_ms": self.shown_ms,
             "latency_ms": self.record.total,
             "within_budget": self.record.total <= self.budget_ms,
             "stages_ms": self.record.to_dict(),
@@ -58,7 +59,7 @@ def run(image: str, question: str, budget_ms: float, controller: Path | None, *,
     """
     check_budget(budget_ms)
     sample = make_sample(image, question)
-    folder, _ = find_controller(controller or newest_run(RUNS, trained=True).root)
+    folder = find_controller(controller)[0] if controller else newest_controller(RUNS)
     found, metadata = Controller.load(folder)
     config = controller_config(metadata, folder)
     answered = answer(config, metadata, found, sample, budget_ms, repeats)
@@ -119,7 +120,7 @@ def answer(
         outcome, record, _ = engine.run_steered(sample, steering)
     if steering.knobs is None:
         raise RuntimeError("the engine ended a request without asking the controller")
-    return Answer(engine.text(outcome), steering.knobs, budget_ms, reference_ms, record, outcome.n_tokens)
+    return Answer(engine.text(outcome), steering.knobs, budget_ms, shown_ms, reference_ms, record, outcome.n_tokens)
 
 
 def _check_model(engine: Any, metadata: Mapping[str, Any]) -> None:

@@ -13,11 +13,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from envs.errors import UserError
-from ray_ctrl.stopping import Interrupted
+from ray_ctrl.stopping import Interrupted, Stopper
+
+
+class Commands(TyperGroup):
+    """All commands: each is interrupted by SIGINT and SIGTERM alike, with the status of the signal."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with Stopper():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -83,13 +94,13 @@ def train(
     """Train a controller with GRPO; ends with the learning curve and the held-out table.
 
     Everything goes into one run folder. Ctrl-C finishes the iteration, writes a checkpoint and
-    leaves, a second one leaves at once; `--resume` goes on from there.
+    leaves; a second one, or one before the first iteration or in the evaluation, leaves at once.
+    `--resume` goes on from there.
     """
     from ray_ctrl import train as room
 
     given = _given(overrides, seed, task)
-    status = room.run(preset, config, given, run_dir=run_dir, resume=resume, dry_run=dry_run)
-    raise typer.Exit(status)
+    room.run(preset, config, given, run_dir=run_dir, resume=resume, dry_run=dry_run)
 
 
 @app.command()
@@ -100,7 +111,7 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of tables and pictures; by default a new one beside PATH.",
+            help="Folder of tables and pictures; by default a new one in the run folder, or beside an export.",
             show_default=False,
         ),
     ] = None,
@@ -274,7 +285,7 @@ def tune(
     """
     from ray_ctrl import tune as room
 
-    raise typer.Exit(room.run(sweep, overrides or [], run_dir=run_dir, resume=resume, dry_run=dry_run))
+    room.run(sweep, overrides or [], run_dir=run_dir, resume=resume, dry_run=dry_run)
 
 
 StorePath = Annotated[Path, typer.Argument(help="File of the store.")]
@@ -342,9 +353,9 @@ def _guard(command: Callable[[], Any]) -> int:
         status = command()
     except UserError as error:
         return _complain(error.message, error)
-    except (Interrupted, KeyboardInterrupt) as error:
+    except Interrupted as error:
         print("interrupted", file=sys.stderr)
-        return getattr(error, "exit_status", 130)
+        return error.exit_status
     except Exception as error:
         status = _known(error)
         if status is None:

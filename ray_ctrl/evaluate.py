@@ -1,8 +1,8 @@
 """`ray-ctrl evaluate`: every test sample under every held-out budget exactly once, beside the baselines."""
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -23,12 +23,12 @@ from ray_ctrl.feasibility import plan_layout
 from ray_ctrl.plots import accuracy_over_budget, latency_over_budget
 from ray_ctrl.provenance import provenance
 from ray_ctrl.report import Rollouts
-from ray_ctrl.runs import RunFolder, best, free_folder, write_json, write_text
+from ray_ctrl.runs import RunFolder, choose, free_folder, newest_runs, removed_if_vain, write_json, write_text
 from ray_ctrl.setting import Setting, check_importance, open_setting
 from ray_ctrl.settings import parse, with_overrides
 from ray_ctrl.steering import shown_budget
 
-LOOKUP_BATCH = 1024  # larger ones are no faster, and progress is seen and an interruption heard between two
+LOOKUP_BATCH = 1024  # larger ones are no faster, and progress is seen only between two
 STATIC_SHARE = 0.9  # of the budget, for plans chosen from a profile and then measured: room for the device's noise
 
 
@@ -41,60 +41,53 @@ def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
     from cluster.connect import connect
 
     folder, home = find_controller(path)
-    metadata = Controller.load(folder)[1]
-    stored = controller_config(metadata, folder)
+    stored = controller_config(Controller.load(folder)[1], folder)
     config = with_overrides(stored, overrides)
     layout = plan_layout(with_overrides(config, ["grpo.max_staleness=0"]))  # nothing is learnt here
     out = _fresh(out) if out else free_folder(home / "evaluation")
     setting = open_setting(config)
-    load_controller(folder, setting)
-    if (home / "run.json").is_file():
-        changed = _changed(stored, config)
-        why = f"the run's profile does not hold, {', '.join(changed)} being another"
-    else:
-        changed = ["run"]
-        why = "there is no run folder around the controller"
-    keeps = not changed and _same_budgets(stored, config)
-    if changed and _profiles(config):
-        console.print(f"profiling this device: {why}", markup=False)
-    if not keeps:
-        out.mkdir(parents=True)
-    try:
-        setting = setting.with_clock(home if keeps else out, tables=out if changed else home)
-        runners = config.runners
-        with connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s):
-            evaluate_setting(setting, folder, out)
-    except (UserError, KeyboardInterrupt):
-        if not keeps:
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+    load_controller(folder, setting)  # before anything takes time: does it go with this model?
+    runners = config.runners
+    with connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s):
+        evaluate_setting(_with_clock(setting, stored, home, out), folder, out)
+
+
+def _with_clock(setting: Setting, stored: Config, home: Path, out: Path) -> Setting:
+    """The setting with profile and budgets of the run at `home` as far as they hold, else with new ones in `out`."""
+    config = setting.config
+    changed = _changed(stored, config)
+    of_run = (home / "run.json").is_file() and not changed
+    if of_run and _same_budgets(stored, config):
+        return setting.with_clock(home)
+    if changed and stored.clock.kind == config.clock.kind == "profiled":
+        console.print(f"the run's profile is not used, as it had another {', '.join(changed)}", markup=False)
+    out.mkdir(parents=True)
+    with removed_if_vain(out):
+        return setting.with_clock(out, home if of_run else out)
 
 
 def _changed(stored: Config, config: Config) -> list[str]:
-    """Settings that the run's own profile table does not hold under.
+    """Settings of clock and task that the run's profile does not hold under; what it says of the model is in the table.
 
     The kind `measured` is no change from `profiled`: what was profiled is what is measured.
     """
-    keys = [("model", key) for key in type(config.model).model_fields]
-    keys += [("clock", key) for key in type(config.clock).model_fields]
+    keys = [("clock", key) for key in type(config.clock).model_fields]
     keys += [("task", key) for key in ("name", "seed", "on_broken")]
     found = []
     for section, key in keys:
         was, now = (getattr(getattr(some, section), key) for some in (stored, config))
-        if was != now and (section, key, was, now) != ("clock", "kind", "profiled", "measured"):
+        if was != now and (key, was, now) != ("kind", "profiled", "measured"):
             found.append(f"{section}.{key}")
     return found
 
 
 def _same_budgets(stored: Config, config: Config) -> bool:
     """Whether the run's own budgets are those of `config`, its clock and task being the same."""
-    return stored.budgets == config.budgets and stored.task.train_samples == config.task.train_samples
-
-
-def _profiles(config: Config) -> bool:
-    """Whether a table is measured where the folder in use has none."""
-    clock = config.clock
-    return clock.kind == "profiled" and clock.table is None and clock.folder is None
+    return (stored.model, stored.budgets, stored.task.train_samples) == (
+        config.model,
+        config.budgets,
+        config.task.train_samples,
+    )
 
 
 def find_controller(path: Path) -> tuple[Path, Path]:
@@ -107,13 +100,25 @@ def find_controller(path: Path) -> tuple[Path, Path]:
         folder = RunFolder.open(path)
         if folder.controller.is_dir():
             return folder.controller, path
-        chosen = best(folder.checkpoints())
+        chosen = choose(folder.checkpoints())
         if chosen is None:
             raise UserError(f"run {path} has no checkpoint yet: let it train on with --resume")
         return chosen.path / "controller", path
     if not path.is_dir():
         raise UserError(f"no run folder or exported controller at {path}: train first with 'ray-ctrl train'")
     return path, path.absolute().parent
+
+
+def newest_controller(folder: Path) -> Path:
+    """The controller of the newest run under `folder` that has one.
+
+    Raises:
+        UserError: there is none.
+    """
+    for run in newest_runs(folder):
+        with suppress(UserError):
+            return find_controller(run.root)[0]
+    raise UserError(f"no run with a controller under {folder}: train first with 'ray-ctrl train'")
 
 
 def controller_config(metadata: Mapping[str, Any], folder: Path) -> Config:
@@ -155,14 +160,17 @@ def evaluate_setting(setting: Setting, folder: Path, out: Path) -> dict[str, Any
     controller, metadata = load_controller(folder, setting)
     contexts = [(sample, ms) for sample in range(len(world.samples)) for ms in budgets]
     shown = {ms: shown_budget(ms, metadata, world.clock.reference_ms) for ms in budgets}
-    seen = [(sample, ms, shown[ms]) for sample, ms in contexts]
+    contexts_shown = [(sample, ms, shown[ms]) for sample, ms in contexts]
+    for ms, instead in shown.items():
+        if ms != instead:
+            console.print(f"{ms:.1f} ms is beyond the budgets trained for: the controller is shown {instead:.1f} ms")
     algorithm = build_evaluator(setting, controller, len(contexts))
     try:
         methods = []
         who = {"controller": None} | baselines(setting, world, budgets)
         with counted("evaluating") as progress:
             for name, baseline in who.items():
-                rows = evaluate_contexts(algorithm, contexts if baseline else seen, baseline=baseline)
+                rows = evaluate_contexts(algorithm, contexts if baseline else contexts_shown, baseline=baseline)
                 methods.append(Rollouts.of(name, rows))
                 progress(len(methods), len(who))
     finally:

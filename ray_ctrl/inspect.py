@@ -9,7 +9,7 @@ from envs.model.checkpoint import check_revision
 from envs.model.importance import read_scores, removal_order
 from envs.model.inspect import describe, inspect_model
 from ray_ctrl.console import console
-from ray_ctrl.runs import RunFolder, best
+from ray_ctrl.runs import RunFolder, choose
 
 
 def run(path: Path, revision: str | None = None) -> None:
@@ -40,7 +40,7 @@ def run(path: Path, revision: str | None = None) -> None:
 def _run_folder(folder: RunFolder) -> dict[str, Any]:
     origin = json.loads((folder.root / "run.json").read_text("utf-8"))
     metrics, checkpoints = folder.metrics(), folder.checkpoints()
-    chosen = best(checkpoints)
+    chosen = choose(checkpoints)
     facts: dict[str, Any] = {"run folder": folder.root, "started": origin["started"]}
     facts |= {"command": origin["command"], "commit": origin["git_commit"], "seed": origin["seed"]}
     facts |= {"hardware": origin["hardware"], "iterations": f"{len(metrics)} of {folder.config.run.iterations}"}

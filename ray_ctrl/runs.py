@@ -14,6 +14,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,15 +220,15 @@ class RunFolder:
                 path.rename(target)
 
     def prune(self, keep: int) -> None:
-        """Removes all good checkpoints but the newest `keep`, the best, and the one that the best is measured by."""
+        """Removes all good checkpoints but the newest `keep`, the chosen, and the one of the highest score."""
         good = self.checkpoints()
-        kept = {c.path for c in (*good[-keep:], best(good), _highest(good)) if c is not None}
+        kept = {c.path for c in (*good[-keep:], choose(good), _highest(good)) if c is not None}
         for checkpoint in good:
             if checkpoint.path not in kept:
                 shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 
-def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+def choose(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     """The last checkpoint whose validation score lies within one standard error of the highest; the last one where none
     has a score.
 
@@ -246,22 +247,32 @@ def _highest(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     return max(scored, key=lambda c: (c.score, c.iteration)) if scored else None
 
 
-def newest_run(folder: Path, *, trained: bool = False) -> RunFolder:
+def newest_run(folder: Path) -> RunFolder:
     """The run folder under `folder` that was begun last.
-
-    Args:
-        trained: only those with a controller, or a checkpoint that holds one.
 
     Raises:
         UserError: there is none.
     """
-    runs = [path.parent for path in folder.glob("*/run.json") if (path.parent / "config.yaml").is_file()]
-    if trained:
-        runs = [run for run in runs if (run / "controller").is_dir() or any(run.glob("checkpoints/iteration_*"))]
+    runs = newest_runs(folder)
     if not runs:
-        which = "run with a controller" if trained else "run folder"
-        raise UserError(f"no {which} under {folder}: train first with 'ray-ctrl train'")
-    return RunFolder(max(runs, key=lambda path: (path / "run.json").stat().st_mtime_ns))
+        raise UserError(f"no run folder under {folder}: train first with 'ray-ctrl train'")
+    return runs[0]
+
+
+def newest_runs(folder: Path) -> list[RunFolder]:
+    """Run folders under `folder`, the one begun last first."""
+    found = [path for path in folder.glob("*/run.json") if (path.parent / "config.yaml").is_file()]
+    return [RunFolder(path.parent) for path in sorted(found, key=lambda path: -path.stat().st_mtime_ns)]
+
+
+@contextmanager
+def removed_if_vain(folder: Path) -> Iterator[None]:
+    """Removes a folder made for what runs inside where that ends by a user's mistake or wish."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def free_folder(path: Path) -> Path:

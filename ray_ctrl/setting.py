@@ -58,16 +58,16 @@ class Setting:
         """The live world of one split in this process."""
         return self.world(split).build()
 
-    def with_clock(self, folder: Path, tables: Path | None = None) -> "Setting":
-        """This setting with a profile table (measured where a valid one is missing) and budgets kept in `folder`.
+    def with_clock(self, folder: Path, table_folder: Path | None = None) -> "Setting":
+        """This setting with a profile table (measured where a valid one is missing) and budgets, kept in `folder`.
 
         Args:
-            tables: another folder that keeps the table.
+            table_folder: another folder that keeps the table.
         """
-        clock, tables = self.config.clock, tables or folder
-        table = find_table(self.config, self.engine, tables) if clock.kind == "profiled" else None
+        clock, home = self.config.clock, table_folder or folder
+        table = find_table(self.config, self.engine, home) if clock.kind == "profiled" else None
         if clock.kind == "measured":
-            table = self._kept_table(tables)
+            table = self._kept_table(home)
         known = replace(self, table=table)
         return replace(known, given_budgets=_budgets(known, folder / BUDGETS_FILE))
 
@@ -209,6 +209,7 @@ def find_table(config: Config, engine: Any, folder: Path) -> Path:
             if path.is_file():
                 ProfiledClock.for_engine(ProfileTable.load(path), engine)
                 return path
+    console.print(f"no profile table of this device, model and thread count in {path.parent}", markup=False)
     measure_table(config, engine).save(path)
     return path
 
@@ -258,11 +259,8 @@ def _budgets(setting: Setting, path: Path) -> BudgetDistribution:
     """The device's budgets, kept beside the table so that a resumed run has the same ones."""
     if path.is_file():
         try:
-            stored = json.loads(path.read_text("utf-8"))
-            return BudgetDistribution(
-                stored["low_ms"], stored["high_ms"], tuple(map(tuple, stored["bands"])), stored["bins"]
-            )
-        except (ValueError, KeyError, TypeError) as error:
+            return BudgetDistribution.restored(json.loads(path.read_text("utf-8")))
+        except (ValueError, UserError) as error:
             raise UserError(f"{path} is damaged ({error}): start in a new run folder") from None
     budgets = setting.build("train").budgets
     if setting.config.budgets.low_ms is not None or setting.config.budgets.high_ms is not None:

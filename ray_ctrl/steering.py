@@ -19,11 +19,14 @@ def shown_budget(budget_ms: float, metadata: Mapping[str, Any], reference_ms: fl
     Args:
         metadata: what was exported with the controller: its budgets, and the latency of the reference request there.
         reference_ms: that latency here.
+
+    Raises:
+        UserError: budgets that cannot be read.
     """
-    if "budgets" not in metadata:
+    if not {"budgets", "reference_ms"} <= set(metadata):
         return budget_ms
     scale = reference_ms / metadata["reference_ms"]
-    return BudgetDistribution(**metadata["budgets"]).nearest(budget_ms, scale)
+    return BudgetDistribution.restored(metadata["budgets"]).nearest(budget_ms, scale)
 
 
 class Steering:

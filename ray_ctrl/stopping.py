@@ -4,26 +4,34 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
+
+from ray_ctrl.console import console
 
 _STDERR = 2
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM, with the exit status that shells give it.
+    """What a `Stopper` makes of a signal in the end; no KeyboardInterrupt, to which typer would give its own status.
 
-    No KeyboardInterrupt, which libraries on the way turn into exits of their own.
+    Args:
+        signal: its number.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_status = 128 + number
+    @property
+    def exit_status(self) -> int:
+        """128 plus the signal, as shells say it."""
+        return 128 + int(self.args[0])
 
 
 class Stopper:
-    """Context in which a signal raises `Interrupted`; within `patient` the first one only sets `requested`."""
+    """Context in which a signal interrupts; within `patient` the first one only sets `requested`.
+
+    Inside, an interruption is a KeyboardInterrupt, the only exception that ends Ray's blocking calls; it leaves the
+    context as `Interrupted`.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -44,6 +52,8 @@ class Stopper:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, KeyboardInterrupt) and self.signal is not None:
+            raise Interrupted(self.signal) from None
 
     @contextmanager
     def patient(self, promise: str) -> Iterator[None]:
@@ -63,13 +73,25 @@ class Stopper:
         return self.signal is not None
 
     def obey(self) -> None:
-        """Raises `Interrupted` where a stop was requested, once what was to end whole has ended."""
-        if self.signal is not None:
-            raise Interrupted(self.signal)
+        """Interrupts where a stop was requested, once what was to end whole has ended."""
+        if self.requested:
+            raise KeyboardInterrupt
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        if self._promise is None or self.requested:
-            raise Interrupted(number)
-        self.signal = number
-        # A handler may run in the middle of anything, also of a print: no buffer may be touched here.
-        os.write(_STDERR, f"\n{self._promise}; once more to leave at once\n".encode())
+        first, self.signal = not self.requested, number
+        if self._promise is None or not first:
+            raise KeyboardInterrupt
+        # A handler may run in the middle of anything, also of a print: no buffer may be touched here. Nor may it fail
+        # where stderr is gone, as with a `tee` that the same Ctrl-C ended.
+        with suppress(OSError):
+            os.write(_STDERR, f"\n{self._promise}; once more to leave at once\n".encode())
+
+
+@contextmanager
+def telling(how: str) -> Iterator[None]:
+    """Tells how to go on where what runs inside is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"stopped; {how}", markup=False)
+        raise

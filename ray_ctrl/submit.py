@@ -1,7 +1,6 @@
 """`ray-ctrl submit -- ARGUMENTS`: runs `ray-ctrl train ARGUMENTS` as a Ray job, follows it, returns its exit status."""
 
 import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,20 +67,12 @@ def run(request: Request, *, follow: bool = True, stop_on_interrupt: bool = Fals
     console.print(f"job {job_id} submitted; stop it with: ray job stop --address {address} {job_id}", markup=False)
     if not follow:
         return 0
-    if stop_on_interrupt:
-        hear_interrupts()
     try:
         status = jobs.follow(server, job_id, _write)
     except KeyboardInterrupt:
         return _interrupted(server, job_id, stop_on_interrupt)
     console.print(f"job {job_id} ended with exit status {status}", markup=False)
     return status
-
-
-def hear_interrupts() -> None:
-    """Take SIGINT as an interruption also where a shell started this in the background, which ignores it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_job(request: Request, address: str, auth: str) -> jobs.Job:

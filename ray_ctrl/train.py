@@ -3,8 +3,8 @@
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from envs.tasks import check_task
 from ray_ctrl.config import Config, RewardConfig
 from ray_ctrl.console import console, iteration_line, progress_bar
 from ray_ctrl.feasibility import Layout, check_machine, plan_layout
-from ray_ctrl.runs import Checkpoint, Metrics, RunFolder, best, free_folder, newest_run
+from ray_ctrl.runs import Checkpoint, Metrics, RunFolder, choose, free_folder, newest_run, removed_if_vain
 from ray_ctrl.settings import load_config, to_yaml
-from ray_ctrl.stopping import Interrupted, Stopper
+from ray_ctrl.stopping import Stopper, telling
 from ray_ctrl.tracking import Gauges, open_tracker
 
 VALIDATION_BUDGETS = 4
@@ -51,8 +51,8 @@ def run(
     run_dir: Path | None = None,
     resume: bool = False,
     dry_run: bool = False,
-) -> int:
-    """Trains and evaluates; returns the exit status.
+) -> None:
+    """Trains and evaluates.
 
     Raises:
         Interrupted: by SIGINT or SIGTERM; what was trained until then is kept.
@@ -67,11 +67,11 @@ def run(
         _show_plan(config, layout)
         check_machine(config, layout)
         check_task(config.task.name)
-        return 0
+        return
     root = folder.root if folder else run_dir or _new_root(config)
     if folder is None:
         RunFolder.refuse(root)
-    return _train(config, layout, root, folder)
+    _train(config, layout, root, folder)
 
 
 def resumed_config(folder: RunFolder, overrides: Sequence[str]) -> Config:
@@ -118,7 +118,7 @@ def _show_plan(config: Config, layout: Layout) -> None:
         console.print(f"# {line}", markup=False)
 
 
-def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None) -> int:
+def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None) -> None:
     from cluster.connect import connect
     from ray_ctrl.evaluate import evaluate_setting
     from ray_ctrl.setting import open_setting
@@ -129,30 +129,20 @@ def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None
         setting = open_setting(config)
         with connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s):
             folder, trainer = _begin(config, layout, root, resumed, setting)
-            try:
-                with _saying(f"go on with: ray-ctrl train --resume --run-dir {folder.root}"):
+            with telling(f"go on with: ray-ctrl train --resume --run-dir {folder.root}"):
+                try:
                     _run_ahead(config, trainer.setting)
                     if not trainer.train(stopper):
                         stopper.obey()
-            finally:
-                trainer.stop()
-            chosen = export_best(folder)
-            console.print(f"controller of iteration {chosen.iteration} exported to {folder.controller}", markup=False)
-            with _saying(f"the controller is ready; evaluate it with: ray-ctrl evaluate {folder.root}"):
+                finally:
+                    trainer.stop()
+                with stopper.patient("exporting the controller"):
+                    exported = export_controller(folder)
+            console.print(f"controller of iteration {exported.iteration} exported to {folder.controller}", markup=False)
+            with telling(f"the controller is ready; evaluate it with: ray-ctrl evaluate {folder.root}"):
                 stopper.obey()
                 evaluate_setting(trainer.setting, folder.controller, free_folder(folder.root / "evaluation"))
     console.print(f"finished in {(time.monotonic() - started) / 60:.1f} minutes")
-    return 0
-
-
-@contextmanager
-def _saying(how: str) -> Iterator[None]:
-    """Says how to go on where what runs inside is interrupted."""
-    try:
-        yield
-    except Interrupted:
-        console.print(f"stopped; {how}", markup=False)
-        raise
 
 
 def _run_ahead(config: Config, setting: Any) -> None:
@@ -181,27 +171,26 @@ def _begin(
     """
     folder = resumed or RunFolder.create(root, config)
     console.print(f"run folder {folder.root}", markup=False)
-    try:
+    with removed_if_vain(folder.root) if resumed is None else nullcontext():
         setting = setting.with_clock(folder.root)
         return folder, Trainer(config, folder, setting, layout)
-    except (UserError, Interrupted):
-        if resumed is None:
-            shutil.rmtree(folder.root, ignore_errors=True)
-        raise
 
 
-def export_best(folder: RunFolder) -> Checkpoint:
+def export_controller(folder: RunFolder) -> Checkpoint:
     """Copies the chosen checkpoint's controller to `controller/`, draws the learning curve; returns the checkpoint."""
     from ray_ctrl.plots import learning_curve
 
-    chosen = best(folder.checkpoints())
+    chosen = choose(folder.checkpoints())
     if chosen is None:
         raise UserError(f"run {folder.root} has no good checkpoint: resume it with --resume")
-    aside = folder.root / ".controller"
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, before = folder.root / ".controller", folder.root / ".controller-before"
+    for old in (aside, before):
+        shutil.rmtree(old, ignore_errors=True)
     shutil.copytree(chosen.path / "controller", aside)
-    shutil.rmtree(folder.controller, ignore_errors=True)
+    if folder.controller.exists():
+        folder.controller.rename(before)
     aside.rename(folder.controller)
+    shutil.rmtree(before, ignore_errors=True)
     learning_curve(folder.metrics(), folder.root / "learning_curve.png")
     return chosen
 

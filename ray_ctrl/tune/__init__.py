@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,11 +23,13 @@ from ray_ctrl.console import console, table
 from ray_ctrl.provenance import provenance
 from ray_ctrl.runs import RunFolder, free_folder, write_json, write_text
 from ray_ctrl.settings import with_overrides
-from ray_ctrl.stopping import Stopper
+from ray_ctrl.stopping import Stopper, telling
 from ray_ctrl.tune.sweep import Sweep, dump, load_sweep
 
+if TYPE_CHECKING:
+    from ray_ctrl.tune.summary import Result
+
 STATE = "tune"
-INTERRUPTED = 130
 STOPPING = "stopping the trials at their last checkpoints"
 # Checkpoints that PBT hands on. A trial may be one comparison ahead of the one that goes on from it, and Tune counts a
 # checkpoint up to three times (as reported, as the best, as the one paused at): 2 x 3 are enough to lose none in use.
@@ -49,10 +52,11 @@ def run(
     run_dir: Path | None = None,
     resume: bool = False,
     dry_run: bool = False,
-) -> int:
-    """Runs or resumes a sweep; returns the exit status, 130 where it was interrupted.
+) -> None:
+    """Runs or resumes a sweep.
 
     Raises:
+        Interrupted: by SIGINT or SIGTERM; what the trials have reached is kept.
         UserError: a sweep or folder that does not do, or no trial that reached a validation.
     """
     for name, value in TUNE_ENVIRONMENT.items():
@@ -71,8 +75,8 @@ def run(
             raise UserError(f"sweep folder {root} exists already: continue it with --resume, or choose another")
     if dry_run:
         show_plan(sweep, None)
-        return 0
-    return _run(sweep, root, resume)
+    else:
+        _run(sweep, root, resume)
 
 
 def _existing(run_dir: Path | None, path: Path | None) -> Path:
@@ -85,7 +89,7 @@ def _existing(run_dir: Path | None, path: Path | None) -> Path:
     return run_dir.absolute()
 
 
-def _run(sweep: Sweep, root: Path, resume: bool) -> int:
+def _run(sweep: Sweep, root: Path, resume: bool) -> None:
     from cluster.connect import connect
     from ray_ctrl.tune.search import at_once, needed, totals, trial_resources
     from ray_ctrl.tune.trial import TRIALS
@@ -102,10 +106,20 @@ def _run(sweep: Sweep, root: Path, resume: bool) -> int:
     with connect(runners.address, needed(totals(group)), timeout_s=runners.connect_timeout_s) as there:
         concurrent = at_once(sweep, totals(group), there)
         show_plan(sweep, there)
-        with Stopper() as stopper, _tune_signal_kept(), stopper.patient(STOPPING):
-            statuses = drive(sweep, root, concurrent, resume, stopper)
-    ended = sum(status in ("TERMINATED", "ERROR") for status in statuses.values())
-    return finish(sweep, root, statuses, finished=ended >= sweep.trials)
+        with Stopper() as stopper:
+            with telling(f"go on with: {_resume(root)}"):
+                with _tune_signal_kept(), stopper.patient(STOPPING):
+                    statuses = drive(sweep, root, concurrent, resume, stopper)
+                    results = summarise(sweep, root, statuses)
+                ended = sum(status in ("TERMINATED", "ERROR") for status in statuses.values())
+                if ended < sweep.trials:
+                    stopper.obey()
+                    raise UserError(f"{ended} of {sweep.trials} trials ended: go on with {_resume(root)}")
+            finish(sweep, root, results)
+
+
+def _resume(root: Path) -> str:
+    return f"ray-ctrl tune --resume --run-dir {root}"
 
 
 def prepare(sweep: Sweep, root: Path) -> Sweep:
@@ -208,9 +222,9 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, stopper: Stop
     return progress.statuses()
 
 
-def finish(sweep: Sweep, root: Path, statuses: Mapping[str, str], *, finished: bool) -> int:
-    """Table, plot and the best controller; says how to go on where the sweep was interrupted."""
-    from ray_ctrl.tune.summary import export_winner, read_results, rows, write_summary
+def summarise(sweep: Sweep, root: Path, statuses: Mapping[str, str]) -> Sequence["Result"]:
+    """Table and plot of what the trials have reached; returns it, the best trial first."""
+    from ray_ctrl.tune.summary import read_results, rows, write_summary
 
     results = read_results(sweep, root, statuses)
     write_json(root / "statuses.json", dict(statuses))
@@ -218,9 +232,13 @@ def finish(sweep: Sweep, root: Path, statuses: Mapping[str, str], *, finished: b
         write_summary(sweep, results, root, provenance())
         header, lines = rows(sweep, results)
         console.print(table(header, lines, f"{len(results)} trials by {sweep.file.metric}"))
-    if not finished:
-        console.print(f"stopped; go on with: ray-ctrl tune --resume --run-dir {root}", markup=False)
-        return INTERRUPTED
+    return results
+
+
+def finish(sweep: Sweep, root: Path, results: Sequence["Result"]) -> None:
+    """Exports the best controller."""
+    from ray_ctrl.tune.summary import export_winner
+
     if not results or results[0].best is None:
         raise UserError(f"no trial of {root} reached a validation: look at the error files under {root / STATE}")
     winner = results[0]
@@ -231,7 +249,6 @@ def finish(sweep: Sweep, root: Path, statuses: Mapping[str, str], *, finished: b
         f"best: trial {winner.trial}, {sweep.file.metric} {score:+.4f} after iteration {at}: {chosen}", markup=False
     )
     console.print(f"controller, table and plot in {root}; next: ray-ctrl evaluate {root / 'controller'}", markup=False)
-    return 0
 
 
 @contextmanager

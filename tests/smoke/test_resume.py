@@ -80,6 +80,24 @@ def test_a_wish_to_stop_leaves_a_checkpoint(tmp_path: Path, number: signal.Signa
     assert int(last.name.rpartition("_")[2]) == len(stable_metrics(run))
 
 
+def test_a_second_signal_leaves_at_once_while_runners_sample(tmp_path: Path) -> None:
+    """The driver waits for them inside Ray, whose calls only a KeyboardInterrupt ends."""
+    run = tmp_path / "run"
+    process = start(["train", "-p", "smoke", "run.iterations=2000", "runners.count=1", "--run-dir", run])
+    deadline = time.monotonic() + LIMIT_S
+    while not (run / "metrics.jsonl").is_file():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    done = finish(process, 60)
+    assert done.status in (130, 143), done.err  # two signals that wait are heard in either order
+    assert "Traceback" not in done.err
+    assert "go on with: ray-ctrl train --resume" in done.out
+    assert done.err.splitlines()[-1] == "interrupted"
+
+
 def test_resuming_refuses_what_would_make_another_run(trained: Path) -> None:
     message = refused("train", "--resume", "--run-dir", trained, "grpo.lr=0.5")
     assert "grpo.lr cannot change" in message

@@ -282,7 +282,7 @@ def main() -> int:
         print(markdown_table(quick(options.model, options.samples, options.split)))
         return 0
     counts = {"validation": options.validation_samples or options.samples, "test": options.samples}
-    beside = SHIPPED_OUT if options.model == WEIGHTS else options.model.parent / "evaluation"
+    beside = SHIPPED_OUT if options.model.resolve() == WEIGHTS.resolve() else options.model.parent / "evaluation"
     run(options.model, options.out or beside, counts, not options.no_latency)
     return 0
 

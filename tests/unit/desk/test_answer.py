@@ -1,6 +1,9 @@
 """What budget a controller is shown: never one far from those it was trained for."""
 
+import warnings
 from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.budgets import BudgetDistribution
-from ray_ctrl.steering import shown_budget
+from envs.errors import UserError
+from envs.knobs import Knobs
+from envs.latency import LatencyRecord
+from envs.tasks.sample import Sample
+from policies.controller import Controller
+from ray_ctrl import answer
+from ray_ctrl.config import Config
+from ray_ctrl.steering import Steering, shown_budget
 
 TRAINED = BudgetDistribution.over(20.0, 60.0)
 METADATA = {"budgets": asdict(TRAINED), "reference_ms": 80.0}
@@ -29,3 +39,35 @@ def test_of_the_held_out_budgets_only_those_beyond_the_range_are_shown_as_others
 
 def test_an_export_without_budgets_is_shown_any() -> None:
     assert shown_budget(3.0, {}, 80.0) == 3.0
+
+
+@pytest.mark.parametrize("budgets", [None, {"low": 3}, asdict(TRAINED) | {"low_ms": "few"}])
+def test_budgets_that_cannot_be_read_are_a_users_mistake(budgets: Any) -> None:
+    with pytest.raises(UserError, match="cannot be read|not a number"):
+        shown_budget(3.0, {"budgets": budgets, "reference_ms": 80.0}, 80.0)
+
+
+@pytest.mark.parametrize(("budget_ms", "shown_ms"), [(3.0, 20.0), (30.0, 30.0), (1e5, 60.0)])
+def test_an_answer_is_steered_by_the_budget_shown(
+    monkeypatch: pytest.MonkeyPatch, budget_ms: float, shown_ms: float
+) -> None:
+    """The answer keeps the budget asked for; one that is too small is warned of."""
+    seen: list[float] = []
+
+    def run_steered(sample: Sample, steering: Steering) -> Any:
+        seen.append(80.0 * float(steering.budget.exp()))
+        steering.knobs = Knobs("low", 1, 4, 12)
+        return SimpleNamespace(n_tokens=1), LatencyRecord(1.0, 1.0, 1.0, 1.0, 1.0, 1.0), None
+
+    engine = SimpleNamespace(
+        importance=[float(block) for block in range(16)], run_steered=run_steered, text=lambda outcome: "red"
+    )
+    monkeypatch.setattr(answer, "world_config", lambda *given: SimpleNamespace(build_engine=lambda: engine))
+    monkeypatch.setattr(answer, "_check_model", lambda *given: None)
+    monkeypatch.setattr(answer, "_reference", lambda *given: 80.0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        given = answer.answer(Config(), METADATA, Controller(8, 8), Sample("s", None, "what?", ()), budget_ms)
+    assert seen == pytest.approx([shown_ms])
+    assert (given.budget_ms, given.to_dict()["budget_shown_ms"]) == (budget_ms, shown_ms)
+    assert bool(told) == (budget_ms < shown_ms)

@@ -1,6 +1,5 @@
 """Package origins and addresses, without starting Ray."""
 
-import signal
 import sys
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 from cluster.connect import ConnectError, connect, is_local
 from cluster.origin import MARKERS, wrong_origin
 from cluster.resources import resource_plan
-from ray_ctrl.submit import hear_interrupts
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -63,13 +61,3 @@ def test_unreachable_cluster_is_one_line_within_the_timeout(address: str, words:
 def test_an_address_is_looked_at_even_where_ray_runs_already(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     test_unreachable_cluster_is_one_line_within_the_timeout("127.0.0.1:9", "no Ray cluster answers at")
-
-
-def test_an_interruption_is_heard_where_a_shell_in_the_background_ignores_it() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        hear_interrupts()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)

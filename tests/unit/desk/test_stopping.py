@@ -1,6 +1,7 @@
 """Signals: at once, or after what is under way; with the exit status of the signal and a word on going on."""
 
 import os
+import pickle
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,35 +11,64 @@ from typing import Any
 
 import pytest
 
-from ray_ctrl import cli, train
+from ray_ctrl import cli, evaluate, train
 from ray_ctrl.config import Config
 from ray_ctrl.stopping import Interrupted, Stopper
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
+def _status(work: Callable[[Stopper], None]) -> int:
+    """Exit status of what interrupts `work`."""
+
+    def inside() -> None:
+        with Stopper() as stopper:
+            work(stopper)
+
+    with pytest.raises(Interrupted) as told:
+        inside()
+    return told.value.exit_status
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_interrupts_at_once_where_nothing_must_end_whole(number: signal.Signals) -> None:
-    with Stopper() as stopper, pytest.raises(Interrupted) as told:
+    def work(stopper: Stopper) -> None:
         os.kill(os.getpid(), number)
-    assert told.value.exit_status == 128 + number
-    assert not stopper.requested
+        pytest.fail("the signal was not heard")
+
+    assert _status(work) == 128 + number
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_where_it_must_the_first_is_answered_and_the_second_interrupts(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with Stopper() as stopper:
+    def work(stopper: Stopper) -> None:
         with stopper.patient("finishing the page"):
             os.kill(os.getpid(), number)
             assert stopper.requested
             assert capfd.readouterr().err == "\nfinishing the page; once more to leave at once\n"
-            with pytest.raises(Interrupted):
-                os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(Interrupted) as told:
-            stopper.obey()
-    assert told.value.exit_status == 128 + number
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+        stopper.obey()
+
+    assert _status(work) == 128 + number
+
+
+def test_an_answer_that_nobody_can_read_does_not_fail_what_is_under_way() -> None:
+    """Ctrl-C ends a `tee` in the same pipeline as well."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    kept = os.dup(2)
+    try:
+        os.dup2(writer, 2)
+        with Stopper() as stopper, stopper.patient("finishing the page"):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stopper.requested
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(writer)
 
 
 def test_handlers_are_given_back() -> None:
@@ -48,23 +78,20 @@ def test_handlers_are_given_back() -> None:
     assert [signal.getsignal(number) for number in NUMBERS] == before
 
 
+def test_an_interruption_can_be_pickled() -> None:
+    assert pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM))).exit_status == 143
+
+
 @pytest.mark.parametrize("number", NUMBERS)
-def test_the_command_line_returns_the_signals_status(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_every_command_returns_the_signals_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals, command: str
 ) -> None:
-    """Also through typer, which has an exit status of its own for some exceptions."""
-
-    def interrupted(*given: Any, **more: Any) -> None:
-        raise Interrupted(number)
-
-    monkeypatch.setattr(train, "run", interrupted)
-    assert cli.main(["train"]) == 128 + number
+    """Also through typer, which has an exit status of its own for a KeyboardInterrupt."""
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "run", lambda *given, **more: signal.raise_signal(number))
+    assert cli.main([command, "somewhere"]) == 128 + number
     assert capsys.readouterr().err == "interrupted\n"
-
-
-def test_the_command_line_returns_130_where_a_command_has_no_stopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "run", lambda *given, **more: signal.raise_signal(signal.SIGINT))
-    assert cli.main(["train"]) == 130
 
 
 def _nothing(*given: Any) -> None:
@@ -107,12 +134,12 @@ def test_wherever_training_is_interrupted_it_says_how_to_go_on(
     monkeypatch.setattr("cluster.connect.connect", lambda *given, **more: nullcontext())
     monkeypatch.setattr(train, "_begin", lambda *given: (folder, trainer))
     monkeypatch.setattr(train, "_run_ahead", ahead)
-    monkeypatch.setattr(train, "export_best", lambda folder: SimpleNamespace(iteration=3))
+    monkeypatch.setattr(train, "export_controller", lambda folder: SimpleNamespace(iteration=3))
     monkeypatch.setattr(train, "free_folder", lambda path: path)
     monkeypatch.setattr("ray_ctrl.evaluate.evaluate_setting", judging)
     layout: Any = SimpleNamespace(resources=None)
     if hint is None:
-        assert train._train(Config(), layout, Path("RUN"), None) == 0
+        train._train(Config(), layout, Path("RUN"), None)
         assert "stopped" not in capsys.readouterr().out
         return
     with pytest.raises(Interrupted):
