@@ -43,7 +43,7 @@ def test_an_export_without_budgets_is_shown_any() -> None:
 
 @pytest.mark.parametrize("budgets", [None, {"low": 3}, asdict(TRAINED) | {"low_ms": "few"}])
 def test_budgets_that_cannot_be_read_are_a_users_mistake(budgets: Any) -> None:
-    with pytest.raises(UserError, match="cannot be read|not a number"):
+    with pytest.raises(UserError, match=r"cannot be read|not a number"):
         shown_budget(3.0, {"budgets": budgets, "reference_ms": 80.0}, 80.0)
 
 
