@@ -190,6 +190,8 @@ def budget_range(
     cheapest, full = space.plan(space.cheapest), space.plan(space.full)
     spread = samples[:: max(1, len(samples) // _LOOKED_AT)][:_LOOKED_AT]
     if is_measuring(clock):
+        for plan in (cheapest, full):  # untimed: a first request finds nothing warm
+            clock.measure(spread[0], plan)
         times = [[clock.measure(s, plan)[1].total for s in spread] for plan in (cheapest, full)]
     else:
         length = _usual_length(engine, spread, full) if new_tokens is None else new_tokens

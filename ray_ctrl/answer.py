@@ -64,9 +64,10 @@ def run(image: str, question: str, budget_ms: float, controller: Path | None, *,
     config = controller_config(metadata, folder)
     answered = answer(config, metadata, found, sample, budget_ms, repeats)
     if as_json:
-        print(json.dumps(answered.to_dict(), indent=2))
+        print(json.dumps(answered.to_dict() | {"controller": str(folder)}, indent=2))
     else:
         _show(answered)
+        console.print(f"controller {folder}", markup=False)
 
 
 def make_sample(image: str, question: str) -> Sample:

@@ -45,6 +45,8 @@ def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
     config = with_overrides(stored, overrides)
     layout = plan_layout(with_overrides(config, ["grpo.max_staleness=0"]))  # nothing is learnt here
     out = _fresh(out) if out else free_folder(home / "evaluation")
+    if folder.parent != home and (home / "run.json").is_file():
+        console.print(f"the run has exported no controller yet: {folder} is evaluated", markup=False)
     setting = open_setting(config)
     load_controller(folder, setting)  # before anything takes time: does it go with this model?
     runners = config.runners
@@ -60,9 +62,9 @@ def _with_clock(setting: Setting, stored: Config, home: Path, out: Path) -> Sett
     if of_run and _same_budgets(stored, config):
         return setting.with_clock(home)
     if changed and stored.clock.kind == config.clock.kind == "profiled":
-        console.print(f"the run's profile is not used, as it had another {', '.join(changed)}", markup=False)
+        console.print(f"the run's profile is not used: {', '.join(changed)} differ from the run's", markup=False)
     out.mkdir(parents=True)
-    with removed_if_vain(out):
+    with removed_if_vain(out, (UserError, KeyboardInterrupt)):
         return setting.with_clock(out, home if of_run else out)
 
 

@@ -1,6 +1,7 @@
-"""What spans several settings, checked before Ray starts: divisibility, CPUs, GPUs."""
+"""What is checked before Ray starts: settings that must go together, CPUs and GPUs, names and files."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.connect import is_local
 from cluster.resources import ResourcePlan, machine_cpus, resource_plan, shortfall
@@ -69,6 +70,28 @@ def check_machine(config: Config, layout: Layout) -> None:
         missing = shortfall(layout.resources, there, "this machine")
         if missing:
             raise UserError(missing)
+
+
+def check_inputs(config: Config) -> None:
+    """Refuses names and files that the driver will look for in vain, before anything takes time; reads none of them.
+
+    Raises:
+        UserError: naming the first.
+    """
+    from envs.latency.roofline import check_device
+    from envs.model.checkpoint import check_name
+    from envs.tasks import check_task
+
+    clock = config.clock
+    check_name(config.model.name)
+    check_task(config.task.name)
+    if clock.kind == "roofline":
+        check_device(clock.device)
+    elif clock.kind == "profiled" and clock.table is not None and not Path(clock.table).is_file():
+        raise UserError(
+            f"no profile table at clock.table = {clock.table}: measure one with `ray-ctrl profile --out FILE`, or set "
+            "clock.table=null to have this device measured"
+        )
 
 
 def _spread(config: Config) -> tuple[int, int]:

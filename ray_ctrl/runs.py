@@ -266,11 +266,11 @@ def newest_runs(folder: Path) -> list[RunFolder]:
 
 
 @contextmanager
-def removed_if_vain(folder: Path) -> Iterator[None]:
-    """Removes a folder made for what runs inside where that ends by a user's mistake or wish."""
+def removed_if_vain(folder: Path, errors: tuple[type[BaseException], ...]) -> Iterator[None]:
+    """Removes a folder made for what runs inside where that ends by one of `errors`."""
     try:
         yield
-    except (UserError, KeyboardInterrupt):
+    except errors:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 

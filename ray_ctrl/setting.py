@@ -77,6 +77,7 @@ class Setting:
         home = Path(clock.folder).expanduser() if clock.folder else folder
         path = Path(clock.table) if clock.table else home / TABLE_FILE
         if not path.is_file():
+            console.print(f"no profile table at {path}: no static plans to compare with", markup=False)
             return None
         try:
             ProfiledClock.for_engine(ProfileTable.load(path), self.engine)

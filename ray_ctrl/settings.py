@@ -197,3 +197,12 @@ def _nearest_key(path: str) -> str:
     if close:
         return f"the nearest valid key is {close[0]!r}"
     return f"sections are {', '.join(Config.model_fields)}; see docs/config.md"
+
+
+def anchored(config: Config) -> Config:
+    """`config` with the files it names as absolute paths, so that a run can be taken up from any folder."""
+    tree: Tree = config.model_dump()
+    for section, key in (("clock", "table"), ("model", "importance")):
+        if tree[section][key] is not None:
+            tree[section][key] = str(Path(tree[section][key]).expanduser().absolute())
+    return parse(tree)

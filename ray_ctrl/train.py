@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from envs.errors import UserError
-from envs.tasks import check_task
 from ray_ctrl.config import Config, RewardConfig
 from ray_ctrl.console import console, iteration_line, progress_bar
-from ray_ctrl.feasibility import Layout, check_machine, plan_layout
+from ray_ctrl.feasibility import Layout, check_inputs, check_machine, plan_layout
 from ray_ctrl.runs import Checkpoint, Metrics, RunFolder, choose, free_folder, newest_run, removed_if_vain
-from ray_ctrl.settings import load_config, to_yaml
+from ray_ctrl.settings import anchored, load_config, to_yaml
 from ray_ctrl.stopping import Stopper, telling
 from ray_ctrl.tracking import Gauges, open_tracker
 
@@ -61,16 +60,17 @@ def run(
     folder = _find(run_dir, preset, config_file, overrides) if resume else None
     if folder is not None:
         folder.check_importance()
-    config = resumed_config(folder, overrides) if folder else load_config(preset, config_file, overrides)
+    config = resumed_config(folder, overrides) if folder else anchored(load_config(preset, config_file, overrides))
     layout = plan_layout(config, here=not dry_run)
     if dry_run:
         _show_plan(config, layout)
         check_machine(config, layout)
-        check_task(config.task.name)
-        return
+    check_inputs(config)
     root = folder.root if folder else run_dir or _new_root(config)
     if folder is None:
         RunFolder.refuse(root)
+    if dry_run:
+        return
     _train(config, layout, root, folder)
 
 
@@ -129,7 +129,7 @@ def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None
         setting = open_setting(config)
         with connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s):
             folder, trainer = _begin(config, layout, root, resumed, setting)
-            with telling(f"go on with: ray-ctrl train --resume --run-dir {folder.root}"):
+            with telling(_resume(folder)):
                 try:
                     _run_ahead(config, trainer.setting)
                     if not trainer.train(stopper):
@@ -171,9 +171,18 @@ def _begin(
     """
     folder = resumed or RunFolder.create(root, config)
     console.print(f"run folder {folder.root}", markup=False)
-    with removed_if_vain(folder.root) if resumed is None else nullcontext():
+
+    def removed_by(*errors: type[BaseException]) -> AbstractContextManager[None]:
+        return removed_if_vain(folder.root, errors) if resumed is None else nullcontext()
+
+    with removed_by(UserError, KeyboardInterrupt):
         setting = setting.with_clock(folder.root)
+    with removed_by(UserError), telling(_resume(folder)):
         return folder, Trainer(config, folder, setting, layout)
+
+
+def _resume(folder: RunFolder) -> str:
+    return f"go on with: ray-ctrl train --resume --run-dir {folder.root}"
 
 
 def export_controller(folder: RunFolder) -> Checkpoint:

@@ -66,6 +66,12 @@ _HEAD_KERNELS: Final = 8
 _TOKENISER_S: Final = 0.2e-3
 
 
+def check_device(device: str) -> None:
+    """Raises a UserError where `device` is not in the table."""
+    if device not in DEVICES:
+        raise UserError(f"roofline device {device!r} is not known: choose one of {', '.join(DEVICES)}")
+
+
 class RooflineClock:
     """Latency of a model of this shape on a device of `DEVICES`.
 
@@ -81,8 +87,7 @@ class RooflineClock:
     deterministic: Final = True
 
     def __init__(self, config: "MolmoEConfig", device: str = "laptop-2-core") -> None:
-        if device not in DEVICES:
-            raise UserError(f"roofline device {device!r} is not known: choose one of {', '.join(DEVICES)}")
+        check_device(device)
         self.config = config
         self.device_name = device
         self.device = DEVICES[device]

@@ -163,6 +163,21 @@ def check_revision(path_or_id: str | Path, revision: str | None) -> None:
         )
 
 
+def check_name(path_or_id: str | Path) -> None:
+    """Refuses what can be no model; looks nothing up on the hub.
+
+    Raises:
+        UserError: neither "embedded" nor a folder nor in the form of a hub id.
+    """
+    folder = Path(path_or_id).expanduser()
+    if str(path_or_id) == "embedded" or folder.is_dir():
+        return
+    if folder.exists():
+        raise UserError(f"{folder} is a file: give the folder that holds config.json and the safetensors files")
+    if str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/", "~")):
+        raise UserError(f"no model folder {path_or_id}: give an existing folder, a hub id, or 'embedded'")
+
+
 def resolve_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
     """A local folder for a folder, "embedded", or a hub id (fetched at `revision`, without code files).
 
@@ -175,12 +190,9 @@ def resolve_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
         from envs.model.embedded import folder as embedded_folder
 
         return embedded_folder()
+    check_name(path_or_id)
     if folder.is_dir():
         return folder
-    if folder.exists():
-        raise UserError(f"{folder} is a file: give the folder that holds config.json and the safetensors files")
-    if str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/", "~")):
-        raise UserError(f"no model folder {path_or_id}: give an existing folder, a hub id, or 'embedded'")
     from huggingface_hub import snapshot_download
 
     try:

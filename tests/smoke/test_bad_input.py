@@ -28,6 +28,8 @@ SMOKE = ("train", "--preset", "smoke")
         (["budgets.low=50"], "empty or inverted"),
         (["budgets.low_ms=9", "budgets.high_ms=8"], "budgets.low_ms = 9 is not below budgets.high_ms = 8"),
         (["budgets.low_ms=0.001", "budgets.high_ms=0.002"], "too small for this device"),
+        (["budgets.low_ms=90000"], "is empty or inverted: this device's own is"),
+        (["budgets.high_ms=0.1"], "is empty or inverted: this device's own is"),
         (["model.revision=v1"], "only a hub id has revisions"),
         (["model.importance=/no/such.json"], "no file of block importance at /no/such.json"),
         (["runners.address=127.0.0.1:1"], "no Ray cluster answers"),
@@ -44,11 +46,21 @@ def test_the_program_itself_ends_with_status_2() -> None:
     assert done.err == "error: unknown config key 'grpo.lrr': the nearest valid key is 'grpo.lr'\n"
 
 
-def test_a_dry_run_knows_an_unknown_task_after_showing_the_plan() -> None:
-    done = ray_ctrl("train", "--dry-run", "--task", "nonsuch")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--task", "nonsuch"], "unknown task 'nonsuch'"),
+        (["model.name=/no/such/model"], "no model folder /no/such/model"),
+        (["clock.table=/no/table.json"], "no profile table at clock.table = /no/table.json"),
+        (["clock.kind=roofline", "clock.device=abacus"], "roofline device 'abacus' is not known"),
+        (["--run-dir", "docs"], "run folder docs exists already"),
+    ],
+)
+def test_a_dry_run_knows_what_would_be_refused_after_showing_the_plan(arguments: list[str], words: str) -> None:
+    done = ray_ctrl("train", "--dry-run", *arguments)
     assert done.status == 2
     assert "# each iteration" in done.out
-    assert "unknown task 'nonsuch'" in done.err
+    assert words in done.err
 
 
 def test_existing_run_folder_is_not_overwritten(trained: Path) -> None:

@@ -84,6 +84,7 @@ def test_answer_shows_choice_answer_and_stages(trained: Path, picture: Path) -> 
     said = json.loads(done.out)
     assert said["latency_ms"] == pytest.approx(sum(said["stages_ms"].values()))
     assert said["stages_ms"]["vision"] > 0
+    assert said["controller"] == str(trained / "controller")
 
 
 def test_answer_without_an_image(trained: Path) -> None:

@@ -279,6 +279,7 @@ def main() -> int:
             raise UserError(f"--{name.replace('_', '-')} {count} is not allowed: give at least 1")
     keep_freed_memory()
     if options.quick:
+        print(f"percent right on {options.split} by tier, experts per token, blocks:\n")
         print(markdown_table(quick(options.model, options.samples, options.split)))
         return 0
     counts = {"validation": options.validation_samples or options.samples, "test": options.samples}

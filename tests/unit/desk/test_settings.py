@@ -10,7 +10,7 @@ from ray_ctrl import config_docs
 from ray_ctrl.config import Config
 from ray_ctrl.feasibility import plan_layout
 from ray_ctrl.setting import doubt
-from ray_ctrl.settings import load_config, presets, to_yaml, valid_keys
+from ray_ctrl.settings import anchored, load_config, presets, to_yaml, valid_keys
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "config.md"
 
@@ -118,3 +118,13 @@ def test_defaults_live_in_the_models_alone() -> None:
 def test_a_profile_that_does_not_fit_is_doubted_aloud() -> None:
     assert doubt(0.05) == ""
     assert "the device was busy" in doubt(0.08)
+
+
+def test_files_named_in_settings_are_found_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config("smoke", None, ["clock.table=mine.json", "model.importance=~/scores.json"])
+    moved = anchored(config)
+    assert moved.clock.table == str(tmp_path / "mine.json")
+    assert moved.model.importance == str(Path.home() / "scores.json")
+    assert anchored(moved) == moved
+    assert anchored(Config()) == Config()

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from envs.errors import UserError
 from ray_ctrl import cli, evaluate, train
 from ray_ctrl.config import Config
+from ray_ctrl.runs import RunFolder
 from ray_ctrl.stopping import Interrupted, Stopper
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
@@ -147,3 +149,39 @@ def test_wherever_training_is_interrupted_it_says_how_to_go_on(
     if loop is _signalled and last:
         hint = "the controller is ready; evaluate it with: ray-ctrl evaluate RUN"
     assert f"stopped; {hint}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(
+    ("profiled", "error", "stays", "hint"),
+    [
+        (False, KeyboardInterrupt(), False, False),
+        (False, UserError("impossible budgets"), False, False),
+        (True, KeyboardInterrupt(), True, True),
+        (True, UserError("impossible settings"), False, False),
+    ],
+)
+def test_a_new_run_folder_stays_once_the_device_is_profiled(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    profiled: bool,
+    error: BaseException,
+    stays: bool,
+    hint: bool,
+    resumed: bool,
+) -> None:
+    """One that is resumed stays whatever happens."""
+
+    def fail(*given: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(train, "Trainer", fail)
+    setting = SimpleNamespace(with_clock=(lambda folder: setting) if profiled else fail)
+    root = tmp_path / "run"
+    folder = RunFolder.create(root, Config()) if resumed else None
+    layout: Any = None
+    with pytest.raises(type(error)):
+        train._begin(Config(), layout, root, folder, setting)
+    assert root.exists() == (stays or resumed)
+    assert ("go on with" in capsys.readouterr().out) == hint

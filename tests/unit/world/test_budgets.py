@@ -126,7 +126,7 @@ def test_the_device_range_of_a_measured_clock_runs_few_requests():
     engine = EngineDouble(world.engine.model.config)
     low, high = budget_range(engine, MeasuredClock(engine), world.space, world.samples)
     assert 0 < low < high
-    assert engine.calls["measured"] == 32
+    assert engine.calls["measured"] == 34  # 16 samples under two plans, one before to warm up
 
 
 def test_the_device_range_counts_on_the_usual_answer_length():
