@@ -168,8 +168,9 @@ class WorldConfig:
             high = most * self.budget_high if high is None else high
             if low >= high:
                 raise UserError(
-                    f"a budget range of {low:.1f} to {high:.1f} ms is empty or inverted: this device's own is {least:.1f} "
-                    f"to {most:.1f} ms; change budgets.low or budgets.high, or set both budgets.low_ms and budgets.high_ms"
+                    f"a budget range of {low:.1f} to {high:.1f} ms is empty or inverted: this device's own is "
+                    f"{least:.1f} to {most:.1f} ms; change budgets.low or budgets.high, or set both budgets.low_ms and "
+                    "budgets.high_ms"
                 )
         return BudgetDistribution.over(low, high, self.held_out_bands, self.price_bins)
 
