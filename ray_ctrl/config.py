@@ -191,8 +191,8 @@ class RewardConfig(Section):
         default=0.04,
         ge=0,
         le=1,
-        description="Violation rate the constrained mode aims at, a share: a little below what is to be held, as budgets "
-        "between those trained on are overrun more often. 0 to 1.",
+        description="Violation rate the constrained mode aims at, a share: a little below what is to be held, as "
+        "budgets between those trained on are overrun more often. 0 to 1.",
     )
     price_initial: float = Field(
         default=0.5, ge=0, le=1000, description="Price of a violation at the start. 0 to 1000."
