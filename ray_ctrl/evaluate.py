@@ -62,7 +62,7 @@ def _with_clock(setting: Setting, stored: Config, home: Path, out: Path) -> Sett
     if of_run and _same_budgets(stored, config):
         return setting.with_clock(home)
     if changed and stored.clock.kind == config.clock.kind == "profiled":
-        console.print(f"the run's profile is not used: {', '.join(changed)} differ from the run's", markup=False)
+        console.print(f"the run's profile is not used, settings differ: {', '.join(changed)}", markup=False)
     out.mkdir(parents=True)
     with removed_if_vain(out, (UserError, KeyboardInterrupt)):
         return setting.with_clock(out, home if of_run else out)

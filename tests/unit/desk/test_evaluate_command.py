@@ -51,8 +51,8 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         (["budgets.low=1.2"], OURS, ITS, ""),
         (["task.train_samples=9"], OURS, ITS, ""),
         (["model.threads=2"], OURS, ITS, ""),
-        (["task.seed=1"], OURS, OURS, "the run's profile is not used: task.seed differ"),
-        (["clock.table=given.json", "task.name=mine"], OURS, OURS, "clock.table, task.name differ"),
+        (["task.seed=1"], OURS, OURS, "the run's profile is not used, settings differ: task.seed"),
+        (["clock.table=given.json", "task.name=mine"], OURS, OURS, "settings differ: clock.table, task.name"),
         (["clock.kind=roofline"], OURS, OURS, ""),
     ],
 )
