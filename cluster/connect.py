@@ -1,8 +1,8 @@
 """Starting a local Ray or joining a running one, with a timeout and without noise."""
 
 import logging
+import math
 import os
-import signal
 import socket
 import threading
 import time
@@ -10,10 +10,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 
-from cluster.resources import ResourcePlan, machine_cpus, shortfall
+from cluster.resources import ResourcePlan, assigned_device, machine_cpus, shortfall
+from envs.errors import UserError, first_line
 
 # Read by Ray when its processes start; set before ray.init, and only where the user has not.
 QUIET_ENVIRONMENT = {
@@ -28,11 +30,15 @@ QUIET_ENVIRONMENT = {
 }
 
 
-class ConnectError(Exception):
+# A local Ray takes seconds to start on a busy machine, however little patience the settings have for a cluster.
+MIN_INIT_S = 60.0
+
+
+class ConnectError(UserError):
     """Ray cannot be reached or cannot hold the run; the message is one line."""
 
 
-def hush() -> None:
+def silence_ray_warnings() -> None:
     """Turns off the warnings of Ray and RLlib that a user can do nothing about."""
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\..*")
@@ -45,93 +51,109 @@ def hush() -> None:
 
 
 def is_local(address: str) -> bool:
-    """True when `address` means a Ray of our own: "local", or "auto" outside a Ray job and without
-    RAY_ADDRESS.
-    """
-    return address == "local" or (address == "auto" and not os.environ.get("RAY_ADDRESS"))
+    """Whether `address` means a Ray of our own: "local", or "auto" where RAY_ADDRESS names no other cluster."""
+    return _target(address) == "local"
+
+
+def _target(address: str) -> str:
+    """The address that `address` stands for: "auto" is RAY_ADDRESS (set inside a Ray job), else "local"."""
+    return os.environ.get("RAY_ADDRESS") or "local" if address == "auto" else address
 
 
 @contextmanager
 def connect(address: str, plan: ResourcePlan, *, timeout_s: float) -> Iterator[dict[str, float]]:
-    """Holds a connection to Ray that can place `plan`; yields the cluster's total resources.
+    """A connection to Ray that can place `plan`; yields the cluster's total resources.
+
+    A Ray started here is stopped on the way out, a cluster that was there before is only left, and a connection that
+    was there before is used as it is.
 
     Args:
-        address: "local" starts a Ray for this run, "auto" joins the cluster of RAY_ADDRESS (set
-            inside a Ray job)
-            or else starts a local one; anything else is the address of a running cluster.
-        timeout_s: seconds to wait for the cluster to answer and to offer the resources.
+        address: "local" starts a Ray for this run, "auto" joins the cluster of RAY_ADDRESS or else starts a local one;
+            anything else is the address of a running cluster.
+        timeout_s: seconds to wait for the cluster to answer, and then for it to offer the resources.
 
     Raises:
         ConnectError: no answer, or resources missing after the timeout.
-
-    A Ray started here is stopped on the way out; a cluster that was there before is only left.
     """
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    hush()
-    local = is_local(address)
-    target = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
+    silence_ray_warnings()
+    target, local = _target(address), is_local(address)
     if not local:
-        # Before the look at what is connected already: an address that cannot be right is never passed over.
+        # Checked even if Ray is connected already: a wrong address is never passed over.
         _check_reachable(target, timeout_s)
-    if ray.is_initialized():
-        yield dict(ray.cluster_resources())
-        return
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    options |= _local_options(plan) if local else {"address": target}
+    connected_before = ray.is_initialized()
+    if not connected_before:
+        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+        options |= _local_options(plan) if local else {"address": target}
+        _init(options, timeout_s, "a local Ray" if local else f"the Ray cluster at {target}")
     try:
-        with _sigterm_kept():
+        # A local Ray has all its resources from the start.
+        started_here = local and not connected_before
+        yield wait_for(plan, 5.0 if started_here else timeout_s, "the local Ray" if local else "the cluster")
+    finally:
+        if not connected_before:
+            ray.shutdown()
+
+
+def _init(options: dict[str, Any], timeout_s: float, what: str) -> None:
+    """`ray.init` that can be waited for no longer than `timeout_s` and be interrupted.
+
+    It blocks in native code, deaf to signals and without a limit of its own, if the node under it dies. In a thread of
+    its own it also leaves the handler of SIGTERM alone, which would otherwise become an exit without a checkpoint.
+
+    Raises:
+        ConnectError: it failed, or did not come back in time.
+    """
+    failures: list[Exception] = []
+
+    def call() -> None:
+        try:
             ray.init(**options)
-    except Exception as error:
-        what = "a local Ray" if local else f"the Ray cluster at {options['address']}"
-        raise ConnectError(f"cannot start or reach {what}: {_first_line(error)}") from error
-    try:
-        yield wait_for(plan, 5.0 if local else timeout_s, "the local Ray" if local else "the cluster")
-    finally:
-        ray.shutdown()
+        except Exception as error:
+            failures.append(error)
 
-
-@contextmanager
-def _sigterm_kept() -> Iterator[None]:
-    """Gives SIGTERM back to whoever had it: ray.init makes it an immediate exit, and a checkpoint would be lost."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if before not in (None, signal.SIG_DFL):
-            signal.signal(signal.SIGTERM, before)
+    thread = threading.Thread(target=call, name="ray-init", daemon=True)
+    thread.start()
+    deadline = time.monotonic() + max(timeout_s, MIN_INIT_S)
+    while thread.is_alive() and time.monotonic() < deadline:
+        thread.join(0.1)
+    if thread.is_alive():
+        raise ConnectError(
+            f"{what} gave no answer within {max(timeout_s, MIN_INIT_S):g} s: check the machine's free memory and the "
+            "logs in the newest folder below /tmp/ray, or raise runners.connect_timeout_s"
+        )
+    if failures:
+        raise ConnectError(f"cannot start or reach {what}: {first_line(failures[0])}") from failures[0]
 
 
 def _local_options(plan: ResourcePlan) -> dict[str, Any]:
-    """Explicit resources: what the machine has of CPUs, what the plan asks for of GPUs (checked
-    before).
-    """
+    """Explicit resources: the machine's CPUs, the plan's GPUs (checked before)."""
     return {
         "address": "local",
-        "num_cpus": max(1, machine_cpus(), int(plan.cpus + 0.999)),
-        "num_gpus": int(plan.gpus + 0.999),
+        "num_cpus": max(1, machine_cpus(), math.ceil(plan.cpus)),
+        "num_gpus": math.ceil(plan.gpus),
         "include_dashboard": False,
         "object_store_memory": 256 * 1024**2,
     }
 
 
 def _check_reachable(address: str, timeout_s: float) -> None:
-    """Fails early with the address in the message: ray.init alone retries for long before it says
-    anything.
-    """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        if address == "auto":
-            return
+    """Fails early with the address in the message: ray.init alone retries for long before it says anything."""
+    if address == "auto":
+        return
+    try:
+        parts = urlsplit(address if "://" in address else f"ray://{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or not port:
         raise ConnectError(
-            f"Ray address {address!r} is not understood: give host:port, ray://host:port, 'local' or 'auto'"
+            f"Ray address {address!r} is not understood: give HOST:PORT or ray://HOST:PORT with a port of 1 to 65535, "
+            "'local' or 'auto'"
         )
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s):
-            return
+        socket.create_connection((host, port), timeout=timeout_s).close()
     except OSError as error:
         raise ConnectError(
             f"no Ray cluster answers at {address} ({error}): check the address, or start one with 'ray start --head'"
@@ -155,5 +177,14 @@ def wait_for(plan: ResourcePlan, timeout_s: float, where: str) -> dict[str, floa
         time.sleep(0.5)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def worker_device() -> str | None:
+    """The torch device of this process by what Ray gave it (`assigned_device`); None outside Ray's workers.
+
+    A driver of our own counts as outside: it samples and learns beside Ray's bookkeeping.
+    """
+    if not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    if context.worker.mode != ray.WORKER_MODE:
+        return None
+    return assigned_device(context.get_accelerator_ids().get("GPU", []), os.environ.get("CUDA_VISIBLE_DEVICES"))

@@ -1,8 +1,10 @@
-"""Ray jobs through the job API: submit one, follow its log to the end, tell its exit status."""
+"""Ray jobs through the job API: submit one, follow its log to the end, return its exit status."""
 
 import asyncio
 import logging
 import os
+import re
+import shlex
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +13,10 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import aiohttp
+
 from cluster.connect import ConnectError
+from envs.errors import first_line
 
 DEFAULT_ADDRESS: Final = "http://127.0.0.1:8265"
 LARGEST_UPLOAD: Final = 100 * 2**20
@@ -19,7 +24,11 @@ AUTH_MODES: Final = ("disabled", "token")
 STOPPED_STATUS: Final = 143
 INTERRUPTED_STATUS: Final = 130
 STOP_WAIT_S: Final = 120
-_RETRIES: Final = 5
+SERVER_TIMEOUT_S: Final = 180.0
+"""How long a job server may be away (a dashboard that restarts, a proxy that answers 502) before it is given up."""
+PENDING_NOTICE_S: Final = 10.0
+JOB_FOLDER: Final = "working_dir_files"
+"""Ray unpacks a job's working directory below a folder of this name on the cluster, and removes it after the job."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +72,19 @@ class Upload:
         return sum(size for _, size in self.files)
 
 
-def upload(folder: Path) -> Upload:
-    """What Ray would send of `folder`, ignore files heeded.
+def upload(folder: Path, excludes: Sequence[str] = ()) -> Upload:
+    """What Ray would send of `folder`.
+
+    Args:
+        excludes: patterns of the runtime environment, besides those of the ignore files.
 
     Raises:
         ConnectError: it is no folder, or larger than a job should carry.
     """
-    from ray._private.runtime_env.packaging import _dir_travel
+    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
     if not folder.is_dir():
-        raise ConnectError(f"working directory {folder} is no folder: give the checkout with --working-dir")
+        raise ConnectError(f"working directory {folder} is not a folder: give the checkout with --working-dir")
     root = folder.absolute()
     files: list[tuple[str, int]] = []
 
@@ -82,7 +94,8 @@ def upload(folder: Path) -> Upload:
 
     quiet = logging.getLogger("ray_ctrl.upload")
     quiet.setLevel(logging.WARNING)
-    _dir_travel(root, [], note, include_gitignore=True, logger=quiet)
+    patterns = [_get_excludes(root, list(excludes))] if excludes else []
+    _dir_travel(root, patterns, note, include_gitignore=True, logger=quiet)
     found = Upload(tuple(sorted(files, key=lambda file: (-file[1], file[0]))))
     if found.bytes > LARGEST_UPLOAD:
         largest = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for name, size in found.files[:3])
@@ -93,6 +106,11 @@ def upload(folder: Path) -> Upload:
     return found
 
 
+def vanishes(path: Path) -> bool:
+    """Whether `path` lies in the unpacked working directory of a Ray job, which is removed when the job ends."""
+    return JOB_FOLDER in path.absolute().parts
+
+
 def http_address(address: str | None) -> str:
     """The job server's address: as given, else of the environment, else this machine's usual one.
 
@@ -100,9 +118,16 @@ def http_address(address: str | None) -> str:
         ConnectError: not a http(s) address.
     """
     found = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
-    parts = urlsplit(found)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConnectError(f"job address {found!r} is not understood: give http://HOST:8265, the dashboard's address")
+    try:
+        parts = urlsplit(found)
+        understood = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port beyond 65535, a broken IPv6 address
+        understood = False
+    if not understood:
+        raise ConnectError(
+            f"job address {found!r} is not understood: give http://HOST:8265, the dashboard's address (a port is 1 to "
+            "65535)"
+        )
     return found
 
 
@@ -147,7 +172,7 @@ def client(address: str, auth: str, timeout_s: float) -> Any:
 
 
 def _explain(error: Exception, address: str, auth: str) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     if "401" in reason or "403" in reason or "authentication" in reason.lower():
         return (
             f"the cluster at {address} refuses authentication {auth!r} ({reason}): use --auth token with its "
@@ -163,7 +188,7 @@ def submit(jobs: Any, job: Job) -> str:
         ConnectError: refused by the server, with its reason.
     """
     if job.working_dir is not None:
-        upload(job.working_dir)
+        upload(job.working_dir, job.runtime_env.get("excludes", ()))
     try:
         return str(
             jobs.submit_job(
@@ -175,44 +200,95 @@ def submit(jobs: Any, job: Job) -> str:
             )
         )
     except Exception as error:
-        lines = [line for line in str(error).strip().splitlines() if line.strip()]
-        reason = lines[-1] if lines else type(error).__name__
-        raise ConnectError(f"the job was not taken: {reason}") from error
+        raise ConnectError(f"the server refused the job: {_reason(error)}") from error
 
 
-def follow(jobs: Any, job_id: str, write: Callable[[str], object], poll_s: float = 0.5) -> int:
-    """Writes the job's log as it grows; returns the driver's exit status (143 where the job was stopped).
+def _reason(error: Exception) -> str:
+    """The line of a server's traceback that says what was wrong, without the exception's name."""
+    lines = [line.strip(" .\"'}") for line in str(error).replace("\\n", "\n").splitlines()]
+    said = [line for line in lines if any(letter.isalpha() for letter in line)]
+    return re.sub(r"^[\w.]*(Error|Exception): ", "", said[-1]) if said else type(error).__name__
+
+
+def follow(
+    jobs: Any,
+    job_id: str,
+    write: Callable[[str], object],
+    notice: Callable[[str], object] = lambda line: None,
+    *,
+    poll_s: float = 0.5,
+    server_timeout_s: float = SERVER_TIMEOUT_S,
+    pending_notice_s: float = PENDING_NOTICE_S,
+) -> int:
+    """Writes the job's log as it grows; returns the driver's exit status (143 if the job was stopped).
+
+    The log comes over a web socket, which proxies drop and a restarted dashboard closes: it is opened again, and what
+    was written already is left out. Whether the job has ended is the server's to say, log or no log.
+
+    Args:
+        notice: takes lines about the job itself: that it waits for resources, that the server is away.
+        server_timeout_s: seconds without any answer of the server until it is given up.
 
     Raises:
         ConnectError: the server stays away, or the job never started.
     """
-    written, failures = 0, 0
-
-    async def tail() -> None:
-        nonlocal written
-        seen = 0
-        async for chunk in jobs.tail_job_logs(job_id):
-            # After a lost connection the log comes again from its beginning.
-            fresh = chunk[max(0, written - seen) :]
-            seen += len(chunk)
-            if fresh:
-                write(fresh)
-                written += len(fresh)
-
+    log = _Log(jobs, job_id, write)
+    begun = answered = time.monotonic()
+    noticed_pending = noticed_away = False
     while True:
+        lost = log.follow()
         try:
-            asyncio.run(tail())
             info = jobs.get_job_info(job_id)
-            failures = 0
-        except (RuntimeError, OSError) as error:
-            failures += 1
-            if failures > _RETRIES:
-                raise ConnectError(f"lost the job server while following {job_id}: {error}") from error
-            time.sleep(poll_s * 2**failures)
+        except Exception as error:
+            away = time.monotonic() - answered
+            if away > server_timeout_s:
+                raise ConnectError(
+                    f"no answer of the job server about {job_id} for {away:.0f} s ({first_line(error)}); the job may "
+                    f"still run: ray job status {job_id}"
+                ) from error
+            if not noticed_away:
+                notice(f"the job server does not answer ({first_line(error)}); trying for {server_timeout_s:g} s")
+            noticed_away = True
+            time.sleep(min(2.0, 4 * poll_s))
             continue
+        answered, noticed_away = time.monotonic(), False
         if info.status.is_terminal():
+            if lost is not None:
+                log.follow()  # what came after the connection was lost, if the server still has it
             return exit_status(info)
+        pending = str(info.status.value) == "PENDING"
+        if pending and not noticed_pending and answered - begun > pending_notice_s:
+            notice(f"job {job_id} is pending: {' '.join(str(info.message or 'no reason given').split())}")
+            noticed_pending = True
         time.sleep(poll_s)
+
+
+@dataclass
+class _Log:
+    """A job's log, written once however often the connection to it is lost."""
+
+    jobs: Any
+    job_id: str
+    write: Callable[[str], object]
+    written: int = 0
+
+    def follow(self) -> Exception | None:
+        """Follows until the connection ends; what broke it, None after a regular end."""
+        try:
+            asyncio.run(self._tail())
+        except (RuntimeError, OSError, ValueError, aiohttp.ClientError, TimeoutError) as error:
+            return error
+        return None
+
+    async def _tail(self) -> None:
+        seen = 0
+        async for text in self.jobs.tail_job_logs(self.job_id):
+            # The log comes from its beginning each time.
+            fresh = text[max(0, self.written - seen) :]
+            seen += len(text)
+            if fresh:
+                self.write(fresh)
+                self.written += len(fresh)
 
 
 def exit_status(info: Any) -> int:
@@ -246,6 +322,4 @@ def stop(jobs: Any, job_id: str, timeout_s: float = STOP_WAIT_S + 10) -> str:
 
 def shell(words: Sequence[str]) -> str:
     """One shell command from its words."""
-    import shlex
-
     return shlex.join(words)

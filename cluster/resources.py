@@ -1,20 +1,19 @@
 """The resource plan: which process holds how many CPUs and GPUs. Pure arithmetic, no Ray.
 
-One driver runs the loop. Env runners hold the model; with none of them the driver samples itself.
-Learners update
-the controller; with none of them the driver learns itself. Evaluation runners work between training
-iterations.
+One driver runs the loop. Env runners hold the model; with none of them the driver samples itself. Learners update the
+controller; with none of them the driver learns itself. Evaluation runners work between training iterations.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from envs.errors import UserError
 
 
 @dataclass(frozen=True)
 class Role:
-    """`count` processes of one kind, each holding `cpus` CPUs and `gpus` (possibly fractional)
-    GPUs.
-    """
+    """`count` processes of one kind, each holding `cpus` CPUs and `gpus` (possibly fractional) GPUs."""
 
     name: str
     count: int
@@ -55,9 +54,16 @@ def resource_plan(
     learner_gpus: float,
     evaluation_runners: int,
 ) -> ResourcePlan:
-    """Roles of one run. With no runners (learners) the driver samples (learns) in its own process,
-    outside Ray's count.
+    """Roles of one run. With no runners (learners) the driver samples (learns) in its own process, outside Ray's count.
+
+    Raises:
+        UserError: several learners on one GPU, which their collective communication does not support.
     """
+    if learners > 1 and 0 < learner_gpus < 1:
+        raise UserError(
+            f"runners.learner_gpus = {learner_gpus:g} with runners.learners = {learners} is not allowed: learners that "
+            "share a GPU cannot exchange gradients over NCCL; give each a whole GPU, none (0), or use one learner"
+        )
     driver_does = [name for name, n in (("samples", runners), ("learns", learners)) if n == 0]
     name = "driver" + (f" ({' and '.join(driver_does)})" if driver_does else "")
     roles = [Role(name, 1, 0.0, 0.0)]
@@ -85,10 +91,27 @@ def shortfall(plan: ResourcePlan, available: dict[str, float], where: str) -> st
     return f"{where} cannot hold this run: {parts}. Lower runners.count, runners.learners or what each of them holds"
 
 
-def machine_cpus() -> int:
-    """CPUs this process may use: its affinity where the system tells, else the count of the
-    machine.
+def assigned_device(assigned: Sequence[str], visible: str | None) -> str:
+    """The torch device of a process that Ray runs: its first GPU, or "cpu" if Ray gave it none.
+
+    What torch sees says nothing here: Ray leaves CUDA_VISIBLE_DEVICES alone for a process without GPUs, so that it sees
+    all of the node's, and for any process where the user forbids Ray to set it.
+
+    Args:
+        assigned: ids of the GPUs that Ray gave the process, as it counts or names them.
+        visible: the process's CUDA_VISIBLE_DEVICES; None where it is not set and torch counts all GPUs of the node.
     """
+    if not assigned:
+        return "cpu"
+    if visible is None:
+        return f"cuda:{assigned[0]}" if assigned[0].isdigit() else "cuda"
+    names = [name.strip() for name in visible.split(",")]
+    # Inside the process torch counts from 0 along the visible ones.
+    return f"cuda:{names.index(assigned[0])}" if assigned[0] in names else "cuda:0"
+
+
+def machine_cpus() -> int:
+    """CPUs this process may use: its affinity if the system reports one, else the machine's count."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0)) or 1
     return os.cpu_count() or 1

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from ray import tune
 from ray.rllib.core import DEFAULT_MODULE_ID
 
+from cluster.connect import worker_device
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
+from envs.world import WorldConfig
 from policies.controller import Controller
 from policies.grpo.algorithm import GRPO, GRPOConfig
 from policies.grpo.prices import PriceSettings
@@ -129,8 +132,12 @@ def _common(setting: Setting, split: str, contexts: int) -> GRPOConfig:
 
 
 def make_environment(env_config: Mapping[str, Any]) -> AdaptiveVQAVectorEnv:
-    """RLlib's entry point: the environment's own settings plus `num_envs`."""
-    return AdaptiveVQAVectorEnv(dict(env_config))
+    """RLlib's entry point: the environment's own settings plus `num_envs`, on the device that Ray gave this process."""
+    settings, device = dict(env_config), worker_device()
+    world = settings["world"]
+    if device is not None and isinstance(world, WorldConfig) and world.device in ("auto", "cuda"):
+        settings["world"] = replace(world, device=device)
+    return AdaptiveVQAVectorEnv(settings)
 
 
 def _whole(cpus: float) -> float | int:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ import yaml
 from cluster import jobs
 from envs.errors import UserError
 from ray_ctrl.console import console
+from ray_ctrl.settings import load_config
 
 COMMANDS = ("train", "tune", "evaluate", "profile", "doctor")
-# Commands that write below `run.folder`, and what names another place.
 WRITING = ("train", "tune")
-PLACES = ("run.folder=", "--run-dir", "--out")
+"""Commands that write below `run.folder` unless an option names another place."""
+OUTPUT_OPTIONS = ("run_dir", "out")
+OUTPUT_KEYS = ("run.folder", "store.path", "clock.folder")
+INPUT_KEYS = ("clock.table", "model.name", "model.importance", "task.name")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def run(request: Request, *, follow: bool = True, stop_on_interrupt: bool = Fals
     address = jobs.http_address(request.address)
     auth = request.auth or os.environ.get("RAY_AUTH_MODE") or "disabled"
     job = make_job(request, address, auth)
-    sent = jobs.upload(request.working_dir)
+    sent = jobs.upload(request.working_dir, job.runtime_env.get("excludes", ()))
     console.print(f"job at {address}: {job.entrypoint}", markup=False)
     console.print(f"working directory: {len(sent.files)} files, {sent.bytes / 2**20:.1f} MiB; authentication {auth}")
     if dry_run:
@@ -68,7 +71,7 @@ def run(request: Request, *, follow: bool = True, stop_on_interrupt: bool = Fals
     if not follow:
         return 0
     try:
-        status = jobs.follow(server, job_id, _write)
+        status = jobs.follow(server, job_id, _write, lambda line: console.print(line, markup=False))
     except KeyboardInterrupt:
         return _interrupted(server, job_id, stop_on_interrupt)
     console.print(f"job {job_id} ended with exit status {status}", markup=False)
@@ -79,19 +82,12 @@ def make_job(request: Request, address: str, auth: str) -> jobs.Job:
     """The job behind a request.
 
     Raises:
-        UserError: an unknown command, output that would be lost, or a bad environment.
+        UserError: a command, option, setting or path that would fail on the cluster, or output that would be lost.
     """
     if request.command not in COMMANDS:
         raise UserError(f"command {request.command!r} cannot be a job: choose one of {', '.join(COMMANDS)}")
-    arguments = list(request.arguments)
-    if request.command in WRITING and not any(word.startswith(PLACES) for word in arguments):
-        if not jobs.is_here(address):
-            raise UserError(
-                "a job's working directory is removed after it: name a folder that outlives it and that you can "
-                "reach, such as run.folder=/shared/runs"
-            )
-        arguments.append(f"run.folder={request.working_dir.absolute() / 'runs'}")
-    python = request.python or (sys.executable if jobs.is_here(address) else "python")
+    here = jobs.is_here(address)
+    python = request.python or (sys.executable if here else "python")
     program = ["train.py"] if request.command == "train" else ["-m", "ray_ctrl.cli", request.command]
     env = {
         "RAY_AUTH_MODE": auth,
@@ -99,15 +95,140 @@ def make_job(request: Request, address: str, auth: str) -> jobs.Job:
         # Time to finish the iteration and write a checkpoint before the driver is killed.
         "RAY_JOB_STOP_WAIT_TIME_S": str(jobs.STOP_WAIT_S),
     }
+    runtime_env = _runtime_env(request.runtime_env)
     return jobs.Job(
-        entrypoint=jobs.shell([python, *program, *arguments]),
+        entrypoint=jobs.shell([python, *program, *_arguments(request, here, runtime_env)]),
         working_dir=request.working_dir,
         env=env | _variables(request.env),
-        runtime_env=_runtime_env(request.runtime_env),
+        runtime_env=runtime_env,
         cpus=request.cpus,
         gpus=request.gpus,
         submission_id=request.submission_id,
     )
+
+
+def _arguments(request: Request, here: bool, runtime_env: Mapping[str, Any]) -> list[str]:
+    """The command's arguments as they hold on the cluster: checked, with paths that a job can follow.
+
+    A job starts in a copy of the working directory, which is removed after it: relative paths mean other files there.
+
+    Args:
+        here: whether the cluster is this machine, so that absolute paths of ours hold for it.
+    """
+    options = _parsed(request)
+    sent = jobs.upload(request.working_dir, runtime_env.get("excludes", ())).files
+    places = _Places(request.working_dir.absolute(), here, frozenset(name for name, _ in sent))
+    words = list(request.arguments)
+    for name, value in options.items():
+        if isinstance(value, Path) or (name == "task" and value):
+            place = places.output if name in OUTPUT_OPTIONS else places.input
+            words = [_replaced(word, str(value), place(str(value))) for word in words]
+    for word in options.get("overrides") or []:
+        key, _, value = word.partition("=")
+        if key in (*OUTPUT_KEYS, *INPUT_KEYS) and value != "null":
+            place = places.output if key in OUTPUT_KEYS else places.input
+            words[words.index(word)] = f"{key}={place(value)}"
+    if request.command in WRITING and not options.get("resume"):
+        words += _output_settings(options, places)
+    return words
+
+
+def _output_settings(options: Mapping[str, Any], places: "_Places") -> Iterator[str]:
+    """Settings that put run folder and outcome store where they outlive the job, unless the arguments do."""
+    given = dict(word.partition("=")[::2] for word in options.get("overrides") or [])
+    run_dir = options.get("run_dir")
+    folder = given.get("run.folder") or (run_dir and str(run_dir.parent))
+    if not folder:
+        if not places.here:
+            raise UserError(
+                "a job's working directory is removed after it: name a folder that outlives it and that you can "
+                "reach, such as run.folder=/shared/runs"
+            )
+        folder = str(places.root / "runs")
+        yield f"run.folder={folder}"
+    if "preset" not in options or "store.path" in given:
+        return
+    store = load_config(options["preset"], options.get("config")).store.path
+    if store is not None and not Path(store).is_absolute():
+        yield f"store.path={Path(places.output(folder)) / Path(store).name}"
+
+
+def _parsed(request: Request) -> dict[str, Any]:
+    """The command's options by name, read as the cluster will read them; settings are checked on the way.
+
+    Raises:
+        UserError: an option, preset, key or value that the command would refuse.
+    """
+    import typer
+
+    from ray_ctrl.cli import app
+
+    group: Any = typer.main.get_command(app)
+    try:
+        context = group.commands[request.command].make_context(request.command, list(request.arguments))
+    except typer.Exit:
+        raise UserError("--help is not a job: leave it out, or run the command here") from None
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of click's errors, whichever click typer brings
+            raise
+        raise UserError(f"{request.command} would refuse these arguments: {error.format_message()}") from None
+    options = dict(context.params)
+    if "preset" in options and not options.get("resume"):
+        load_config(options["preset"], options.get("config"), options.get("overrides") or [])
+    return options
+
+
+def _replaced(word: str, value: str, moved: str) -> str:
+    """`word` with `value`, alone or behind an option's `=`, replaced."""
+    option, sign, given = word.partition("=")
+    if word == value:
+        return moved
+    return f"{option}={moved}" if sign and given == value and option.startswith("-") else word
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where paths of the command line lie for a job.
+
+    Attributes:
+        root: the working directory, absolute.
+        here: whether the cluster is this machine.
+        files: what travels, relative to the working directory.
+    """
+
+    root: Path
+    here: bool
+    files: frozenset[str]
+
+    def output(self, path: str) -> str:
+        """A path that is written: absolute, so that it outlives the job."""
+        given = Path(path).expanduser()
+        if given.is_absolute() or self.here:
+            return str(given.absolute())
+        raise UserError(
+            f"{path} is relative, and a job's working directory is removed after it: give an absolute path that all "
+            "nodes and you can reach, such as /shared/runs"
+        )
+
+    def input(self, text: str) -> str:
+        """A path that is read, such as `data.jsonl` or `textvqa=FOLDER`; words that name no file here stay as they are.
+
+        Those are names of tasks and hub ids.
+        """
+        name, sign, path = text.rpartition("=")
+        given = Path(path).expanduser()
+        if given.is_absolute() or not given.exists():
+            return text
+        if self.here:
+            return f"{name}{sign}{given.absolute()}"
+        resolved, root = given.resolve(), self.root.resolve()
+        relative = resolved.relative_to(root).as_posix() if resolved.is_relative_to(root) else None
+        if relative and any(file == relative or file.startswith(f"{relative}/") for file in self.files):
+            return f"{name}{sign}{relative}"
+        raise UserError(
+            f"{path} does not travel with the job: it lies outside {self.root} or is named in its ignore files; give a "
+            "path that the cluster's nodes can read"
+        )
 
 
 def _variables(pairs: Sequence[str]) -> dict[str, str]:
@@ -139,7 +260,7 @@ def _interrupted(server: Any, job_id: str, stop_it: bool) -> int:
         console.print(f"stopping job {job_id}", markup=False)
         console.print(f"job {job_id} is {jobs.stop(server, job_id)}", markup=False)
     else:
-        console.print(f"job {job_id} goes on; follow it with: ray job logs --follow {job_id}", markup=False)
+        console.print(f"job {job_id} is still running; follow it with: ray job logs --follow {job_id}", markup=False)
     return jobs.INTERRUPTED_STATUS
 
 

@@ -33,11 +33,11 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
         sweep: the `Sweep`.
         root: the sweep's folder, seen by all nodes.
     """
-    from cluster.connect import hush
+    from cluster.connect import silence_ray_warnings
     from ray_ctrl.feasibility import plan_layout
     from ray_ctrl.train import Trainer
 
-    hush()
+    silence_ray_warnings()
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(END_TIMEOUT_S))
     trial = tune.get_context().get_trial_id()
     config = sweep.config(chosen)
