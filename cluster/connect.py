@@ -82,11 +82,11 @@ def connect(address: str, plan: ResourcePlan, *, timeout_s: float) -> Iterator[d
     if not local:
         # Checked even if Ray is connected already: a wrong address is never passed over.
         _check_reachable(target, timeout_s)
-    connected_before = ray.is_initialized()
+    connected_before, released = ray.is_initialized(), threading.Event()
     if not connected_before:
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         options |= _local_options(plan) if local else {"address": target}
-        _init(options, timeout_s, "a local Ray" if local else f"the Ray cluster at {target}")
+        released = _init(options, timeout_s, "a local Ray" if local else f"the Ray cluster at {target}")
     try:
         # A local Ray has all its resources from the start.
         started_here = local and not connected_before
@@ -94,37 +94,41 @@ def connect(address: str, plan: ResourcePlan, *, timeout_s: float) -> Iterator[d
     finally:
         if not connected_before:
             ray.shutdown()
+            released.set()
 
 
-def _init(options: dict[str, Any], timeout_s: float, what: str) -> None:
-    """`ray.init` that can be waited for no longer than `timeout_s` and be interrupted.
+def _init(options: dict[str, Any], timeout_s: float, what: str) -> threading.Event:
+    """`ray.init` that can be waited for no longer than `timeout_s` and be interrupted; set the event after shutdown.
 
     It blocks in native code, deaf to signals and without a limit of its own, if the node under it dies. In a thread of
-    its own it also leaves the handler of SIGTERM alone, which would otherwise become an exit without a checkpoint.
+    its own it also leaves the handler of SIGTERM alone, which would otherwise become an exit without a checkpoint. The
+    thread stays: Linux sends the parent-death signal of Ray's processes when the thread that started them ends.
 
     Raises:
         ConnectError: it failed, or did not come back in time.
     """
     failures: list[Exception] = []
+    returned, released = threading.Event(), threading.Event()
 
     def call() -> None:
         try:
             ray.init(**options)
         except Exception as error:
             failures.append(error)
+        returned.set()
+        released.wait()
 
-    thread = threading.Thread(target=call, name="ray-init", daemon=True)
-    thread.start()
-    deadline = time.monotonic() + max(timeout_s, MIN_INIT_S)
-    while thread.is_alive() and time.monotonic() < deadline:
-        thread.join(0.1)
-    if thread.is_alive():
+    threading.Thread(target=call, name="ray-init", daemon=True).start()
+    limit_s = max(timeout_s, MIN_INIT_S)
+    if not returned.wait(limit_s):
         raise ConnectError(
-            f"{what} gave no answer within {max(timeout_s, MIN_INIT_S):g} s: check the machine's free memory and the "
-            "logs in the newest folder below /tmp/ray, or raise runners.connect_timeout_s"
+            f"{what} gave no answer within {limit_s:g} s: check the machine's free memory and the logs in the newest "
+            "folder below /tmp/ray, or raise runners.connect_timeout_s"
         )
     if failures:
+        released.set()
         raise ConnectError(f"cannot start or reach {what}: {first_line(failures[0])}") from failures[0]
+    return released
 
 
 def _local_options(plan: ResourcePlan) -> dict[str, Any]:
