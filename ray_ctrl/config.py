@@ -440,8 +440,8 @@ class RunConfig(Section):
     track: str | None = Field(
         default=None,
         pattern=r"^(mlflow|wandb):\S+$",
-        description="Experiment tracker besides TensorBoard: `mlflow:URI` (a server, `sqlite:///FILE`, "
-        "`file:///FOLDER`) or `wandb:PROJECT`; `null` is none.",
+        description="Experiment tracker besides TensorBoard: `mlflow:URI` (a server or `sqlite:///FILE`) "
+        "or `wandb:PROJECT`; `null` is none.",
     )
 
 

@@ -1,7 +1,7 @@
 """Experiment trackers by one setting, `run.track`, through Ray's own integrations; and Ray's Prometheus endpoint.
 
-`mlflow:URI` (a server, `sqlite:///FILE` or `file:///FOLDER`) or `wandb:PROJECT`. A resumed run continues its
-entry; iterations done again after a crash are logged again.
+`mlflow:URI` (a server or `sqlite:///FILE`) or `wandb:PROJECT`. A resumed run continues its entry. Iterations done again
+after a crash have the numbers they had before, and a tracker that has them already is not sent them twice.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from envs.errors import UserError
+from envs.errors import UserError, first_line
 from ray_ctrl.runs import write_json
 
 FILE = "tracking.json"
@@ -48,18 +48,20 @@ def open_tracker(track: str | None, settings: Mapping[str, Any], folder: Path) -
             f"run.track = {track!r} needs a package that is not there ({error}): pip install {package}"
         ) from None
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"run.track = {track!r} cannot be used ({reason}): check it, or set run.track=null") from error
+        raise UserError(
+            f"run.track = {track!r} cannot be used ({first_line(error)}): check it, or set run.track=null"
+        ) from error
 
 
 class Gauges:
-    """An iteration's numbers as gauges `ray_ctrl_<number>`, tagged with the run, at Ray's Prometheus endpoint.
+    """An iteration's numbers as gauges `ray_ctrl_<number>` at Ray's Prometheus endpoint.
 
-    Slashes in a number's name become underscores. Ray adds a prefix of its own, `ray_`.
+    Slashes in a number's name become underscores. Ray adds a prefix of its own, `ray_`. The label `run` is the run
+    folder's name, `folder` its whole path: two runs of one name in different folders are two series.
     """
 
-    def __init__(self, run: str) -> None:
-        self.run = run
+    def __init__(self, folder: Path) -> None:
+        self.tags = {"run": folder.name, "folder": str(folder.absolute())}
         self.gauges: dict[str, Any] = {}
 
     def log(self, row: Mapping[str, float], step: int) -> None:
@@ -69,8 +71,8 @@ class Gauges:
         for key, value in {**row, "iteration": float(step)}.items():
             name = "ray_ctrl_" + re.sub(r"\W", "_", key)
             if name not in self.gauges:
-                self.gauges[name] = Gauge(name, description=f"{key} of the last iteration", tag_keys=("run",))
-            self.gauges[name].set(float(value), tags={"run": self.run})
+                self.gauges[name] = Gauge(name, description=f"{key} of the last iteration", tag_keys=tuple(self.tags))
+            self.gauges[name].set(float(value), tags=self.tags)
 
     def close(self) -> None:
         """Nothing is held; Ray drops the numbers of processes that ended."""
@@ -83,18 +85,26 @@ def _known(folder: Path) -> str | None:
         return None
 
 
+# A server that does not answer is found out in half a minute, not in the hour that MLflow's own retries take.
+_MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+
+
 class _MLflow:
     def __init__(self, uri: str, settings: Mapping[str, Any], folder: Path) -> None:
+        for name, value in _MLFLOW_PATIENCE.items():
+            os.environ.setdefault(name, value)
         if uri.startswith(("file:", "/")):
-            # MLflow asks for this word since it prefers databases to folders.
+            # Folders are in maintenance only; MLflow asks for this word before it reads or writes one.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         known = _known(folder)
+        self.last_step = -1
         if known is not None:
             import mlflow
 
             mlflow.set_tracking_uri(uri)
             mlflow.start_run(run_id=known)
             self.mlflow: Any = mlflow
+            self.last_step = _last_step(mlflow.MlflowClient(uri), known)
             return
         try:
             from ray.air.integrations.mlflow import setup_mlflow
@@ -114,10 +124,18 @@ class _MLflow:
         write_json(folder / FILE, {"id": self.mlflow.active_run().info.run_id})
 
     def log(self, row: Mapping[str, float], step: int) -> None:
-        self.mlflow.log_metrics(dict(row), step=step)
+        if step > self.last_step:
+            self.mlflow.log_metrics(dict(row), step=step)
 
     def close(self) -> None:
         self.mlflow.end_run()
+
+
+def _last_step(client: Any, run_id: str) -> int:
+    """The last step that the entry has numbers of; -1 without any."""
+    keys = client.get_run(run_id).data.metrics
+    steps = [max(point.step for point in client.get_metric_history(run_id, key)) for key in keys]
+    return max(steps, default=-1)
 
 
 class _WandB:

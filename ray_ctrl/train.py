@@ -216,7 +216,7 @@ class Trainer:
     def __post_init__(self) -> None:
         run = self.config.run
         tracker = open_tracker(run.track, self.config.model_dump(mode="json"), self.folder.root)
-        gauges = Gauges(self.folder.root.name) if run.prometheus else None
+        gauges = Gauges(self.folder.root) if run.prometheus else None
         self.trackers = [found for found in (tracker, gauges) if found is not None]
         self.contexts = validation_contexts(len(self.setting.build("validation").samples), self.setting.budgets)
         self.lost = 0

@@ -89,9 +89,10 @@ def test_ctrl_c_stops_the_job_at_a_checkpoint(head: Head, model: str, tmp_path: 
 
 REPORTER = """
 import sys, time, ray
+from pathlib import Path
 from ray_ctrl.tracking import Gauges
 ray.init(address=sys.argv[1], log_to_driver=False)
-gauges = Gauges("run")
+gauges = Gauges(Path("/runs/run"))
 while True:
     gauges.log({"reward": 0.5, "time/learn_s": 1.0}, 3)
     time.sleep(1)

@@ -4,6 +4,7 @@
 
 import importlib.util
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +23,12 @@ def test_none_is_none(tmp_path: Path) -> None:
     assert open_tracker(None, SETTINGS, tmp_path) is None
 
 
-def test_mlflow_keeps_rows_and_settings_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_keeps_rows_and_settings_over_a_resume(tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow", reason="mlflow-skinny is a development dependency")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    uri = (tmp_path / "mlruns").as_uri()
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     run = tmp_path / "my-run"
     run.mkdir()
-    for steps in ((1, 2), (3,)):  # the second time round is the resumed run
+    for steps in ((1, 2), (2, 3)):  # then the resumed run, which does the iteration after its last checkpoint again
         tracker = open_tracker(f"mlflow:{uri}", SETTINGS, run)
         assert tracker is not None
         for step in steps:
@@ -58,6 +58,15 @@ def test_an_unreachable_tracker_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in caught.value.message
 
 
+def test_a_dead_server_is_found_out_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=r"run.track = 'mlflow:http://127.0.0.1:9' cannot be used"):
+        open_tracker("mlflow:http://127.0.0.1:9", SETTINGS, tmp_path)
+    assert time.monotonic() - begun < 60
+
+
 def test_other_trackers_are_refused() -> None:
     with pytest.raises(UserError, match=r"run.track = 'comet:x' is not allowed"):
         load_config("smoke", overrides=["run.track=comet:x"])
@@ -70,7 +79,7 @@ def test_prometheus_sees_numbers_under_the_names_in_the_documents(monkeypatch: p
         return SimpleNamespace(set=lambda value, tags: shown.update({f"ray_{name}": (value, tags)}))  # as Ray does
 
     monkeypatch.setattr("ray.util.metrics.Gauge", gauge)
-    gauges = Gauges("my-run")
+    gauges = Gauges(Path("/shared/runs/my-run"))
     gauges.log({"reward": 0.25, "violations": 0.5, "validation/score": 0.75}, 6)
     gauges.log({"reward": 0.5}, 7)
     page = (Path(__file__).parents[3] / "docs" / "cluster.md").read_text("utf-8")
@@ -81,4 +90,5 @@ def test_prometheus_sees_numbers_under_the_names_in_the_documents(monkeypatch: p
         "ray_ray_ctrl_validation_score": 0.75,
         "ray_ray_ctrl_iteration": 7.0,
     }
-    assert all(tags == {"run": "my-run"} for _, tags in shown.values())
+    assert all(tags == {"run": "my-run", "folder": "/shared/runs/my-run"} for _, tags in shown.values())
+    assert Gauges(Path("/other/my-run")).tags != gauges.tags, "runs of one name are two series"
