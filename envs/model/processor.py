@@ -18,6 +18,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from envs.data.sample import ImageRef
 from envs.errors import UserError
 from envs.knobs import TIER_CROPS, TIERS
 from envs.model.checkpoint import check_revision
@@ -30,7 +31,6 @@ from envs.model.image_processor import (
     select_tiling,
 )
 from envs.model.images import check_size, open_image, to_rgb
-from envs.tasks.sample import ImageRef
 
 CONFIG_FILE: Final = "preprocessor_config.json"
 TOKENIZER_FILE: Final = "tokenizer.json"

@@ -30,7 +30,7 @@ RAY_FREE = [
     "envs.world",
     "envs.model",
     "envs.engine",
-    "envs.tasks",
+    "envs.data",
     "policies.controller",
     "policies.stage1",
     "policies.stage2",

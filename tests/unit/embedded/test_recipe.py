@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from envs.data.scenes import SceneImage, all_questions, make_scene
+from envs.data.scenes.draw import draw_scene
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
 from envs.model import AdaptiveMolmoE, MolmoEProcessor, embedded
@@ -40,8 +42,6 @@ from envs.model.embedded.train import (
 )
 from envs.model.embedded.warmup import WarmupCrops
 from envs.model.experts import Reserve
-from envs.tasks.scenes import SceneImage, all_questions, make_scene
-from envs.tasks.scenes.draw import draw_scene
 
 TINY = Recipe(
     warmup_steps=2,

@@ -11,6 +11,7 @@ from world_double import PUBLISHED_IMPORTANCE
 
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution, budget_range
+from envs.data.scenes import load_scenes
 from envs.engine import RolloutEngine
 from envs.errors import UserError
 from envs.knobs import TIERS, Knobs, KnobSpace
@@ -21,7 +22,6 @@ from envs.model import AdaptiveMolmoE, MolmoEProcessor
 from envs.model.config import MolmoEConfig
 from envs.model.embedded.shape import write_files
 from envs.reward import RewardConfig
-from envs.tasks.scenes import load_scenes
 from envs.world import World, WorldConfig
 
 

@@ -89,7 +89,7 @@ class Sample:
         image: the image asked about; None for a text-only request.
         question: the text as asked, options of a multiple-choice question included.
         answers: accepted answers, one per annotator where the metric counts annotators.
-        metric: how an answer is scored, a name of `envs.tasks.scoring.METRICS`.
+        metric: how an answer is scored, a name of `envs.data.scoring.METRICS`.
         style: prompt style of the published model, such as `vqa2`; None for a plain question.
         family: kind of question, for tables; None where the source has no kinds.
     """
