@@ -209,7 +209,8 @@ def _engine(
     store: str | None,
 ) -> Any:
     from envs.engine import RolloutEngine
-    from envs.model import AdaptiveMolmoE, MolmoEProcessor
+    from envs.model import AdaptiveMolmoE
+    from envs.processing import MolmoEProcessor
 
     place = resolve_device(device)
     return RolloutEngine(

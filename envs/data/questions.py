@@ -8,7 +8,7 @@ from typing import Any, Final
 from envs.data.catalog import DataSet
 from envs.data.scoring import check_metric
 from envs.errors import UserError
-from envs.model.processor import with_options
+from envs.processing.processor import with_options
 
 _NESTED: Final = ("qas", "qa")
 _QUESTION: Final[tuple[str, ...]] = ("question", "query")

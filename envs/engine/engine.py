@@ -30,7 +30,7 @@ from envs.latency_token import LEVELS, level_token
 from envs.model.importance import PUBLISHED_IMPORTANCE
 from envs.model.language import MAX_INSERTION
 from envs.model.molmoe import AdaptiveMolmoE
-from envs.model.processor import MolmoEProcessor
+from envs.processing.processor import MolmoEProcessor
 
 # Answers are short and latency tokens few; these hold a large training set before the store is asked again.
 _OUTCOMES_KEPT = 1 << 20

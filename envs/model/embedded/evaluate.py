@@ -38,7 +38,7 @@ from envs.model.embedded.figures import (
 from envs.model.embedded.loop import keep_freed_memory
 from envs.model.importance import importance_path, read_importance, write_importance
 from envs.model.molmoe import AdaptiveMolmoE
-from envs.model.processor import MolmoEProcessor
+from envs.processing.processor import MolmoEProcessor
 
 SHIPPED_OUT = Path("runs/embedded-model")
 _CHUNK = 64

@@ -19,7 +19,7 @@ from envs.data.scenes.layout import FORMATS
 from envs.knobs import INSERTIONS, MODEL_BLOCKS, TIERS, TOP_KS, ExecutionPlan
 from envs.model.embedded.shape import build_processor
 from envs.model.experts import Reserve
-from envs.model.processor import MolmoEProcessor, collate
+from envs.processing.processor import MolmoEProcessor, collate
 
 IGNORE = -100
 FAMILY_NAMES = (*FAMILIES, "caption")

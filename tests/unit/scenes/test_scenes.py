@@ -14,7 +14,7 @@ from envs.data.scenes.questions import CORNERS
 from envs.data.scenes.splits import SPLITS, SceneImage
 from envs.errors import UserError
 from envs.model.embedded.shape import GEOMETRY
-from envs.model.image_processor import select_tiling
+from envs.processing.image_processor import select_tiling
 
 
 def test_a_scene_is_a_function_of_stream_and_seed() -> None:
