@@ -17,13 +17,13 @@ import torch
 
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution
+from envs.data.sample import Sample
 from envs.knobs import TIER_CROPS, ExecutionPlan, KnobSpace
 from envs.latency import LatencyRecord, ProfiledClock, ProfileTable, RequestShape, RooflineClock
 from envs.latency.profiler import profile
 from envs.model.config import MolmoEConfig, VisionConfig
 from envs.model.importance import PUBLISHED_IMPORTANCE
 from envs.reward import RewardConfig
-from envs.tasks.sample import Sample
 from envs.world import World
 
 VISION = VisionConfig(56, 7, 64, 3, 4, 16, 128, 1e-5, (-1, -2), (2, 2))

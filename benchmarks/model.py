@@ -14,8 +14,9 @@ import torch
 from envs.engine import RolloutEngine
 from envs.knobs import ExecutionPlan, KnobSpace
 from envs.latency.measured import reference_sample
-from envs.model import AdaptiveMolmoE, MolmoEProcessor
+from envs.model import AdaptiveMolmoE
 from envs.model.importance import read_importance
+from envs.processing import MolmoEProcessor
 
 KERNELS = ("auto", "grouped", "dense")
 

@@ -12,11 +12,12 @@ import json
 import numpy as np
 import torch
 
+from envs.data import load_task
 from envs.engine import RolloutEngine
 from envs.latency import ProfiledClock, hold_out, profile
-from envs.model import AdaptiveMolmoE, MolmoEProcessor
+from envs.model import AdaptiveMolmoE
 from envs.model.importance import read_importance
-from envs.tasks import load_task
+from envs.processing import MolmoEProcessor
 
 
 def main() -> None:

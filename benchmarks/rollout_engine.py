@@ -18,13 +18,14 @@ from pathlib import Path
 
 import torch
 
+from envs.data import load_task
+from envs.data.sample import Sample
 from envs.engine import RolloutEngine
 from envs.knobs import ExecutionPlan, KnobSpace
-from envs.model import AdaptiveMolmoE, MolmoEConfig, MolmoEProcessor
+from envs.model import AdaptiveMolmoE, MolmoEConfig
 from envs.model.importance import read_importance
 from envs.model.schedule import build_schedule
-from envs.tasks import load_task
-from envs.tasks.sample import Sample
+from envs.processing import MolmoEProcessor
 
 Pair = tuple[Sample, ExecutionPlan]
 

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from envs.contexts import Context
+from envs.data.sample import Sample
 from envs.knobs import ExecutionPlan, KnobSpace
 from envs.latency import RequestShape, is_measuring
 from envs.reward import plan_share, reward
-from envs.tasks.sample import Sample
 from envs.world import World
 
 Array = npt.NDArray[Any]

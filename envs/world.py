@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 import torch
 
 from envs.budgets import BudgetDistribution, budget_range
+from envs.data.sample import Sample
 from envs.errors import UserError
 from envs.knobs import KnobSpace
 from envs.latency import (
@@ -24,7 +25,6 @@ from envs.latency import (
 )
 from envs.model.importance import read_importance
 from envs.reward import RewardConfig
-from envs.tasks.sample import Sample
 
 CLOCKS: Final = ("profiled", "roofline", "measured")
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,7 +71,7 @@ class WorldConfig:
         batch_tokens: most prompt tokens in a batch; None lets the engine choose.
         encoder_seed: of the latency token's encoder.
         store: the outcome store, as the engine takes it; None keeps outcomes in memory.
-        task, split, limit, task_seed, on_broken: the samples, as `envs.tasks.load_task` takes them.
+        task, split, limit, task_seed, on_broken: the samples, as `envs.data.load_task` takes them.
         clock: `profiled`, `roofline` or `measured`.
         clock_device: of the roofline clock.
         table: file of the profile table, needed by the profiled clock.
@@ -125,7 +125,7 @@ class WorldConfig:
         Raises:
             UserError: an unreadable checkpoint or task, or a profile table of another device, model or thread count.
         """
-        from envs.tasks import load_task
+        from envs.data import load_task
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -209,7 +209,8 @@ def _engine(
     store: str | None,
 ) -> Any:
     from envs.engine import RolloutEngine
-    from envs.model import AdaptiveMolmoE, MolmoEProcessor
+    from envs.model import AdaptiveMolmoE
+    from envs.processing import MolmoEProcessor
 
     place = resolve_device(device)
     return RolloutEngine(

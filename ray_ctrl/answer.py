@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from envs.budgets import check_budget
+from envs.data.sample import FileImage, Sample, content_id
 from envs.errors import UserError
 from envs.knobs import TIERS, Knobs, KnobSpace
 from envs.latency import Identity, LatencyRecord, MeasuredClock
-from envs.tasks.sample import FileImage, Sample, content_id
 from policies.controller import Controller
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, table

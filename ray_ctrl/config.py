@@ -79,7 +79,7 @@ class TaskConfig(Section):
     name: str = Field(
         default="scenes",
         min_length=1,
-        description="A task of `envs.tasks`, a data file or folder, or a mix of them; docs/data.md has the grammar.",
+        description="A task of `envs.data`, a data file or folder, or a mix of them; docs/data.md has the grammar.",
     )
     train_samples: Int = Field(
         default=256,

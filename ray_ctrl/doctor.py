@@ -337,7 +337,7 @@ def model(config: Config) -> Iterator[Finding]:
 
 def task(config: Config) -> Iterator[Finding]:
     """Each split has samples, and an image that opens."""
-    from envs.tasks import load_task
+    from envs.data import load_task
 
     for split in ("train", "validation", "test"):
         samples = load_task(config.task.name, split, 1, config.task.seed)

@@ -78,9 +78,9 @@ def check_inputs(config: Config) -> None:
     Raises:
         UserError: naming the first.
     """
+    from envs.data import check_task
     from envs.latency.roofline import check_device
     from envs.model.checkpoint import check_name
-    from envs.tasks import check_task
 
     clock = config.clock
     check_name(config.model.name)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from envs.data import load_task
 from envs.engine.importance import measure_importance
 from envs.errors import UserError
 from envs.knobs import MAX_DROPPED
@@ -19,7 +20,6 @@ from envs.model.importance import (
     removal_order,
     write_importance,
 )
-from envs.tasks import load_task
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted, table
 from ray_ctrl.provenance import provenance

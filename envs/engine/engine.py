@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from envs.data.sample import Sample
+from envs.data.scoring import score
 from envs.engine.bounded import Bounded
 from envs.engine.executor import Executor, Job
 from envs.engine.keys import PromptKey, Setting, latency_key, outcome_key
@@ -28,9 +30,7 @@ from envs.latency_token import LEVELS, level_token
 from envs.model.importance import PUBLISHED_IMPORTANCE
 from envs.model.language import MAX_INSERTION
 from envs.model.molmoe import AdaptiveMolmoE
-from envs.model.processor import MolmoEProcessor
-from envs.tasks.sample import Sample
-from envs.tasks.scoring import score
+from envs.processing.processor import MolmoEProcessor
 
 # Answers are short and latency tokens few; these hold a large training set before the store is asked again.
 _OUTCOMES_KEPT = 1 << 20

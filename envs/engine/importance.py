@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from envs.data.sample import Sample
 from envs.engine.engine import RolloutEngine
 from envs.errors import UserError
 from envs.knobs import MODEL_BLOCKS, ExecutionPlan
 from envs.model.importance import MEASURES, Importance
-from envs.tasks.sample import Sample
 
 Progress = Callable[[int, int], None]
 Array = npt.NDArray[np.float64]

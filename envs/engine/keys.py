@@ -13,7 +13,7 @@ import PIL
 import torch
 
 from envs.model.molmoe import AdaptiveMolmoE
-from envs.model.processor import MolmoEProcessor
+from envs.processing.processor import MolmoEProcessor
 
 KEY_VERSION: Final = 1
 """Raise this when code changes results in a way no field below shows (cropping, positions, stop rule, ...)."""

@@ -7,13 +7,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from envs.data.sample import Sample
 from envs.knobs import ExecutionPlan
 from envs.latency.record import STAGES, LatencyRecord
 from envs.model.decode import DecodeBatch
 from envs.model.language import Prefilled, Prefix
 from envs.model.molmoe import AdaptiveMolmoE
-from envs.model.processor import MolmoEProcessor
-from envs.tasks.sample import Sample
+from envs.processing.processor import MolmoEProcessor
 
 
 class Steering(Protocol):

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from envs.data.sample import Sample
 from envs.engine.bounded import Bounded
 from envs.engine.keys import PromptKey
 from envs.latency.record import RequestShape
 from envs.model.molmoe import AdaptiveMolmoE
-from envs.model.processor import MolmoEProcessor
-from envs.tasks.sample import Sample
+from envs.processing.processor import MolmoEProcessor
 
 Tiling = tuple[int, int]
 _VIEWS = 1  # the global view comes before the crops

@@ -8,10 +8,10 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
+from envs.data.sample import ImageRef, Sample
 from envs.knobs import ExecutionPlan
 from envs.latency.clock import FULL_PLAN, REFERENCE_NEW_TOKENS, REFERENCE_TILING
 from envs.latency.record import LatencyRecord
-from envs.tasks.sample import ImageRef, Sample
 
 _REFERENCE_QUESTION: Final = "What can be seen in this picture, and how many of them are there?"
 

@@ -1,7 +1,6 @@
-"""The model: vision, language blocks under execution plans, processor, checkpoints."""
+"""The model: vision, language blocks under execution plans, checkpoints."""
 
 from envs.model.config import MolmoEConfig
 from envs.model.molmoe import AdaptiveMolmoE
-from envs.model.processor import MolmoEProcessor
 
-__all__ = ["AdaptiveMolmoE", "MolmoEConfig", "MolmoEProcessor"]
+__all__ = ["AdaptiveMolmoE", "MolmoEConfig"]

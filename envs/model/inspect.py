@@ -19,7 +19,7 @@ from envs.knobs import BLOCK_COUNTS, INSERTIONS, TIER_CROPS, TOP_KS, KnobSpace
 from envs.model.checkpoint import slots, weight_files
 from envs.model.config import MolmoEConfig
 from envs.model.importance import read_importance
-from envs.model.processor import small_files
+from envs.model.model_folder import small_files
 from envs.model.sizes import (
     DTYPE_BYTES,
     longest_prompt,

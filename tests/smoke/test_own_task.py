@@ -13,7 +13,7 @@ import pytest
 from conftest import fine, refused
 from PIL import Image
 
-from envs.tasks.scenes import load_scenes
+from envs.data.scenes import load_scenes
 from ray_ctrl.settings import load_config
 
 CONFIG = load_config("smoke")

@@ -30,7 +30,8 @@ RAY_FREE = [
     "envs.world",
     "envs.model",
     "envs.engine",
-    "envs.tasks",
+    "envs.processing",
+    "envs.data",
     "policies.controller",
     "policies.stage1",
     "policies.stage2",
@@ -80,6 +81,22 @@ def test_the_world_knows_no_ray_and_gymnasium_in_one_file():
     uses_gym = [p.name for p in modules("envs") if any(within(n, ("gymnasium", "gym")) for n in imported(p))]
     assert uses_ray == []
     assert uses_gym == ["adaptive_vqa.py"]
+
+
+@pytest.mark.parametrize(
+    ("package", "below"),
+    [
+        ("model", ("envs.errors", "envs.files", "envs.knobs", "envs.model")),
+        ("processing", ("envs.errors", "envs.files", "envs.knobs", "envs.model", "envs.processing")),
+        ("data", ("envs.errors", "envs.files", "envs.knobs", "envs.model", "envs.processing", "envs.data")),
+    ],
+)
+def test_model_processing_and_data_import_in_one_direction(package, below):
+    """`envs/model/embedded` trains the packaged model on data, so it stands above all three."""
+    paths = [p for p in modules(f"envs/{package}") if "embedded" not in p.relative_to(ROOT).parts]
+    wrong = [f"{path.name}: {name}" for path in paths for name in imported(path) if within(name, ROOMS)]
+    assert paths
+    assert [w for w in wrong if not within(w.partition(": ")[2], below)] == []
 
 
 def test_the_walk_sees_every_form_of_import(tmp_path):

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from envs.data.sample import Sample
+from envs.data.scenes import load
 from envs.engine import RolloutEngine
 from envs.engine.importance import measure_importance
 from envs.errors import UserError
@@ -36,9 +38,7 @@ from envs.model.embedded.figures import (
 from envs.model.embedded.loop import keep_freed_memory
 from envs.model.importance import importance_path, read_importance, write_importance
 from envs.model.molmoe import AdaptiveMolmoE
-from envs.model.processor import MolmoEProcessor
-from envs.tasks.sample import Sample
-from envs.tasks.scenes import load
+from envs.processing.processor import MolmoEProcessor
 
 SHIPPED_OUT = Path("runs/embedded-model")
 _CHUNK = 64

@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from envs.data.scenes import FAMILIES, Question, Scene, all_questions, caption, make_scene
+from envs.data.scenes.draw import draw_scene
+from envs.data.scenes.layout import FORMATS
 from envs.knobs import INSERTIONS, MODEL_BLOCKS, TIERS, TOP_KS, ExecutionPlan
 from envs.model.embedded.shape import build_processor
 from envs.model.experts import Reserve
-from envs.model.processor import MolmoEProcessor, collate
-from envs.tasks.scenes import FAMILIES, Question, Scene, all_questions, caption, make_scene
-from envs.tasks.scenes.draw import draw_scene
-from envs.tasks.scenes.layout import FORMATS
+from envs.processing.processor import MolmoEProcessor, collate
 
 IGNORE = -100
 FAMILY_NAMES = (*FAMILIES, "caption")

@@ -6,10 +6,10 @@ from typing import Final
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from envs.data.scenes import all_questions, caption, make_scene
 from envs.model.config import MolmoEConfig, VisionConfig
-from envs.model.image_processor import ImageGeometry
-from envs.model.processor import IMAGE_TOKENS, MolmoEProcessor, prompt_text
-from envs.tasks.scenes import all_questions, caption, make_scene
+from envs.processing.image_processor import ImageGeometry
+from envs.processing.processor import IMAGE_TOKENS, MolmoEProcessor, prompt_text
 
 END: Final = "<|endoftext|>"
 PADDING: Final = "<|padding|>"

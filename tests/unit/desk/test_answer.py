@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.budgets import BudgetDistribution
+from envs.data.sample import Sample
 from envs.errors import UserError
 from envs.knobs import Knobs
 from envs.latency import LatencyRecord
-from envs.tasks.sample import Sample
 from policies.controller import Controller
 from ray_ctrl import answer
 from ray_ctrl.config import Config

@@ -6,11 +6,11 @@ from collections import Counter
 
 import numpy as np
 
+from envs.data.scenes import load
 from envs.model import AdaptiveMolmoE
 from envs.model.embedded import WEIGHTS
 from envs.model.embedded.figures import chance
 from envs.model.importance import read_importance
-from envs.tasks.scenes import load
 
 CARD = (WEIGHTS.parent / "MODEL_CARD.md").read_text("utf-8")
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from envs.data.scenes import load
 from envs.knobs import KnobSpace
 from envs.model.embedded import WEIGHTS, evaluate
 from envs.model.importance import read_importance
-from envs.tasks.scenes import load
 
 COUNTS = {"validation": 12, "test": 4}
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from envs.data.scenes import SceneImage, all_questions, make_scene
+from envs.data.scenes.draw import draw_scene
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
-from envs.model import AdaptiveMolmoE, MolmoEProcessor, embedded
+from envs.model import AdaptiveMolmoE, embedded
 from envs.model.embedded.evaluate import ensure_importance
 from envs.model.embedded.loop import LoopSettings, Phase, run_phase, schedule
 from envs.model.embedded.packing import (
@@ -40,8 +42,7 @@ from envs.model.embedded.train import (
 )
 from envs.model.embedded.warmup import WarmupCrops
 from envs.model.experts import Reserve
-from envs.tasks.scenes import SceneImage, all_questions, make_scene
-from envs.tasks.scenes.draw import draw_scene
+from envs.processing import MolmoEProcessor
 
 TINY = Recipe(
     warmup_steps=2,

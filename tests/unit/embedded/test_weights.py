@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
+from envs.data.scenes import load_scenes
 from envs.knobs import ExecutionPlan, KnobSpace
-from envs.model import AdaptiveMolmoE, MolmoEProcessor
+from envs.model import AdaptiveMolmoE
 from envs.model.embedded import folder
 from envs.model.embedded.shape import build_config, build_processor
 from envs.model.importance import read_importance
-from envs.model.processor import collate
-from envs.tasks.scenes import load_scenes
+from envs.processing import MolmoEProcessor
+from envs.processing.processor import collate
 
 
 @pytest.fixture(scope="module")

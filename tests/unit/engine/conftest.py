@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from envs.data.sample import ImageRef, Sample
 from envs.engine import RolloutEngine
 from envs.knobs import KnobSpace
 from envs.model import AdaptiveMolmoE
 from envs.model.embedded.shape import build_config, build_processor
 from envs.model.importance import PUBLISHED_IMPORTANCE
-from envs.tasks.sample import ImageRef, Sample
 
 torch.set_num_threads(1)
 LIMIT = 8

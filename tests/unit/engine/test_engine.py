@@ -15,7 +15,7 @@ from envs.engine.executor import Executor
 from envs.errors import UserError
 from envs.knobs import TIERS, ExecutionPlan
 from envs.latency_token import LEVELS
-from envs.model import MolmoEProcessor
+from envs.processing import MolmoEProcessor
 
 
 def ids(outcomes):

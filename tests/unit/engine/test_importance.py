@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from envs.data.sample import Sample
 from envs.engine import RolloutEngine
 from envs.engine.importance import leave_one_out, measure_importance, reference_answer
 from envs.errors import UserError
@@ -20,7 +21,6 @@ from envs.model.importance import (
     removal_order,
     write_importance,
 )
-from envs.tasks.sample import Sample
 
 ORIGIN = {"task": "drawn"}
 

@@ -18,7 +18,8 @@ from envs.engine.keys import PromptKey, Setting, latency_key, outcome_key, proce
 from envs.engine.store import StoredOutcome, StoredStates
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
-from envs.model import AdaptiveMolmoE, MolmoEProcessor
+from envs.model import AdaptiveMolmoE
+from envs.processing import MolmoEProcessor
 
 SETTING = json.dumps({"weights": "w"})
 

@@ -11,17 +11,18 @@ from world_double import PUBLISHED_IMPORTANCE
 
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution, budget_range
+from envs.data.scenes import load_scenes
 from envs.engine import RolloutEngine
 from envs.errors import UserError
 from envs.knobs import TIERS, Knobs, KnobSpace
 from envs.latency import MeasuredClock, ProfiledClock, RooflineClock, hold_out, is_measuring, profile, reference_shape
 from envs.latency.measured import reference_sample
 from envs.latency_token import budget_level
-from envs.model import AdaptiveMolmoE, MolmoEProcessor
+from envs.model import AdaptiveMolmoE
 from envs.model.config import MolmoEConfig
 from envs.model.embedded.shape import write_files
+from envs.processing import MolmoEProcessor
 from envs.reward import RewardConfig
-from envs.tasks.scenes import load_scenes
 from envs.world import World, WorldConfig
 
 

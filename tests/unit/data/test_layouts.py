@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from envs.tasks import Sample, load_task
-from envs.tasks.hub_copies import HUB_COPIES, hub_markdown
-from envs.tasks.table import DATA_SETS, data_set, is_data_set, table_markdown
+from envs.data import Sample, load_task
+from envs.data.catalog import DATA_SETS, data_set, is_data_set, table_markdown
+from envs.data.hub_copies import HUB_COPIES, hub_markdown
 
 Save = Callable[..., Path]
 Picture = Callable[..., bytes]

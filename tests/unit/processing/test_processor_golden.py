@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from envs.model.image_processor import ImageGeometry, ImageProcessor, make_layout, select_tiling
-from envs.model.images import open_image
-from envs.model.processor import MolmoEProcessor, prompt_text, with_options
+from envs.processing.image_processor import ImageGeometry, ImageProcessor, make_layout, select_tiling
+from envs.processing.images import open_image
+from envs.processing.processor import MolmoEProcessor, prompt_text, with_options
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden"

@@ -14,14 +14,14 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from envs.errors import UserError
-from envs.model.image_processor import (
+from envs.processing.image_processor import (
     ImageGeometry,
     ImageProcessor,
     image_token_count,
     make_layout,
     select_tiling,
 )
-from envs.model.processor import MolmoEProcessor, collate
+from envs.processing.processor import MolmoEProcessor, collate
 
 SMALL = {
     "base_image_input_size": [56, 56],

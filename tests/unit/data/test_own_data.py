@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from envs.data import Sample, list_tasks, load_task
 from envs.errors import UserError
-from envs.tasks import Sample, list_tasks, load_task
 
 Save = Callable[..., Path]
 Picture = Callable[..., bytes]
@@ -253,10 +253,11 @@ def test_changed_files_are_read_anew(lines: Path, save_lines: Save) -> None:
 
 def test_a_replaced_image_is_scanned_anew(lines: Path, save_picture: Save) -> None:
     before = {s.question: digests([s]) for split in SPLITS for s in load_task(str(lines), split)}
-    from envs.tasks import source
 
     save_picture(lines.parent / "pictures" / "3.png", 77)
-    source._read.cache_clear()
+    from envs.data import build
+
+    build._read.cache_clear()
     after = {s.question: digests([s]) for split in SPLITS for s in load_task(str(lines), split)}
     assert {q for q in before if before[q] != after[q]} == {"q3?"}
 

@@ -88,7 +88,7 @@ def test_the_documented_numbers_are_the_formulas(full: MolmoEConfig) -> None:
 
 def test_longest_prompt_is_the_processors(full: MolmoEConfig) -> None:
     from envs.knobs import TIER_CROPS
-    from envs.model.image_processor import ImageGeometry, image_token_count
+    from envs.processing.image_processor import ImageGeometry, image_token_count
 
     geometry = ImageGeometry(336, 14, (4, 4), (12, 12), (0, 0, 0), (1, 1, 1))
     for tier, crops in TIER_CROPS.items():

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from envs.data.catalog import DataSet
+from envs.data.scoring import check_metric
 from envs.errors import UserError
-from envs.model.processor import with_options
-from envs.tasks.scoring import check_metric
-from envs.tasks.table import DataSet
+from envs.processing.processor import with_options
 
 _NESTED: Final = ("qas", "qa")
 _QUESTION: Final[tuple[str, ...]] = ("question", "query")

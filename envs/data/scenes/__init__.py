@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from envs.tasks.sample import Sample
-from envs.tasks.scenes.layout import Scene, SceneObject, make_scene
-from envs.tasks.scenes.questions import FAMILIES, Question, all_questions, caption
-from envs.tasks.scenes.splits import SceneImage, load_scenes
+from envs.data.sample import Sample
+from envs.data.scenes.layout import Scene, SceneObject, make_scene
+from envs.data.scenes.questions import FAMILIES, Question, all_questions, caption
+from envs.data.scenes.splits import SceneImage, load_scenes
 
 __all__ = [
     "FAMILIES",

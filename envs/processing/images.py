@@ -3,9 +3,12 @@
 Any file in, plain RGB out, bad files named in one line.
 """
 
+import hashlib
 import io
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -25,6 +28,65 @@ A small file may unpack to far more.
 
 _ORIENTATION_TAG: Final = 0x0112
 _WIDE_GREY: Final = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+
+
+class ImageRef(ABC):
+    """A lazy, picklable image.
+
+    Implementations are frozen dataclasses and provide `digest` as a field or property.
+    """
+
+    digest: str
+    """Hex digest of the image's content: two references with equal digests show the same image."""
+
+    @abstractmethod
+    def load(self) -> Image.Image:
+        """The image as RGB with its EXIF orientation applied.
+
+        Raises:
+            UserError: the image cannot be read; the message names where it came from.
+        """
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels after EXIF orientation.
+
+        Override where that is known without decoding.
+        """
+        return self.load().size
+
+
+@dataclass(frozen=True)
+class FileImage(ImageRef):
+    """An image file, identified by the SHA-256 of its bytes.
+
+    Make one with `FileImage.open(path)`.
+    """
+
+    path: str
+    digest: str
+    known_size: tuple[int, int] | None = None
+
+    @classmethod
+    def open(cls, path: str | Path) -> "FileImage":
+        """Reference to the file at `path`.
+
+        Its bytes are hashed now, its pixels are decoded on `load`.
+        """
+        try:
+            with Path(path).open("rb") as file:
+                return cls(str(path), hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise UserError(
+                f"cannot read image {path}: {error.strerror or error}; give the path of an image file"
+            ) from None
+
+    def load(self) -> Image.Image:
+        return open_image(self.path)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.known_size or image_size(self.path)
 
 
 def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:

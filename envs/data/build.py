@@ -7,8 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal
 
-from envs.errors import UserError
-from envs.tasks.readers import (
+from envs.data.catalog import OWN, DataSet
+from envs.data.image_index import Scan, TableImage, scan_all, scan_bytes, scan_file
+from envs.data.questions import RowError, has_answers, questions
+from envs.data.readers import (
     Cell,
     Record,
     files_of,
@@ -16,10 +18,8 @@ from envs.tasks.readers import (
     read_hub,
     read_path,
 )
-from envs.tasks.rows import RowError, has_answers, questions
-from envs.tasks.sample import FileImage, ImageRef, Sample, content_id
-from envs.tasks.scan import Scan, TableImage, scan_all, scan_bytes, scan_file
-from envs.tasks.table import OWN, DataSet
+from envs.data.sample import FileImage, ImageRef, Sample, content_id
+from envs.errors import UserError
 
 OnBroken = Literal["refuse", "skip"]
 HELD_OUT: Final = 10

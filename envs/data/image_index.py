@@ -19,9 +19,9 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from envs.data.sample import ImageRef
 from envs.errors import UserError
-from envs.model.images import check_size, open_image, oriented_size
-from envs.tasks.sample import ImageRef
+from envs.processing.images import check_size, open_image, oriented_size
 
 
 @dataclass(frozen=True)

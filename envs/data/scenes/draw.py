@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from envs.tasks.scenes.layout import Scene, SceneObject, handwriting
+from envs.data.scenes.layout import Scene, SceneObject, handwriting
 
 FloatArray = npt.NDArray[np.float32]
 _PAD = 2  # empty rows around the 8x8 source, so that turned strokes are not cut

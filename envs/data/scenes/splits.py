@@ -9,11 +9,11 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
+from envs.data.sample import ImageRef, Sample, content_id
+from envs.data.scenes.draw import draw_scene
+from envs.data.scenes.layout import STREAMS, VERSION, Scene, make_scene
+from envs.data.scenes.questions import FAMILIES, Question, all_questions
 from envs.errors import UserError
-from envs.tasks.sample import ImageRef, Sample, content_id
-from envs.tasks.scenes.draw import draw_scene
-from envs.tasks.scenes.layout import STREAMS, VERSION, Scene, make_scene
-from envs.tasks.scenes.questions import FAMILIES, Question, all_questions
 
 ANNOTATORS: Final = 10
 

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from envs.data.build import OnBroken, Source, keep_apart, read_source
+from envs.data.catalog import DATA_SETS, OWN, data_set, data_set_on_hub, is_data_set
+from envs.data.sample import Sample
 from envs.errors import UserError
-from envs.tasks.sample import Sample
-from envs.tasks.source import OnBroken, Source, keep_apart, read_source
-from envs.tasks.table import DATA_SETS, OWN, data_set, data_set_on_hub, is_data_set
 
 SCENES = "scenes"
 _WEIGHT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*\*\s*(.+)", re.DOTALL)
@@ -110,7 +110,7 @@ def load_mix(
 def _pool(part: Part, split: str, limit: int | None, seed: int, on_broken: OnBroken) -> tuple[Sample, ...]:
     if part.source is not None:
         return read_source(part.source, on_broken)[split]
-    from envs.tasks.scenes import load
+    from envs.data.scenes import load
 
     return tuple(load(split, limit, seed))
 

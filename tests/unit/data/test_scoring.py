@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from envs.data import scoring
 from envs.errors import UserError
-from envs.tasks import scoring
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "text" / "text_scores.json").read_text())
 

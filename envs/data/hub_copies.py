@@ -8,7 +8,7 @@ _HUB: Final = "https://huggingface.co/datasets/"
 
 @dataclass(frozen=True)
 class HubCopy:
-    """One repository of `envs.tasks.table`.
+    """One repository of `envs.data.catalog`.
 
     Args:
         repo: owner/name.

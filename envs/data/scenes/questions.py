@@ -19,7 +19,7 @@ from itertools import combinations
 from types import MappingProxyType
 from typing import Final
 
-from envs.tasks.scenes.layout import COLORS, SHAPES, Scene
+from envs.data.scenes.layout import COLORS, SHAPES, Scene
 
 FAMILIES: Final = ("color", "shape", "count", "sum", "corners", "digit", "compare", "match")
 

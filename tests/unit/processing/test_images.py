@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from envs.data import FileImage
 from envs.errors import UserError
-from envs.model.images import MAX_PIXELS, image_size, open_image, to_rgb
-from envs.tasks import FileImage
+from envs.processing.images import MAX_PIXELS, image_size, open_image, to_rgb
 
 VIA = {"LA": "RGBA", "PA": "RGBA", "I": "L", "F": "L"}
 """Modes that Pillow reaches through another."""

@@ -1,14 +1,14 @@
 """Where samples come from: the embedded scenes, public visual question answering sets, or a user's
 own files.
 
-What a task may be called is described in `envs.tasks.mix` and `docs/data.md`.
+What a task may be called is described in `envs.data.task_spec` and `docs/data.md`.
 """
 
 from collections.abc import Sequence
 from typing import Literal
 
+from envs.data.sample import FileImage, ImageRef, Sample, content_id
 from envs.errors import UserError
-from envs.tasks.sample import FileImage, ImageRef, Sample, content_id
 
 __all__ = ["SPLITS", "FileImage", "ImageRef", "Sample", "check_task", "content_id", "list_tasks", "load_task"]
 
@@ -17,7 +17,7 @@ SPLITS = ("train", "validation", "test")
 
 def list_tasks() -> tuple[str, ...]:
     """Names that `load_task` knows without a path: the scenes and the public sets."""
-    from envs.tasks.table import DATA_SETS
+    from envs.data.catalog import DATA_SETS
 
     return ("scenes", *(entry.name for entry in DATA_SETS))
 
@@ -28,7 +28,7 @@ def check_task(name_or_path: str) -> None:
     Raises:
         UserError: an unknown set, a path that does not exist.
     """
-    from envs.tasks.mix import parse_tasks
+    from envs.data.task_spec import parse_tasks
 
     parse_tasks(name_or_path)
 
@@ -49,7 +49,7 @@ def load_task(
     Args:
         name_or_path: `scenes`, a public set (`textvqa`), a local copy (`textvqa=PATH`), the path of
             a user's own data, a hub id (`owner/name`), or a mix (`2*textvqa + okvqa=PATH`). The
-            grammar is in `envs.tasks.mix`.
+            grammar is in `envs.data.task_spec`.
         split: `train`, `validation` or `test`.
         limit: at most this many samples; None for all.
         seed: which samples a limit picks, and the order of a mix.
@@ -67,9 +67,9 @@ def load_task(
     if on_broken not in ("refuse", "skip"):
         raise UserError(f"on_broken {on_broken!r} is not allowed: choose refuse or skip")
     if name_or_path.strip() == "scenes":
-        from envs.tasks.scenes import load
+        from envs.data.scenes import load
 
         return load(split, limit, seed)
-    from envs.tasks.mix import load_mix, parse_tasks
+    from envs.data.task_spec import load_mix, parse_tasks
 
     return load_mix(parse_tasks(name_or_path), split, limit, seed, on_broken)

@@ -1,7 +1,7 @@
 """The public data sets known by name: where each comes from and how its rows are read.
 
 One entry holds everything: hub copy, original files, prompt style of the published model, metric. What is known of the
-hub copies, and from where, is in `envs.tasks.hub_copies`. `docs/data.md` shows both tables; a test keeps them equal.
+hub copies, and from where, is in `envs.data.hub_copies`. `docs/data.md` shows both tables; a test keeps them equal.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class DataSet:
     Args:
         name: what `load_task` calls it.
         style: prompt style of the published model; None for a plain question.
-        metric: a name of `envs.tasks.scoring.METRICS`, or `multiple_choice`.
+        metric: a name of `envs.data.scoring.METRICS`, or `multiple_choice`.
         columns: the columns of the hub copy that are read.
         hub: split -> rows on the hub. Splits without published answers are left out.
         files: split -> glob of the original JSON files below a folder. Split "" stands for files

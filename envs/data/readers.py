@@ -15,10 +15,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
+from envs.data.catalog import OWN, DataSet, HubSplit
+from envs.data.image_index import Table
+from envs.data.questions import FIELDS
 from envs.errors import UserError
-from envs.tasks.rows import FIELDS
-from envs.tasks.scan import Table
-from envs.tasks.table import OWN, DataSet, HubSplit
 
 IMAGE_ENDINGS: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _STORED: Final = object()

@@ -1,0 +1,44 @@
+"""One question to be answered: the image it is about, the answers accepted and how an answer is
+scored.
+
+Samples are small, frozen and picklable: the image is a reference, read or drawn only when the model
+    needs its pixels.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from envs.processing.images import FileImage, ImageRef
+
+__all__ = ["FileImage", "ImageRef", "Sample", "content_id"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question with the answers accepted.
+
+    Args:
+        id: content hash, stable between runs and unique in a split.
+        image: the image asked about; None for a text-only request.
+        question: the text as asked, options of a multiple-choice question included.
+        answers: accepted answers, one per annotator where the metric counts annotators.
+        metric: how an answer is scored, a name of `envs.data.scoring.METRICS`.
+        style: prompt style of the published model, such as `vqa2`; None for a plain question.
+        family: kind of question, for tables; None where the source has no kinds.
+    """
+
+    id: str
+    image: ImageRef | None
+    question: str
+    answers: tuple[str, ...]
+    metric: str = "vqa"
+    style: str | None = None
+    family: str | None = None
+
+
+def content_id(image_digest: str | None, question: str, answers: Sequence[str]) -> str:
+    """A stable 16-digit hex id for a sample's content."""
+    content = json.dumps([image_digest, question, list(answers)], ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

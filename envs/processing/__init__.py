@@ -1,0 +1,5 @@
+"""Images and questions to model inputs, and answer tokens back to text."""
+
+from envs.processing.processor import MolmoEProcessor
+
+__all__ = ["MolmoEProcessor"]
