@@ -257,3 +257,35 @@ def _first(fields: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, Any]:
     """
     given = ((key, fields[key]) for key in keys if fields.get(key) is not None)
     return next(((key, v) for key, v in given if not (isinstance(v, float) and math.isnan(v))), ("", None))
+
+
+def fields_markdown() -> str:
+    """What is read of a user's row, as `docs/data.md` shows it."""
+    rows = (
+        (
+            "image",
+            IMAGE_FIELDS,
+            "path from the data file's folder; in parquet also the file's bytes; null or absent: none",
+        ),
+        ("question", _QUESTION, "text"),
+        ("questions of one image", _NESTED, "list of objects with question and answer"),
+        (
+            "answers",
+            _ANSWERS,
+            "text, number, or a list of these or of objects with `answer`; but for `answer` also its text",
+        ),
+        ("options", _OPTIONS, "list of 2 to 26 texts; makes the question multiple choice"),
+        ("right option", _RIGHT_OPTION, "with options: the option, its letter, or its index from 0"),
+        ("hint", ("hint",), "with options: text read before the question"),
+        (
+            "metric",
+            ("metric",),
+            "default: `vqa` from ten answers, `vqa_exact` for fewer; with options `multiple_choice:N`",
+        ),
+        ("prompt style", ("style",), "style of the published model, such as `vqa2`; default: a plain question"),
+        ("kind of question", ("family",), "for tables"),
+        ("split", ("split",), "`train`, `validation`, `test` or a name that says so; default: the file's name decides"),
+    )
+    lines = ["| what | names read, the first with a value counts | value |", "|---|---|---|"]
+    lines += [f"| {what} | {', '.join(f'`{name}`' for name in names)} | {value} |" for what, names, value in rows]
+    return "\n".join(lines) + "\n"
