@@ -340,7 +340,7 @@ def task(config: Config) -> Iterator[Finding]:
     from envs.data import load_task
 
     for split in ("train", "validation", "test"):
-        samples = load_task(config.task.name, split, 1, config.task.seed)
+        samples = load_task(config.task.name, split, 1, config.task.seed, on_broken=config.task.on_broken)
         if not samples:
             raise UserError(f"task {config.task.name!r} has no samples in split {split}: choose another task")
         if samples[0].image is not None:

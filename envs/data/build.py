@@ -1,6 +1,7 @@
 """Records to samples: checked, scanned, and divided so that no image is in two splits."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,16 +9,11 @@ from pathlib import Path
 from typing import Final, Literal
 
 from envs.data.catalog import OWN, DataSet
+from envs.data.files import stamp_of
 from envs.data.image_index import Scan, TableImage, scan_all, scan_bytes, scan_file
 from envs.data.questions import RowError, has_answers, questions
-from envs.data.readers import (
-    Cell,
-    Record,
-    files_of,
-    hub_splits,
-    read_hub,
-    read_path,
-)
+from envs.data.readers import files_of, hub_splits, read_hub, read_path
+from envs.data.record import Cell, Record
 from envs.data.sample import FileImage, ImageRef, Sample, content_id
 from envs.errors import UserError
 
@@ -77,8 +73,7 @@ def _stamp(source: Source) -> tuple[str, ...]:
     if source.path is None:
         return ()
     _, files = files_of(source.path, source.entry)
-    stats = [(file, file.stat()) for file in files]
-    return tuple(f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats)
+    return tuple(stamp_of(file) for file in files)
 
 
 def _records(source: Source) -> Iterable[Record]:
@@ -107,6 +102,10 @@ def _rows(source: Source, on_broken: OnBroken) -> list[_Row]:
         except RowError as error:
             broken.report(record.place, str(error))
     broken.summary(len(records))
+    metrics = Counter(row.sample.metric.partition(":")[0] for row in rows)
+    pictured = sum(row.sample.image is not None for row in rows)
+    scored = ", ".join(f"{count} by {metric}" for metric, count in metrics.most_common())
+    _log.info("%s: %d questions, %d with an image; scored: %s", source.name, len(rows), pictured, scored)
     return rows
 
 
@@ -138,7 +137,7 @@ def _row(record: Record, images: dict[str, Scan], entry: DataSet) -> list[_Row]:
 def _image(record: Record, images: dict[str, Scan]) -> ImageRef | None:
     if record.image is None:
         return None
-    scan = images[_stamp_of(record.image)]
+    scan = images[_image_key(record.image)]
     if scan.error:
         raise RowError(scan.error)
     size = (scan.width, scan.height)
@@ -148,21 +147,15 @@ def _image(record: Record, images: dict[str, Scan]) -> ImageRef | None:
     return FileImage(str(record.image), scan.digest, size)
 
 
-def _stamp_of(image: Cell | Path) -> str:
+def _image_key(image: Cell | Path) -> str:
     return image.stamp if isinstance(image, Cell) else str(image)
 
 
 def _scan(records: Sequence[Record], name: str) -> dict[str, Scan]:
-    """Every image of the records once, by its stamp."""
-    images = {_stamp_of(r.image): r.image for r in records if r.image is not None and not r.error}
+    """Every image of the records once, by its key."""
+    images = {_image_key(r.image): r.image for r in records if r.image is not None and not r.error}
     unique = list(images.values())
-    stamps = []
-    for image in unique:
-        if isinstance(image, Cell):
-            stamps.append(image.stamp)
-        else:
-            stat = image.stat()
-            stamps.append(f"{image.resolve()}:{stat.st_size}:{stat.st_mtime_ns}")
+    stamps = [image.stamp if isinstance(image, Cell) else stamp_of(image) for image in unique]
     found = scan_all(name, stamps, lambda i: _scan_one(unique[i]), name)
     return dict(zip(images, found, strict=True))
 
@@ -184,7 +177,7 @@ class _Broken:
 
     def report(self, place: str, reason: str) -> None:
         if self.on_broken == "refuse":
-            raise UserError(f"{self.name}: {place}: {reason}; mend or remove the row, or let broken rows be skipped")
+            raise UserError(f"{self.name}: {place}: {reason}; fix or remove the row, or let such rows be skipped")
         self.count += 1
         if self.count <= 10:
             _log.warning("%s: %s: %s; row skipped", self.name, place, reason)

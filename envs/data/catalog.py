@@ -30,7 +30,7 @@ class DataSet:
     Args:
         name: what `load_task` calls it.
         style: prompt style of the published model; None for a plain question.
-        metric: a name of `envs.data.scoring.METRICS`, or `multiple_choice`.
+        metric: a name of `envs.data.scoring.METRICS`, `multiple_choice`, or `by_answers` (see `fitting_metric`).
         columns: the columns of the hub copy that are read.
         hub: split -> rows on the hub. Splits without published answers are left out.
         files: split -> glob of the original JSON files below a folder. Split "" stands for files
@@ -179,7 +179,7 @@ DATA_SETS: Final[tuple[DataSet, ...]] = (
     ),
 )
 
-OWN: Final = DataSet(name="own", style=None, metric="vqa", family=("family",))
+OWN: Final = DataSet(name="own", style=None, metric="by_answers", family=("family",))
 """How a user's own files are read: rows may name metric, style, family and options themselves."""
 
 

@@ -5,10 +5,8 @@ the set is opened and not in the middle of training. Results are kept in the cac
 """
 
 import hashlib
-import io
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from envs.data.sample import ImageRef
 from envs.errors import UserError
-from envs.processing.images import check_size, open_image, oriented_size
+from envs.processing.images import open_image, oriented_size, read_image
 
 
 @dataclass(frozen=True)
@@ -83,21 +81,17 @@ class Scan:
 def scan_bytes(content: bytes) -> Scan:
     """Scans one encoded image."""
     try:
-        with warnings.catch_warnings():
-            # What is too large is refused below, with words of our own.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(content))
-        with opened as image:
-            check_size(image.size)
-            width, height = oriented_size(image)
-            image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
-            image.load()
+        width, height = read_image(content, "the image", _decoded_size)
     except UserError as error:
         return Scan(error=error.message)
-    except Exception as error:  # Pillow's decoders raise nearly anything on broken data
-        known = not isinstance(error, Image.UnidentifiedImageError)
-        return Scan(error=f"the image cannot be read: {error if known else 'no known format'}")
     return Scan(hashlib.sha256(content).hexdigest(), width, height)
+
+
+def _decoded_size(image: Image.Image) -> tuple[int, int]:
+    size = oriented_size(image)
+    image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+    image.load()
+    return size
 
 
 def scan_file(path: Path) -> Scan:
@@ -117,7 +111,7 @@ def scan_all(name: str, stamps: Sequence[str], scan: Callable[[int], Scan], cach
         scan: scans image number i.
         cache_key: names the cache file.
     """
-    path = _cache_folder() / f"{hashlib.sha256(cache_key.encode()).hexdigest()[:32]}.json"
+    path = cache_folder() / f"{hashlib.sha256(os.fsencode(cache_key)).hexdigest()[:32]}.json"
     known = _read_cache(path)
     missing = [i for i, stamp in enumerate(stamps) if stamp not in known]
     if missing:
@@ -135,7 +129,8 @@ def scan_all(name: str, stamps: Sequence[str], scan: Callable[[int], Scan], cach
     return [known[stamp] for stamp in stamps]
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where tables and what was learnt about images are kept between runs."""
     from datasets import config
 
     return Path(config.HF_DATASETS_CACHE) / "ray-ctrl-scans"

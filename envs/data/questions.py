@@ -1,22 +1,43 @@
 """One record of a data file to the questions in it, whatever the set calls its fields."""
 
 import ast
-from collections.abc import Iterator, Mapping
+import io
+import json
+import math
+import re
+import tokenize
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Final
 
-from envs.data.catalog import DataSet
-from envs.data.scoring import check_metric
+from envs.data.catalog import OWN, DataSet
+from envs.data.scoring import check_metric, fitting_metric
 from envs.errors import UserError
+from envs.processing.images import IMAGE_ENDINGS, shown
 from envs.processing.processor import with_options
 
 _NESTED: Final = ("qas", "qa")
 _QUESTION: Final[tuple[str, ...]] = ("question", "query")
 _ANSWERS: Final = ("answers", "direct_answers", "label", "answer")
 _OPTIONS: Final = ("choices", "options")
-_RIGHT_OPTION: Final = ("correct_choice_idx", "answer", "answers")
-FIELDS: Final = frozenset((*_NESTED, *_QUESTION, *_ANSWERS, *_OPTIONS, *_RIGHT_OPTION, "hint", "metric", "style"))
+_RIGHT_OPTION: Final = ("correct_choice_idx", "answer", "answers", "label")
+_OTHER: Final = ("hint", "metric", "style", "family", "split")
+FIELDS: Final = frozenset((*_NESTED, *_QUESTION, *_ANSWERS, *_OPTIONS, *_RIGHT_OPTION, *_OTHER))
 """Fields that are read, besides the image and the set's `family`."""
+
+IMAGE_FIELDS: Final = (
+    *("image", "images", "img", "image_bytes", "image_path", "image_file", "image_name", "picture", "photo"),
+    *("jpg", "jpeg", "png", "webp", "file_name", "filename", "file_path"),
+)
+"""Names of an image, in any case and with `-` or a space for `_`; the first with a value is read."""
+
+_IMAGE_WORDS: Final = frozenset(("image", "images", "img", "picture", "pictures", "photo", "photos", "jpg", "png"))
+_NO_IMAGE: Final = re.compile(
+    r"ids?|index|width|height|w|h|size|count|num|class(es)?|category|captions?|description|text|type|format|source|"
+    r"license|split|tags|labels?|hash|md5|sha256"
+)
+"""Words that make the name of an image column one about the image."""
 
 _LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -36,6 +57,27 @@ class Question:
     family: str | None
 
 
+def image_names(names: Iterable[str]) -> list[str]:
+    """Which of the names of fields or columns hold an image, in the order in which they are tried."""
+    plain = {name: re.sub(r"[\s-]", "_", name.strip().lower()) for name in names}
+    return sorted((name for name in plain if plain[name] in IMAGE_FIELDS), key=lambda n: IMAGE_FIELDS.index(plain[n]))
+
+
+def unread_image(fields: Mapping[str, Any]) -> str:
+    """What is wrong with a row without an image, one of whose unread fields looks like one; empty if nothing."""
+    for name, value in fields.items():
+        words = set(re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
+        named = (
+            bool(words & _IMAGE_WORDS)
+            and not any(map(_NO_IMAGE.fullmatch, words))
+            and isinstance(value, str | list | Mapping)
+        )
+        path = isinstance(value, str) and (value.lower().endswith(IMAGE_ENDINGS) or value.startswith("data:image"))
+        if value and name not in FIELDS and (named or path or isinstance(value, bytes)):
+            return f"field {shown(name)} is {shown(value)}, looks like an image and is not read: name it image"
+    return ""
+
+
 def questions(fields: Mapping[str, Any], entry: DataSet) -> Iterator[Question]:
     """The questions of one record: one, or several where the set keeps them per image.
 
@@ -50,7 +92,7 @@ def questions(fields: Mapping[str, Any], entry: DataSet) -> Iterator[Question]:
         raise RowError("the list of questions is empty")
     for inner in nested:
         if not isinstance(inner, Mapping):
-            raise RowError(f"a question is {_shown(inner)}, not an object with question and answer")
+            raise RowError(f"a question is {shown(inner)}, not an object with question and answer")
         yield _question(inner, entry)
 
 
@@ -64,7 +106,7 @@ def has_answers(fields: Mapping[str, Any]) -> bool:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return value >= 0
         try:
-            if value is not None and any(_texts(value)):
+            if value is not None and any(_texts(value, key != "answer")):
                 return True
         except RowError:
             return True  # something is there; reading it will say what is wrong with it
@@ -74,10 +116,11 @@ def has_answers(fields: Mapping[str, Any]) -> bool:
 def _question(fields: Mapping[str, Any], entry: DataSet) -> Question:
     key, question = _first(fields, _QUESTION)
     if not isinstance(question, str) or not question.strip():
-        raise RowError(f"{key or 'question'} is {_shown(question)}: give a text")
+        raise RowError(f"{key or 'question'} is {shown(question)}: give a text")
     question = question.strip()
-    metric, style = fields.get("metric", entry.metric), fields.get("style", entry.style)
-    options = _options(fields, metric)
+    (_, metric), (_, style) = _first(fields, ("metric",)), _first(fields, ("style",))
+    style = entry.style if style is None else style
+    options = _options(fields, entry, metric)
     if options:
         answers: tuple[str, ...] = (_LETTERS[_right_option(fields, options)],)
         metric = f"multiple_choice:{len(options)}"
@@ -87,30 +130,46 @@ def _question(fields: Mapping[str, Any], entry: DataSet) -> Question:
         question = context + with_options(question, options)
     else:
         answers = _answers(fields)
-    _check_own(metric, style)
-    return Question(question, answers, metric, style, _family(fields, entry))
+        metric = fitting_metric(entry.metric, len(answers)) if metric is None else metric
+        _check_metric(metric, answers)
+    if style is not None and not isinstance(style, str):
+        raise RowError(f"style is {shown(style)}: give a text")
+    asked = Question(question, answers, metric, style, _family(fields, entry))
+    for text in (question, *answers, style or "", asked.family or ""):
+        if not _is_unicode(text):
+            raise RowError(f"{shown(text)} contains half a character (a lone surrogate): write the text as UTF-8")
+    return asked
 
 
-def _check_own(metric: Any, style: Any) -> None:
+def _is_unicode(text: str) -> bool:
+    try:
+        return bool(text.encode()) or not text
+    except UnicodeEncodeError:
+        return False
+
+
+def _check_metric(metric: Any, answers: tuple[str, ...]) -> None:
     try:
         check_metric(metric)
     except (UserError, TypeError):
-        raise RowError(f"metric is {_shown(metric)}: give a known metric") from None
-    if style is not None and not isinstance(style, str):
-        raise RowError(f"style is {_shown(style)}: give a text")
+        raise RowError(f"metric is {shown(metric)}: give a known metric") from None
+    if fitting_metric(metric, len(answers)) != metric:
+        raise RowError(
+            f"metric {metric} wants the answers of three annotators or more, and here are {len(answers)}: "
+            "leave metric out, or give vqa_exact"
+        )
 
 
-def _options(fields: Mapping[str, Any], metric: Any) -> list[str]:
+def _options(fields: Mapping[str, Any], entry: DataSet, metric: Any) -> list[str]:
     """Options of a multiple-choice question; empty where the set asks for a direct answer."""
     key, options = _first(fields, _OPTIONS)
-    if key == "choices" and metric != "multiple_choice":
-        return []
-    if options is None:
-        if metric == "multiple_choice":
-            raise RowError("choices are missing")
+    wanted = "multiple_choice" in (entry.metric, metric)
+    if options is None and wanted:
+        raise RowError("choices are missing")
+    if options is None or (entry is not OWN and not wanted):
         return []
     if not isinstance(options, list) or not all(isinstance(o, str) and o for o in options):
-        raise RowError(f"{key} is {_shown(options)}: give a list of texts")
+        raise RowError(f"{key} is {shown(options)}: give a list of texts")
     if not 2 <= len(options) <= len(_LETTERS):
         raise RowError(f"{key} holds {len(options)} options: give 2 to {len(_LETTERS)}")
     return options
@@ -128,7 +187,7 @@ def _right_option(fields: Mapping[str, Any], options: list[str]) -> int:
         right = _LETTERS.index(letter) if len(letter) == 1 and letter in _LETTERS else right
     if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(options):
         raise RowError(
-            f"{key or 'answer'} is {_shown(given)}: give one of the {len(options)} options, its letter or its index"
+            f"{key or 'answer'} is {shown(given)}: give one of the {len(options)} options, its letter or its index"
         )
     return right
 
@@ -137,32 +196,44 @@ def _answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
     key, value = _first(fields, _ANSWERS)
     if value is None:
         raise RowError("answers are missing")
-    answers = tuple(answer for answer in _texts(value) if answer)
+    answers = tuple(answer for answer in _texts(value, key != "answer") if answer)
     if not answers:
-        raise RowError(f"{key} is {_shown(value)}: give at least one answer")
+        raise RowError(f"{key} is {shown(value)}: give at least one answer")
     return answers
 
 
-def _texts(value: Any) -> list[str]:
-    """Answers as texts.
+def _texts(value: Any, listed: bool) -> list[str]:
+    """Answers as texts: a text, a number, a list of either or of objects with `answer`; where `listed`, its text."""
+    value = _parsed(value) if listed and isinstance(value, str) else value
+    return [_text(item) for item in (value if isinstance(value, list) else [value])]
 
-    A text, a number, a list of either, of objects with `answer`, or its text.
-    """
-    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        try:
-            parsed = ast.literal_eval(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            parsed = value
-        value = parsed if isinstance(parsed, list) else value
-    items = value if isinstance(value, list) else [value]
-    return [_text(item) for item in items]
+
+def _parsed(text: str) -> Any:
+    """The list that a text spells in JSON, Python or as numpy prints it (without commas); else the text itself."""
+    if not text.startswith("[") or not text.endswith("]"):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    values = (tokenize.STRING, tokenize.NUMBER)
+    try:
+        tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.string.strip()]
+        comma = [a.type in values and b.type in values for a, b in zip(tokens, [*tokens[1:], tokens[-1]], strict=True)]
+        parsed = ast.literal_eval(
+            "".join(f"{t.string}," if c else t.string for t, c in zip(tokens, comma, strict=True))
+        )
+    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError):
+        return text
+    return parsed if isinstance(parsed, list) else text
 
 
 def _text(item: Any) -> str:
     if isinstance(item, Mapping):
         item = item.get("answer")
-    if isinstance(item, bool) or not isinstance(item, str | int | float):
-        raise RowError(f"an answer is {_shown(item)}: give texts or numbers")
+    number = isinstance(item, int | float | Decimal) and not isinstance(item, bool) and math.isfinite(item)
+    if not number and not isinstance(item, str):
+        raise RowError(f"an answer is {shown(item)}: give texts or numbers")
     if isinstance(item, float) and item.is_integer():
         item = int(item)
     return str(item).strip()
@@ -180,10 +251,41 @@ def _family(fields: Mapping[str, Any], entry: DataSet) -> str | None:
 
 
 def _first(fields: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, Any]:
-    """The first key that has a value, and the value; the empty text and None if there is none."""
-    return next(((key, fields[key]) for key in keys if fields.get(key) is not None), ("", None))
+    """The first key that has a value, and the value; the empty text and None if there is none.
+
+    NaN, which pandas writes for what is missing, is no value.
+    """
+    given = ((key, fields[key]) for key in keys if fields.get(key) is not None)
+    return next(((key, v) for key, v in given if not (isinstance(v, float) and math.isnan(v))), ("", None))
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def fields_markdown() -> str:
+    """What is read of a user's row, as `docs/data.md` shows it."""
+    rows = (
+        (
+            "image",
+            IMAGE_FIELDS,
+            "path from the data file's folder; in parquet also the file's bytes; null or absent: none",
+        ),
+        ("question", _QUESTION, "text"),
+        ("questions of one image", _NESTED, "list of objects with question and answer"),
+        (
+            "answers",
+            _ANSWERS,
+            "text, number, or a list of these or of objects with `answer`; but for `answer` also its text",
+        ),
+        ("options", _OPTIONS, "list of 2 to 26 texts; makes the question multiple choice"),
+        ("right option", _RIGHT_OPTION, "with options: the option, its letter, or its index from 0"),
+        ("hint", ("hint",), "with options: text read before the question"),
+        (
+            "metric",
+            ("metric",),
+            "default: `vqa` from ten answers, `vqa_exact` for fewer; with options `multiple_choice:N`",
+        ),
+        ("prompt style", ("style",), "style of the published model, such as `vqa2`; default: a plain question"),
+        ("kind of question", ("family",), "for tables"),
+        ("split", ("split",), "`train`, `validation`, `test` or a name that says so; default: the file's name decides"),
+    )
+    lines = ["| what | names read, the first with a value counts | value |", "|---|---|---|"]
+    lines += [f"| {what} | {', '.join(f'`{name}`' for name in names)} | {value} |" for what, names, value in rows]
+    return "\n".join(lines) + "\n"

@@ -1,72 +1,31 @@
 """Files and hub data sets to records: fields, where the image is, and the place to name in errors.
 
-Layouts: a data set on the Hugging Face hub, parquet files, the original JSON files beside their
-images, or a user's own JSON Lines. Paths named in data files must stay inside their folder.
+Layouts: a data set on the Hugging Face hub, parquet files, the original JSON files of a public set, or a user's own
+JSON Lines. A user's rows are read alike from parquet and JSON Lines; `docs/data.md` has the table of names.
 """
 
+import hashlib
 import json
 import os
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import zip_longest
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from envs.data.catalog import OWN, DataSet, HubSplit
-from envs.data.image_index import Table
-from envs.data.questions import FIELDS
+from envs.data.files import file_split, inside, split_of, stamp_of, walk_files
+from envs.data.image_index import Table, cache_folder
+from envs.data.original import read_original
+from envs.data.questions import FIELDS, image_names, unread_image
+from envs.data.record import Cell, Record
 from envs.errors import UserError
+from envs.processing.images import shown
 
-IMAGE_ENDINGS: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_STORED: Final = object()
+_STORED: Final = b"stored in the row"
 _BATCH: Final = 1000
-_IMAGE_COLUMNS: Final = ("image", "images", "img")
-_SPLIT_WORDS: Final = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "dev": "validation",
-    "val2014": "validation",
-    "val2017": "validation",
-    "test": "test",
-    "testing": "test",
-}
-_PUBLISHED: Final = {"train": "train", "validation": "val", "test": "test"}
-_COCO_FOLDERS: Final = {"train": "train2014", "validation": "val2014", "test": "test2015"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """An image stored in a table's row."""
-
-    table: Table
-    row: int
-    column: str
-    stamp: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """One row of a data file.
-
-    Args:
-        place: file and row, to name in errors.
-        split: the split the source gives it; None where it gives none.
-        fields: everything but the image; empty where the row could not be read.
-        image: where the image is; None where the row has none.
-        error: what is wrong with the row; empty if nothing.
-    """
-
-    place: str
-    split: str | None
-    fields: Mapping[str, Any]
-    image: Cell | Path | None = None
-    error: str = ""
+_LAYOUTS: Final = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "json"}
 
 
 def read_path(path: Path, entry: DataSet) -> Iterator[Record]:
@@ -81,14 +40,11 @@ def read_path(path: Path, entry: DataSet) -> Iterator[Record]:
     """
     layout, files = files_of(path, entry)
     folder = path if path.is_dir() else path.parent
-    if layout == "parquet":
-        for file in files:
-            yield from _read_parquet(file, folder, entry)
-    elif layout == "jsonl":
-        for file in files:
-            yield from _read_json_lines(file, folder)
-    else:
-        yield from _read_original(files, folder, entry)
+    if layout == "json":
+        yield from read_original(files, folder, entry)
+        return
+    for file in files:
+        yield from _read_parquet(file, folder, entry) if layout == "parquet" else _read_json_lines(file, folder, entry)
 
 
 def files_of(path: Path, entry: DataSet) -> tuple[str, tuple[Path, ...]]:
@@ -99,29 +55,26 @@ def files_of(path: Path, entry: DataSet) -> tuple[str, tuple[Path, ...]]:
     """
     if not path.exists():
         raise UserError(f"no data at {path}: give a folder or file of parquet, JSON Lines or JSON")
+    which = f"no parquet or JSON Lines at {path}: for the original JSON of a public set say which, as in textvqa=PATH"
     if path.is_file():
-        layout = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "json"}.get(path.suffix)
+        layout = _LAYOUTS.get(path.suffix)
         if layout is None:
             raise UserError(f"cannot read {path}: give a .parquet, .jsonl or .json file, or a folder")
         if layout == "json" and entry is OWN:
-            raise UserError(_which_set(path))
+            raise UserError(which)
         return layout, (path,)
+    below = tuple(walk_files(path))
     for layout in ("parquet", "jsonl"):
-        files = tuple(sorted(p for p in path.rglob(f"*.{layout}") if p.is_file()))
+        files = tuple(sorted(file for file in below if file.suffix == f".{layout}"))
         if files:
             return layout, files
     if entry is OWN:
-        raise UserError(_which_set(path))
-    globs = entry.files.values()
-    files = tuple(sorted({file for glob in globs for file in path.rglob(glob) if file.is_file()}))
+        raise UserError(which)
+    files = tuple(sorted(file for file in below if any(file.match(glob) for glob in entry.files.values())))
     if not files:
-        expected = ", ".join(dict.fromkeys(globs))
+        expected = ", ".join(dict.fromkeys(entry.files.values()))
         raise UserError(f"no parquet, JSON Lines or original files of {entry.name} below {path}: expected {expected}")
     return "json", files
-
-
-def _which_set(path: Path) -> str:
-    return f"no parquet or JSON Lines at {path}: for the original JSON of a public set say which, such as textvqa=PATH"
 
 
 def read_hub(source: HubSplit, split: str | None, entry: DataSet, revision: str | None = None) -> Iterator[Record]:
@@ -136,9 +89,9 @@ def read_hub(source: HubSplit, split: str | None, entry: DataSet, revision: str 
         with _bars_on_terminals():
             rows = load_dataset(source.repo, source.config, split=source.split, revision=revision)
     except Exception as error:  # HTTP, cache, schema and naming errors share no base class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"cannot fetch {source}: {reason}; check the name and the network, or give a local folder as name=PATH"
+            f"cannot fetch {source}: {_reason(error)}; check the name and the network, or give a local folder as "
+            "name=PATH"
         ) from None
     yield from _read_table(rows, str(source), split, None, f"{source}:{rows._fingerprint}", entry)
 
@@ -165,63 +118,103 @@ def hub_splits(repo: str, revision: str | None = None) -> dict[str, HubSplit]:
     try:
         names = get_dataset_split_names(repo, revision=revision)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{repo} is no local path, and no data set of that name was found on the hub: {reason}"
+            f"{repo} is no local path, and no data set of that name was found on the hub: {_reason(error)}"
         ) from None
-    found = {split_of(name): HubSplit(repo, name) for name in names if split_of(name)}
+    found = {split_of(name): HubSplit(repo, name) for name in names}
     return {split: source for split, source in found.items() if split}
 
 
-def split_of(name: str) -> str | None:
-    """The split a file's or folder's name speaks of: the last split word in it; None without."""
-    words = [_SPLIT_WORDS[w] for w in re.findall(r"[a-z0-9]+", name.lower()) if w in _SPLIT_WORDS]
-    return words[-1] if words else None
-
-
-def _file_split(file: Path, folder: Path) -> str | None:
-    """Split by the file's own name, else by the folders between."""
-    relative = file.relative_to(folder)
-    return split_of(relative.stem) or split_of("/".join(relative.parts[:-1]))
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_parquet(file: Path, folder: Path, entry: DataSet) -> Iterator[Record]:
     from datasets import Dataset
 
+    stamp = stamp_of(file)
     try:
-        with _bars_on_terminals():
-            rows = Dataset.from_parquet(str(file), keep_in_memory=False)
+        rows = Dataset.from_file(str(_as_arrow(file, stamp)))
     except Exception as error:  # Arrow and datasets raise many kinds for a damaged file
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UserError(f"cannot read {file}: {reason}; give a whole parquet file") from None
-    stat = file.stat()
-    key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-    place = str(file.relative_to(folder))
-    yield from _read_table(rows, place, _file_split(file, folder), file.parent, key, entry)
+        raise UserError(f"cannot read {file}: {_reason(error)}; give a complete parquet file") from None
+    yield from _read_table(rows, str(file.relative_to(folder)), file_split(file, folder), file.parent, stamp, entry)
+
+
+def _as_arrow(file: Path, stamp: str) -> Path:
+    """The parquet file as an Arrow file in the cache, whose rows can be read one by one.
+
+    Written here and not by `datasets`, which takes paths for patterns and chains of protocols (`[`, `*`, `::`).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    target = cache_folder() / f"{hashlib.sha256(os.fsencode(stamp)).hexdigest()[:32]}.arrow"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with pq.ParquetFile(file) as source:
+            schema = source.schema_arrow
+            for i, field in enumerate(schema):
+                if pa.types.is_dictionary(field.type):  # categories, as pandas writes them
+                    schema = schema.set(i, field.with_type(field.type.value_type))
+            with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                for batch in source.iter_batches(_BATCH):
+                    writer.write_table(pa.Table.from_batches([batch]).cast(schema))
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return target
 
 
 def _read_table(
     rows: Any, name: str, split: str | None, folder: Path | None, key: str, entry: DataSet
 ) -> Iterator[Record]:
     """Records of a `datasets` table; images stay where they are, unused columns are not read."""
-    column = next((c for c in _IMAGE_COLUMNS if c in rows.column_names), None)
+    columns = image_names(rows.column_names)
     table = Table(tuple(cached["filename"] for cached in rows.cache_files))
-    wanted = [c for c in rows.column_names if c in FIELDS or c in entry.family]
-    text = rows.select_columns(wanted).with_format("arrow") if wanted else None
-    images = rows.select_columns([column]).with_format("arrow") if column else None
+    arrow = rows.with_format("arrow")
+    others = [c for c in rows.column_names if c not in columns]
+    wanted = [c for c in others if c in FIELDS or c in entry.family]
+    unread = [c for c in others if c not in wanted] if entry is OWN else []
     for start in range(0, len(rows), _BATCH):
         stop = min(start + _BATCH, len(rows))
-        fields = text[start:stop].to_pylist() if text is not None else [{}] * (stop - start)
-        cells = _cells(images[start:stop][column]) if images is not None else [None] * len(fields)
-        for row, one, cell in zip(range(start, stop), fields, cells, strict=True):
-            record = Record(f"{name}, row {row}", split, one)
-            if cell is _STORED:
-                assert column is not None
-                yield replace(record, image=Cell(table, row, column, f"{key}:{row}"))
-            elif cell is None:
-                yield record
-            else:
-                yield _named_image(record, folder, cell)
+        fields = _values(arrow.select_columns(wanted)[start:stop]) if wanted else [{} for _ in range(start, stop)]
+        images = {c: _cells(arrow.select_columns([c])[start:stop][c]) for c in columns}
+        for i, one in enumerate(fields):
+            record = Record(f"{name}, row {start + i}", split, one)
+            column = next((c for c in columns if images[c][i] is not None), "")
+            if column and images[column][i] is _STORED:
+                record = replace(record, image=Cell(table, start + i, column, f"{key}:{start + i}:{column}"))
+            elif column:
+                record = _named_image(record, folder, images[column][i])
+            elif unread:
+                images |= {c: _cells(arrow.select_columns([c])[start:stop][c]) for c in unread if c not in images}
+                record = replace(record, error=unread_image({c: images[c][i] for c in unread}))
+            yield _own_split(record) if entry is OWN else record
+
+
+def _values(table: Any) -> list[dict[str, Any]]:
+    """Rows as Python values; 32-bit numbers as they are written (3.3, not 3.299999952316284)."""
+    narrow = {field.name: field.type for field in table.schema if "float" in str(field.type)}
+    rows: list[dict[str, Any]] = table.to_pylist()
+    for row in rows:
+        row.update({name: _shortest(row[name], kind) for name, kind in narrow.items()})
+    return rows
+
+
+def _shortest(value: Any, kind: Any) -> Any:
+    import numpy as np
+    import pyarrow as pa
+
+    if isinstance(value, float) and (pa.types.is_float32(kind) or pa.types.is_float16(kind)):
+        return float(str(np.float32(value) if pa.types.is_float32(kind) else np.float16(value)))
+    if isinstance(value, list):
+        return [_shortest(item, kind.value_type) for item in value]
+    if isinstance(value, dict):
+        return {field.name: _shortest(value[field.name], field.type) for field in kind}
+    return value
 
 
 def _cells(column: Any) -> list[Any]:
@@ -234,28 +227,40 @@ def _cells(column: Any) -> list[Any]:
         return [_STORED if valid else None for valid in column.is_valid().to_pylist()]
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         lengths = pc.list_value_length(column).to_pylist()
-        return [_STORED if n == 1 else (f"{n} images" if n else None) for n in lengths]
+        firsts = iter(_cells(pc.list_flatten(column)) if not pa.types.is_integer(kind.value_type) else [])
+        cells = [[next(firsts, None) for _ in range(n or 0)] for n in lengths]
+        return [(cell[0] if len(cell) == 1 else f"{len(cell)} images") if cell else None for cell in cells]
     if pa.types.is_struct(kind):
-        names = [field.name for field in kind]
-        stored = pc.struct_field(column, "bytes").is_valid().to_pylist() if "bytes" in names else []
-        paths = pc.struct_field(column, "path").to_pylist() if "path" in names else []
-        pairs = zip_longest(stored, paths)
-        return [_STORED if bytes_there else path for bytes_there, path in pairs]
-    return column.to_pylist()
+        names = {field.name for field in kind}
+        empty = [None] * len(column)
+        stored = pc.struct_field(column, "bytes").is_valid().to_pylist() if "bytes" in names else empty
+        paths = pc.struct_field(column, "path").to_pylist() if "path" in names else empty
+        return [_STORED if bytes_there else path for bytes_there, path in zip(stored, paths, strict=True)]
+    return [value if value != "" else None for value in column.to_pylist()]
 
 
 def _named_image(record: Record, folder: Path | None, name: Any) -> Record:
     """The record with the file its image cell names; hub sets have no folder to look in."""
     try:
         if folder is None:
-            raise UserError(f"image is {name!r}, which is not stored in the row")
+            raise UserError(f"image is {shown(name)}, which is not stored in the row")
         return replace(record, image=inside(folder, name))
     except UserError as error:
         return replace(record, error=error.message)
 
 
-def _read_json_lines(file: Path, folder: Path) -> Iterator[Record]:
-    name, split = str(file.relative_to(folder)), _file_split(file, folder)
+def _own_split(record: Record) -> Record:
+    """The record with the split that it names itself, if it names one."""
+    own = record.fields.get("split")
+    if own is None or record.error:
+        return record
+    if not isinstance(own, str) or split_of(own) is None:
+        return replace(record, error=f"split is {shown(own)}: give train, validation or test")
+    return replace(record, split=split_of(own))
+
+
+def _read_json_lines(file: Path, folder: Path, entry: DataSet) -> Iterator[Record]:
+    name, split = str(file.relative_to(folder)), file_split(file, folder)
     try:
         lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     except OSError as error:
@@ -263,161 +268,27 @@ def _read_json_lines(file: Path, folder: Path) -> Iterator[Record]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        place = f"{name}, line {number}"
+        record = Record(f"{name}, line {number}", split, {})
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield Record(place, split, {}, error=f"not JSON: {error}")
+            yield replace(record, error=f"not JSON: {error}")
             continue
         if not isinstance(fields, dict):
             kind = type(fields).__name__
-            yield Record(place, split, {}, error=f"a {kind}, not an object with question and answers")
+            yield replace(record, error=f"a {kind}, not an object with question and answers")
             continue
-        yield _own_record(place, split, fields, file.parent)
+        yield _own_split(_own_image(replace(record, fields=fields), file.parent))
 
 
-def _own_record(place: str, split: str | None, fields: dict[str, Any], folder: Path) -> Record:
-    """A record of a user's file: the image is a path from the file's folder, or null."""
-    own = fields.get("split")
-    if own is not None and (not isinstance(own, str) or split_of(own) is None):
-        error = f"split is {own!r}: give train, validation or test"
-        return Record(place, split, fields, error=error)
-    split = split_of(own) if own else split
-    image = fields.get("image")
-    if image is None:
-        return Record(place, split, fields)
-    try:
-        return Record(place, split, fields, inside(folder, image))
-    except UserError as error:
-        return Record(place, split, fields, error=error.message)
-
-
-def inside(folder: Path, name: Any) -> Path:
-    """The file a data file names, which must exist inside its folder, links followed.
-
-    Raises:
-        UserError: not a path, outside the folder, or no such file.
-    """
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise UserError(f"image is {name!r}: give a path from the data file's folder")
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"image {name!r} is outside {folder}: keep images inside the data's folder")
-    try:
-        found = path.is_file()
-    except OSError:  # a name too long for this file system
-        found = False
-    if not found:
-        raise UserError(f"no image {name!r} in {folder}")
-    return path
-
-
-class _ImageIndex:
-    """Image files below a folder, found by the end of their path."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.by_name: dict[str, list[str]] = {}
-        for place, _, names in os.walk(folder):
-            for name in names:
-                if name.lower().endswith(IMAGE_ENDINGS):
-                    relative = os.path.relpath(os.path.join(place, name), folder)
-                    self.by_name.setdefault(name, []).append(Path(relative).as_posix())
-
-    def find(self, name: str) -> Path:
-        """The file whose path ends in `name`, else the only one of that file name."""
-        parts = Path(name).parts
-        if not parts or Path(name).is_absolute() or ".." in parts:
-            return inside(self.folder, name)
-        known = self.by_name.get(parts[-1], [])
-        ending = [path for path in known if f"/{path}".endswith(f"/{Path(name).as_posix()}")]
-        for found in (ending, known):
-            if len(found) == 1 or name in found:
-                return inside(self.folder, name if name in found else found[0])
-        if known:
-            raise UserError(f"image {name!r} could be any of {', '.join(sorted(known)[:3])}")
-        raise UserError(f"no image {name!r} below {self.folder}")
-
-
-def _read_original(files: Iterable[Path], folder: Path, entry: DataSet) -> Iterator[Record]:
-    """Records of a public set's own JSON files; images are looked for below the folder."""
-    index = _ImageIndex(folder)
-    for file in files:
-        split = _original_split(file, entry)
-        name = str(file.relative_to(folder))
-        content = _load_json(file)
-        for key, fields in _records(content, file):
-            place = f"{name}, record {key}"
-            if not isinstance(fields, dict):
-                yield Record(place, split, {}, error=f"a {type(fields).__name__}, not an object")
-                continue
-            own = split or split_of(str(fields.get("split", "")))
-            try:
-                yield Record(place, own, fields, _original_image(fields, key, own, entry, index))
-            except UserError as error:
-                yield Record(place, own, fields, error=error.message)
-
-
-def _original_split(file: Path, entry: DataSet) -> str | None:
-    for split, glob in entry.files.items():
-        if split and file.match(glob):
-            return split
-    return None
-
-
-def _original_image(
-    fields: Mapping[str, Any], key: str, split: str | None, entry: DataSet, index: _ImageIndex
-) -> Path | None:
-    """Where a record's image is; None where the record has none."""
-    if entry.images_only and not fields.get("image"):
-        return None
-    values = {
-        **fields,
-        "key": key,
-        "split": _PUBLISHED.get(split or "", ""),
-        "coco": _COCO_FOLDERS.get(split or "", ""),
-    }
-    try:
-        name = entry.image.format_map(values)
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"the image's name {entry.image} cannot be made: {reason}") from None
-    return index.find(name)
-
-
-def _load_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot read {file}: {reason}; give the file as published") from None
-
-
-def _records(content: Any, file: Path) -> Iterator[tuple[str, Any]]:
-    """The records of an original file, in whichever of the published shapes."""
-    if isinstance(content, dict) and isinstance(content.get("questions"), list):
-        answers = _annotations(file)
-        for key, fields in enumerate(content["questions"]):
-            known = answers.get(fields.get("question_id")) if isinstance(fields, dict) else None
-            yield str(key), {**known, **fields} if known else fields
-    elif isinstance(content, dict) and isinstance(content.get("data"), list):
-        yield from ((str(key), fields) for key, fields in enumerate(content["data"]))
-    elif isinstance(content, list):
-        yield from ((str(key), fields) for key, fields in enumerate(content))
-    elif isinstance(content, dict):
-        yield from content.items()
-    else:
-        raise UserError(f"{file} holds a {type(content).__name__}: give the file as published")
-
-
-def _annotations(file: Path) -> dict[Any, dict[str, Any]]:
-    """Answers to the questions of a VQA file, from the annotations beside it."""
-    name = file.name.replace("OpenEnded_", "").replace("_questions", "_annotations")
-    beside = file.with_name(name)
-    if not beside.is_file():
-        raise UserError(f"no {name} beside {file}: the answers to its questions are missing")
-    content = _load_json(beside)
-    annotations = content.get("annotations") if isinstance(content, dict) else None
-    if not isinstance(annotations, list):
-        raise UserError(f"{beside} has no list of annotations: give the file as published")
-    return {annotation.get("question_id"): annotation for annotation in annotations if isinstance(annotation, dict)}
+def _own_image(record: Record, folder: Path) -> Record:
+    """The record with the image that its fields name, which may be null."""
+    fields = record.fields
+    name = next((fields[key] for key in image_names(fields) if fields[key] not in (None, "", [])), None)
+    if name is None:
+        return replace(record, error=unread_image({k: v for k, v in fields.items() if k not in FIELDS}))
+    if isinstance(name, list):
+        name = name[0] if len(name) == 1 else f"{len(name)} images"
+    if isinstance(name, Mapping):  # an image as `datasets` writes it
+        name = name.get("path")
+    return _named_image(record, folder, name)

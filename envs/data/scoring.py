@@ -73,6 +73,12 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return min(1.0, sum(normalize_vqa_answer(answer) == wanted for answer in answers) / 3)
 
 
+def vqa_exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 where the prediction equals an accepted answer after `normalize_vqa_answer`, else 0."""
+    wanted = normalize_vqa_answer(prediction)
+    return float(any(normalize_vqa_answer(answer) == wanted for answer in answers))
+
+
 def a_okvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """Direct-answer accuracy of A-OKVQA.
 
@@ -178,6 +184,7 @@ def extract_answer(text: str) -> str:
 
 METRICS: Final[dict[str, Callable[[str, Sequence[str]], float]]] = {
     "vqa": vqa_accuracy,
+    "vqa_exact": vqa_exact_match,
     "a_okvqa": a_okvqa_accuracy,
     "anls": anls,
     "exact_match": exact_match,
@@ -187,6 +194,21 @@ METRICS: Final[dict[str, Callable[[str, Sequence[str]], float]]] = {
 
 `multiple_choice:N` is a score too: N options lettered from A, answers letters.
 """
+
+
+ANNOTATORS: Final = 10
+"""Answers a question of VQA has, one per annotator; from there on agreement is counted in a user's own data."""
+
+
+def fitting_metric(metric: str, answers: int) -> str:
+    """The metric for a question with this many answers, under which a right answer scores 1.
+
+    `by_answers` is soft accuracy from ten answers and an exact match with any of fewer. Metrics that count annotators
+    need three, so that with fewer they become the exact match, too.
+    """
+    if metric == "by_answers":
+        return "vqa" if answers >= ANNOTATORS else "vqa_exact"
+    return "vqa_exact" if metric in ("vqa", "a_okvqa") and answers < 3 else metric
 
 
 def check_metric(metric: str) -> None:

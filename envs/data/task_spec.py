@@ -23,6 +23,7 @@ from envs.data.build import OnBroken, Source, keep_apart, read_source
 from envs.data.catalog import DATA_SETS, OWN, data_set, data_set_on_hub, is_data_set
 from envs.data.sample import Sample
 from envs.errors import UserError
+from envs.processing.images import shown
 
 SCENES = "scenes"
 _WEIGHT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*\*\s*(.+)", re.DOTALL)
@@ -80,7 +81,9 @@ def _where(where: str, label: str) -> Source:
         known_entry = data_set_on_hub(hub[1]) if entry is OWN else None
         return Source(known_entry or entry, repo=hub[1], revision=hub[2])
     known = ", ".join((SCENES, *(e.name for e in DATA_SETS)))
-    raise UserError(f"unknown task {where!r}: neither a file or folder, nor a hub id (owner/name), nor one of {known}")
+    raise UserError(
+        f"unknown task {shown(where)}: neither a file or folder, nor a hub id (owner/name), nor one of {known}"
+    )
 
 
 def _exists(path: str) -> bool:

@@ -26,6 +26,13 @@ MAX_PIXELS: Final = 89_478_485
 A small file may unpack to far more.
 """
 
+IMAGE_ENDINGS: Final = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".heic", ".heif", ".avif", ".ppm", ".jp2"),
+)
+"""How the names of image files end, in lower case."""
+
+_HEIF_BRANDS: Final = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _ORIENTATION_TAG: Final = 0x0112
 _WIDE_GREY: Final = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 
@@ -82,7 +89,14 @@ class FileImage(ImageRef):
             ) from None
 
     def load(self) -> Image.Image:
-        return open_image(self.path)
+        try:
+            content = Path(self.path).read_bytes()
+        except OSError:
+            return open_image(self.path)  # which names what is wrong
+        # Outcomes are stored by digest: another picture under the same path must not be served as this one.
+        if hashlib.sha256(content).hexdigest() != self.digest:
+            raise UserError(f"image {self.path} was changed since the data was opened: start again")
+        return open_image(content, f"image {self.path}")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -100,7 +114,7 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
     Raises:
         UserError: unreadable, truncated or not an image, or larger than `MAX_PIXELS`.
     """
-    return _opened(source, name, lambda image: to_rgb(image, name or _name(source)))
+    return read_image(source, name, lambda image: to_rgb(image, name or _name(source)))
 
 
 def image_size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
@@ -108,7 +122,7 @@ def image_size(source: str | Path | bytes, name: str | None = None) -> tuple[int
 
     Errors as in `open_image`.
     """
-    return _opened(source, name, oriented_size)
+    return read_image(source, name, oriented_size)
 
 
 def oriented_size(image: Image.Image) -> tuple[int, int]:
@@ -156,12 +170,13 @@ def check_size(size_wh: tuple[int, int], name: str = "the image") -> None:
         raise UserError(f"{name} is {width}x{height} pixels, above the limit of {MAX_PIXELS:,}: give a smaller image")
 
 
-def _opened(source: str | Path | bytes, name: str | None, read: Callable[[Image.Image], T]) -> T:
+def read_image(source: str | Path | bytes, name: str | None, read: Callable[[Image.Image], T]) -> T:
+    """What `read` makes of the opened image. Arguments and errors as in `open_image`."""
     name = name or _name(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            image = _open(io.BytesIO(source) if isinstance(source, bytes) else Path(source))
         with image:
             check_size(image.size, name)
             return read(image)
@@ -172,12 +187,47 @@ def _opened(source: str | Path | bytes, name: str | None, read: Callable[[Image.
     except Image.DecompressionBombError:
         raise UserError(f"{name} is above the limit of {MAX_PIXELS:,} pixels: give a smaller image") from None
     except Exception as error:
-        reason = "not an image in a known format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        reason = "not an image in a known format" if isinstance(error, Image.UnidentifiedImageError) else shown(error)
         raise UserError(f"cannot read {name}: {reason}; give a whole image file that opens in a viewer") from None
 
 
+def _open(source: io.BytesIO | Path) -> Image.Image:
+    """Opens an image; HEIC, as phones write it, through the optional pillow-heif."""
+    try:
+        return Image.open(source)
+    except Image.UnidentifiedImageError:
+        head = source.getvalue()[:12] if isinstance(source, io.BytesIO) else _head(source)
+        if head[4:8] != b"ftyp" or head[8:12] not in _HEIF_BRANDS:
+            raise
+    try:
+        import pillow_heif  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise UserError("the image is HEIC: pip install 'ray-ctrl[heic]' to read it, or give JPEG or PNG") from None
+    pillow_heif.register_heif_opener()
+    return Image.open(source)
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(12)
+
+
+def shown(value: object, letters: int = 60) -> str:
+    """A value as a message shows it: one line of at most `letters`, whatever its size."""
+    text = repr(value[:letters] if isinstance(value, str | bytes | list) else value)
+    if isinstance(value, str | bytes | list) and len(value) > letters:
+        text += f" ({len(value):,} in all)"
+    return text if len(text) <= letters + 25 else f"{text[: letters - 3]}..."
+
+
 def _name(source: str | Path | bytes) -> str:
-    return "the image" if isinstance(source, bytes) else f"image {source}"
+    return "the image" if isinstance(source, bytes) else f"image {_short(str(source))}"
+
+
+def _short(text: str, letters: int = 300) -> str:
+    """A path that may be a picture in base64, passed by mistake."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= letters else f"{text[:60]}... ({len(text):,} letters)"
 
 
 def _wide_grey(image: Image.Image) -> Image.Image:

@@ -28,16 +28,17 @@ from envs.processing.image_processor import (
     make_layout,
     select_tiling,
 )
-from envs.processing.images import ImageRef, check_size, open_image, to_rgb
+from envs.processing.images import ImageRef, check_size, open_image, shown, to_rgb
 
 CONFIG_FILE: Final = "preprocessor_config.json"
+MODEL_CONFIG_FILE: Final = "config.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
 TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
 IMAGE_TOKENS: Final = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>")
 PAD_ID: Final = -1
 """Fills `input_ids` on the right, padded crops and their masks and indices."""
 
-ImageLike = Image.Image | ImageRef | str | Path
+ImageLike = Image.Image | ImageRef | str | Path | bytes | np.ndarray[Any, Any]
 Inputs = dict[str, Tensor]
 
 
@@ -60,14 +61,22 @@ class MolmoEProcessor:
         tokenizer: with the four image tokens and `eos` among its added tokens.
         eos: the end-of-text token's text; its id also opens every prompt.
         styles: whether the model was trained on prompt styles; where not, every question is asked plainly.
+        max_tokens: longest prompt in tokens, images included; None for no limit.
     """
 
     def __init__(
-        self, geometry: ImageGeometry, tokenizer: Tokenizer, eos: str = "<|endoftext|>", *, styles: bool = True
+        self,
+        geometry: ImageGeometry,
+        tokenizer: Tokenizer,
+        eos: str = "<|endoftext|>",
+        *,
+        styles: bool = True,
+        max_tokens: int | None = None,
     ) -> None:
         self.geometry = geometry
         self.tokenizer = tokenizer
         self.styles = styles
+        self.max_tokens = max_tokens
         # A question that spells "<im_patch>" or "<|endoftext|>" is text, not a command to the
         # model.
         self.tokenizer.encode_special_tokens = True
@@ -100,7 +109,7 @@ class MolmoEProcessor:
         except Exception as error:  # the tokenizers library raises bare Exception
             raise UserError(f"cannot read {path}: {error}; give a folder with the published tokenizer files") from None
         name = str(eos.get("content")) if isinstance(eos, dict) else str(eos)
-        return cls(geometry, tokenizer, name, styles=styles)
+        return cls(geometry, tokenizer, name, styles=styles, max_tokens=_max_tokens(folder))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (
@@ -108,13 +117,15 @@ class MolmoEProcessor:
             self.tokenizer.to_str(),
             self.tokenizer.id_to_token(self.eos_id),
             self.styles,
+            self.max_tokens,
         )
 
     def __call__(self, image: ImageLike | None, question: str, tier: str = "high", style: str | None = None) -> Inputs:
         """Model inputs of one request, batch size 1.
 
         Args:
-            image: an image, a reference to one, or a path; None for a text-only request.
+            image: an image, a reference to one, a path, the bytes of a file, or 8-bit pixels (H, W), (H, W, 3) or
+                (H, W, 4); None for a text-only request.
             question: as asked. Options of a multiple-choice question belong to it, see
                 `with_options`.
             tier: `low`, `medium` or `high`: at most 3, 6 or 12 crops.
@@ -126,14 +137,16 @@ class MolmoEProcessor:
             tokens per crop) int64.
 
         Raises:
-            UserError: an unknown tier, or an image that cannot be read.
+            UserError: an unknown tier, an image that cannot be read, or a prompt longer than the model takes.
         """
         text = self.prompt_ids(question, style)
         if image is None:
+            self._check_length(0, 1 + len(text))
             return {"input_ids": torch.tensor([[self.eos_id, *text]])}
         rgb = _load(image)
         tiling = self.tiling(rgb.size, tier)
         layout = self._layout(tiling)
+        self._check_length(len(layout.ids), 1 + len(text))
         images, masks = self._image_processor(rgb, tiling)
         ids = np.concatenate([[self.eos_id], layout.ids, text])
         return {
@@ -160,9 +173,11 @@ class MolmoEProcessor:
         """
         text = 1 + len(self.prompt_ids(question, style))
         if size_wh is None:
+            self._check_length(0, text)
             return PromptShape(0, 0, text)
         tiling = self.tiling(size_wh, tier)
         image_tokens = image_token_count(self.geometry, tiling)
+        self._check_length(image_tokens, text)
         return PromptShape(1 + tiling[0] * tiling[1], image_tokens, image_tokens + text)
 
     def prompt_ids(self, question: str, style: str | None = None) -> list[int]:
@@ -178,7 +193,10 @@ class MolmoEProcessor:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`. Control tokens spelled out in it stay text."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        except (TypeError, UnicodeEncodeError):  # a lone surrogate cannot be passed on as UTF-8
+            raise UserError(f"the text {shown(text)} is not valid Unicode: give it as UTF-8") from None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The answer text of generated token ids.
@@ -189,6 +207,15 @@ class MolmoEProcessor:
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def _check_length(self, image_tokens: int, text_tokens: int) -> None:
+        """Refuses prompts beyond the positions that the model was trained for, before anything runs."""
+        total = image_tokens + text_tokens
+        if self.max_tokens is not None and total > self.max_tokens:
+            raise UserError(
+                f"the prompt is {total:,} tokens long ({text_tokens:,} of text, {image_tokens:,} of the image), above "
+                f"the model's max_sequence_length of {self.max_tokens:,}: shorten the question"
+            )
 
     def _make_layout(self, tiling: tuple[int, int]) -> ImageLayout:
         layout = make_layout(self.geometry, tiling, self.image_token_ids)
@@ -249,7 +276,7 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 def processor_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
     """Local folder holding the processor's files; see `small_files`."""
-    return small_files(path_or_id, revision, (CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE))
+    return small_files(path_or_id, revision, (CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, MODEL_CONFIG_FILE))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -263,14 +290,36 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _max_tokens(folder: Path) -> int | None:
+    """The longest sequence that the model's config allows; None where the folder has no such entry."""
+    if not (folder / MODEL_CONFIG_FILE).is_file():
+        return None
+    longest = _read_json(folder / MODEL_CONFIG_FILE).get("max_sequence_length")
+    return longest if isinstance(longest, int) and not isinstance(longest, bool) and longest > 0 else None
+
+
 def _load(image: ImageLike) -> Image.Image:
     if isinstance(image, Image.Image):
         return to_rgb(image)
-    if isinstance(image, str | Path):
+    if isinstance(image, str | Path | bytes):
         return open_image(image)
-    return image.load()
+    if isinstance(image, ImageRef):
+        return image.load()
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
+            check_size((image.shape[1], image.shape[0]))
+            return to_rgb(Image.fromarray(image))
+        seen = f"an array of shape {image.shape} and type {image.dtype}"
+    else:
+        seen = f"a {type(image).__name__}"
+    raise UserError(
+        f"the image is {seen}: give a PIL image, a path, the bytes of a file, or a uint8 array of shape (H, W), "
+        "(H, W, 3) or (H, W, 4)"
+    )
 
 
-def _restore(geometry: ImageGeometry, tokenizer: str, eos: str, styles: bool) -> MolmoEProcessor:
+def _restore(
+    geometry: ImageGeometry, tokenizer: str, eos: str, styles: bool, max_tokens: int | None
+) -> MolmoEProcessor:
     """Unpickles a processor, so that it can travel to other processes."""
-    return MolmoEProcessor(geometry, Tokenizer.from_str(tokenizer), eos, styles=styles)
+    return MolmoEProcessor(geometry, Tokenizer.from_str(tokenizer), eos, styles=styles, max_tokens=max_tokens)

@@ -9,6 +9,7 @@ import pytest
 from envs.data import Sample, load_task
 from envs.data.catalog import DATA_SETS, data_set, is_data_set, table_markdown
 from envs.data.hub_copies import HUB_COPIES, hub_markdown
+from envs.data.questions import fields_markdown
 
 Save = Callable[..., Path]
 Picture = Callable[..., bytes]
@@ -264,6 +265,7 @@ def test_the_documented_table_is_the_table() -> None:
     page = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
     assert table_markdown() in page
     assert hub_markdown() in page
+    assert fields_markdown() in page
 
 
 def test_every_hub_copy_is_accounted_for() -> None:

@@ -40,7 +40,7 @@ def lines(tmp_path: Path, save_lines: Save, save_picture: Save) -> Path:
 def test_json_lines_are_held_out_by_image(lines: Path) -> None:
     parts = [load_task(str(lines), split) for split in SPLITS]
     assert [len(part) for part in parts] == [16, 2, 2]
-    assert parts[0][0].metric == "vqa"
+    assert parts[0][0].metric == "vqa_exact"
     assert parts[0][0].style is None
     again = [load_task(str(lines), split) for split in SPLITS]
     assert again == parts
@@ -133,12 +133,11 @@ def test_samples_pickle_small_and_load_elsewhere(tmp_path: Path, save_parquet: S
     ("row", "reason"),
     [
         ({"question": "?", "answers": ["a"], "image": "gone.png"}, "no image 'gone.png'"),
-        ({"question": "?", "answers": ["a"], "image": "text.png"}, "cannot be read"),
-        ({"question": "?", "answers": ["a"], "image": "cut.png"}, "cannot be read"),
+        ({"question": "?", "answers": ["a"], "image": "text.png"}, "cannot read the image"),
+        ({"question": "?", "answers": ["a"], "image": "cut.png"}, "cannot read the image"),
         ({"question": "?", "answers": ["a"], "image": 5}, "image is 5"),
         ({"question": "?", "answers": ["a"], "image": "../outside.png"}, "outside"),
         ({"question": "?", "answers": ["a"], "image": "/etc/hostname"}, "outside"),
-        ({"question": "?", "answers": ["a"], "image": "link.png"}, "outside"),
         ({"question": "?", "answers": ["a"], "image": "x" * 5000}, "no image"),
         ({"question": "?", "answers": ["a"], "image": "a\0b"}, "give a path"),
         ({"question": "", "answers": ["a"], "image": "0.png"}, "question is ''"),
@@ -174,7 +173,6 @@ def test_a_broken_row_is_reported_with_its_place(
         save_picture(folder / f"{i}.png", i)
         good.append({"image": f"{i}.png", "question": "?", "answers": ["a"]})
     save_picture(tmp_path / "outside.png", 50)
-    (folder / "link.png").symlink_to(tmp_path / "outside.png")
     (folder / "text.png").write_text("not an image")
     (folder / "cut.png").write_bytes(picture(7)[:60])
     save_lines(folder / "d.jsonl", [*good, row])
@@ -195,7 +193,7 @@ def test_a_broken_parquet_row_is_reported_with_its_place(
     images = [picture(10), b"no image", None, picture(11), picture(12)]
     bad = {"question": ["?", "?", "?", None, "?"], "answers": [["a"]] * 4 + [[]]}
     save_parquet(tmp_path / "train-1.parquet", {"image": images, **bad})
-    with pytest.raises(UserError, match=r"train-1.parquet, row 1: .*cannot be read"):
+    with pytest.raises(UserError, match=r"train-1.parquet, row 1: .*cannot read"):
         load_task(f"textvqa={tmp_path}", "train")
     with caplog.at_level(logging.WARNING):
         parts = [load_task(f"textvqa={tmp_path}", split, on_broken="skip") for split in SPLITS]
@@ -358,7 +356,7 @@ def test_an_empty_folder_and_a_strange_file(tmp_path: Path) -> None:
 
 def test_a_missing_annotation_file_is_named(tmp_path: Path, save_json: Save) -> None:
     save_json(tmp_path / "v2_OpenEnded_mscoco_train2014_questions.json", {"questions": []})
-    with pytest.raises(UserError, match=r"no v2_mscoco_train2014_annotations\.json beside"):
+    with pytest.raises(UserError, match=r"no v2_mscoco_train2014_annotations\.json next to"):
         load_task(f"vqav2={tmp_path}", "train")
 
 

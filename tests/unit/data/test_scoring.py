@@ -71,5 +71,5 @@ def test_score(metric: str, prediction: str, answers: list[str], expected: float
 
 @pytest.mark.parametrize("metric", ["bleu", "multiple_choice", "multiple_choice:1", "multiple_choice:x"])
 def test_unknown_metric(metric: str) -> None:
-    with pytest.raises(UserError, match=f"unknown metric '{metric}': choose one of vqa, a_okvqa"):
+    with pytest.raises(UserError, match=f"unknown metric '{metric}': choose one of vqa, vqa_exact, a_okvqa"):
         scoring.score(metric, "x", ["x"])
