@@ -187,7 +187,7 @@ def resolve_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
     check_revision(path_or_id, revision)
     folder = Path(path_or_id).expanduser()
     if str(path_or_id) == "embedded":
-        from envs.model.embedded import folder as embedded_folder
+        from envs.embedded import folder as embedded_folder
 
         return embedded_folder()
     check_name(path_or_id)

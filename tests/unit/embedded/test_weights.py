@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
+from envs.embedded import folder
 from envs.knobs import ExecutionPlan, KnobSpace
 from envs.model import AdaptiveMolmoE, MolmoEProcessor
-from envs.model.embedded import folder
-from envs.model.embedded.shape import build_config, build_processor
 from envs.model.importance import read_importance
 from envs.model.processor import collate
 from envs.tasks.scenes import load_scenes
+from recipes.embedded_model.shape import build_config, build_processor
 
 
 @pytest.fixture(scope="module")

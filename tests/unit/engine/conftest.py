@@ -13,9 +13,9 @@ from PIL import Image
 from envs.engine import RolloutEngine
 from envs.knobs import KnobSpace
 from envs.model import AdaptiveMolmoE
-from envs.model.embedded.shape import build_config, build_processor
 from envs.model.importance import PUBLISHED_IMPORTANCE
 from envs.tasks.sample import ImageRef, Sample
+from recipes.embedded_model.shape import build_config, build_processor
 
 torch.set_num_threads(1)
 LIMIT = 8

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from envs.errors import UserError
-from envs.model.embedded.shape import GEOMETRY
 from envs.model.image_processor import select_tiling
 from envs.tasks.scenes import FAMILIES, all_questions, caption, load_scenes, make_scene
 from envs.tasks.scenes.draw import draw_scene
 from envs.tasks.scenes.layout import COLORS, DIGIT_BLOCKS, STREAMS, handwriting
 from envs.tasks.scenes.questions import CORNERS
 from envs.tasks.scenes.splits import SPLITS, SceneImage
+from recipes.embedded_model.shape import GEOMETRY
 
 
 def test_a_scene_is_a_function_of_stream_and_seed() -> None:

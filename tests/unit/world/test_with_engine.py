@@ -19,10 +19,10 @@ from envs.latency.measured import reference_sample
 from envs.latency_token import budget_level
 from envs.model import AdaptiveMolmoE, MolmoEProcessor
 from envs.model.config import MolmoEConfig
-from envs.model.embedded.shape import write_files
 from envs.reward import RewardConfig
 from envs.tasks.scenes import load_scenes
 from envs.world import World, WorldConfig
+from recipes.embedded_model.shape import write_files
 
 
 @pytest.fixture(scope="module")

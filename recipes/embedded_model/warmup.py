@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from envs.model.embedded.shape import GEOMETRY
 from envs.model.vision import VisionBackbone
 from envs.tasks.scenes.draw import blank, finish, paint
 from envs.tasks.scenes.layout import COLORS, SHAPES, SceneObject, jitter_rgb, pick_digit
+from recipes.embedded_model.shape import GEOMETRY
 
 _KINDS = ("none", "digit", *SHAPES)
 _COLOR_NAMES = tuple(COLORS)

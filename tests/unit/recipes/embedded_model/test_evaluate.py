@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from envs.embedded import WEIGHTS
 from envs.knobs import KnobSpace
-from envs.model.embedded import WEIGHTS, evaluate
 from envs.model.importance import read_importance
 from envs.tasks.scenes import load
+from recipes.embedded_model import evaluate
 
 COUNTS = {"validation": 12, "test": 4}
 
