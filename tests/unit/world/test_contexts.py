@@ -1,6 +1,5 @@
 """Which (sample, budget) every group is about."""
 
-
 import numpy as np
 import pytest
 from hypothesis import given
