@@ -35,8 +35,8 @@ def load(args: argparse.Namespace) -> tuple[AdaptiveMolmoE, MolmoEProcessor, tup
     if not args.fresh:
         processor = MolmoEProcessor.from_pretrained(args.model)
         return AdaptiveMolmoE.from_pretrained(args.model), processor, read_importance(args.model)
-    from envs.model.embedded.shape import build_config, build_processor
     from envs.model.importance import PUBLISHED_IMPORTANCE
+    from recipes.embedded_model.shape import build_config, build_processor
 
     processor = build_processor()
     model = AdaptiveMolmoE.initialise(build_config(len(processor.tokenizer.get_vocab()))).eval().requires_grad_(False)

@@ -76,7 +76,7 @@ class WorldConfig:
         clock_device: of the roofline clock.
         table: file of the profile table, needed by the profiled clock.
         reward: weights at fixed prices.
-        budgets: None computes the device's range over this world's samples with `held_out_bands` and `price_bins`.
+        budgets: None computes the device's range over this world's samples with `held_out_bands`.
         budget_low, budget_high: factors on the ends of that range.
         budget_low_ms, budget_high_ms: ends in ms instead, whatever the device; None takes the range's.
     """
@@ -102,7 +102,6 @@ class WorldConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     budgets: BudgetDistribution | None = None
     held_out_bands: int = 3
-    price_bins: int = 8
     budget_low: float = 1.0
     budget_high: float = 1.0
     budget_low_ms: float | None = None
@@ -172,7 +171,7 @@ class WorldConfig:
                     f"{least:.1f} to {most:.1f} ms; change budgets.low or budgets.high, or set both budgets.low_ms and "
                     "budgets.high_ms"
                 )
-        return BudgetDistribution.over(low, high, self.held_out_bands, self.price_bins)
+        return BudgetDistribution.over(low, high, self.held_out_bands)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -137,7 +137,6 @@ def world_config(config: Config, split: str, table: Path | None, budgets: Budget
         ),
         budgets=budgets,
         held_out_bands=config.budgets.held_out_bands,
-        price_bins=config.budgets.price_bins,
         budget_low=config.budgets.low,
         budget_high=config.budgets.high,
         budget_low_ms=config.budgets.low_ms,

@@ -15,7 +15,6 @@ from envs.errors import UserError, first_line
 from ray_ctrl.runs import write_json
 
 FILE = "tracking.json"
-FORM = r"^(mlflow|wandb):\S+$"
 
 
 class Tracker(Protocol):

@@ -1,10 +1,9 @@
 """Clocks: what a request costs on a device, stage by stage, in milliseconds."""
 
 from envs.latency.clock import AnyClock, Clock, MeasuringClock, is_measuring, reference_shape
-from envs.latency.drift import DriftWatch
 from envs.latency.measured import MeasuredClock
 from envs.latency.profiled import ProfiledClock
-from envs.latency.profiler import hold_out, profile, recalibrate
+from envs.latency.profiler import hold_out, profile
 from envs.latency.record import STAGES, LatencyRecord, RequestShape
 from envs.latency.roofline import DEVICES, RooflineClock
 from envs.latency.table import Identity, ProfileTable
@@ -14,7 +13,6 @@ __all__ = [
     "STAGES",
     "AnyClock",
     "Clock",
-    "DriftWatch",
     "Identity",
     "LatencyRecord",
     "MeasuredClock",
@@ -26,6 +24,5 @@ __all__ = [
     "hold_out",
     "is_measuring",
     "profile",
-    "recalibrate",
     "reference_shape",
 ]

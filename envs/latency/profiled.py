@@ -125,6 +125,6 @@ def _fit(stage: str, cells: Sequence[Cell]) -> tuple[float, ...]:
     if stage == "controller":
         return (float(np.median(times)),)
     floor = np.array([_FLOOR * cell.median.total for cell in cells])
-    scale = np.sqrt([cell.weight for cell in cells]) / np.maximum(times, floor)
+    scale = 1.0 / np.maximum(times, floor)
     costs, _ = nnls(rows * scale[:, None], times * scale)
     return tuple(map(float, costs))

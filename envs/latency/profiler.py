@@ -23,8 +23,6 @@ from envs.latency.record import STAGES, LatencyRecord, RequestShape
 from envs.latency.table import Cell, Identity, ProfileTable
 
 Progress = Callable[[int, int], None]
-MOST_RECALIBRATION_REQUESTS: Final = 50
-_CARRIED_WEIGHT: Final = 0.1
 _WARM_UP: Final = 2
 GOOD_FIT: Final = 0.05
 """Median error of a fit that budgets can be made from."""
@@ -97,49 +95,6 @@ def profile(
         if len(cells) < FEWEST_CELLS or ProfiledClock(table).median_error <= GOOD_FIT:
             break
     return table
-
-
-def recalibrate(
-    table: ProfileTable,
-    engine: Any,
-    samples: Sequence[Any],
-    *,
-    requests: int = MOST_RECALIBRATION_REQUESTS,
-    seed: int = 0,
-    controller: Any = None,
-) -> ProfileTable:
-    """Carry `table` over to the device that `engine` runs on, from at most 50 measured requests.
-
-    Every stage of the old cells is scaled by the median ratio seen, and they remain with little weight beside the new
-    ones: they hold the clock where nothing new was measured.
-
-    Raises:
-        UserError: another model or number format, no samples, or a number of requests outside 8 to 50.
-    """
-    if not 8 <= requests <= MOST_RECALIBRATION_REQUESTS or not samples:
-        raise UserError(
-            f"recalibration with {requests} requests over {len(samples)} samples is not allowed: give 8 to "
-            f"{MOST_RECALIBRATION_REQUESTS} requests and a sample at least"
-        )
-    here = Identity.of(engine)
-    for what in ("model", "dtype"):
-        if getattr(table.identity, what) != getattr(here, what):
-            raise UserError(
-                f"the profile table is of {what} {getattr(table.identity, what)}, this engine runs "
-                f"{getattr(here, what)}: a table is carried over between devices only; run `ray-ctrl profile`"
-            )
-    rng = np.random.default_rng(seed)
-    cells = _cells(engine, samples, requests, rng)
-    chosen = [cells[i] for i in rng.permutation(len(cells))[:requests]]
-    fresh = _measure(engine, chosen, 1, rng, controller)
-    old = ProfiledClock(table)
-    ratios = {}
-    for stage in STAGES:
-        pairs = [(getattr(c.median, stage), getattr(old.latency(c.shape, c.plan, c.new_tokens), stage)) for c in fresh]
-        seen = [measured / guess for measured, guess in pairs if measured > 0 and guess > 0]
-        ratios[stage] = float(np.median(seen)) if seen else 1.0
-    carried = tuple(cell.scaled(ratios, _CARRIED_WEIGHT) for cell in table.cells)
-    return ProfileTable(here, table.reference, (*fresh, *carried), recalibrated_from=table.identity.device)
 
 
 def hold_out(

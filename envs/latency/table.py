@@ -7,7 +7,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +18,7 @@ from envs.knobs import ExecutionPlan
 from envs.latency.record import LatencyRecord, RequestShape
 
 FORMAT_VERSION: Final = 1
-_PACKAGES: Final = ("torch", "transformers", "numpy", "pillow")
+_PACKAGES: Final = ("torch", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,6 @@ class Cell:
         median: median of every stage, ms.
         spread: 1.4826 times the median absolute deviation of every stage, ms (a robust standard deviation).
         totals_ms: the whole request in every repeat, ms.
-        weight: trust in this cell when fitting; below 1 where it was carried over from another device.
     """
 
     shape: RequestShape
@@ -88,29 +87,15 @@ class Cell:
     median: LatencyRecord
     spread: LatencyRecord
     totals_ms: tuple[float, ...]
-    weight: float = 1.0
-
-    def scaled(self, ratios: Mapping[str, float], weight: float) -> "Cell":
-        """This cell with every stage multiplied by its ratio, as a guess for another device."""
-        median = LatencyRecord(**{s: ms * ratios[s] for s, ms in self.median.to_dict().items()})
-        spread = LatencyRecord(**{s: ms * ratios[s] for s, ms in self.spread.to_dict().items()})
-        whole = median.total / self.median.total
-        totals = tuple(ms * whole for ms in self.totals_ms)
-        return replace(self, median=median, spread=spread, totals_ms=totals, weight=weight)
 
 
 @dataclass(frozen=True)
 class ProfileTable:
-    """Cells of one identity, with the reference request of the model; saved as JSON.
-
-    Attributes:
-        recalibrated_from: device of the table this one was carried over from; None where all was measured here.
-    """
+    """Cells of one identity, with the reference request of the model; saved as JSON."""
 
     identity: Identity
     reference: RequestShape
     cells: tuple[Cell, ...]
-    recalibrated_from: str | None = None
 
     def check(self, identity: Identity) -> None:
         """Refuse to serve another device, model, thread count or software version.
@@ -164,7 +149,6 @@ class ProfileTable:
                 identity=Identity(**body["identity"]),
                 reference=RequestShape(**body["reference"]),
                 cells=tuple(_cell(cell) for cell in body["cells"]),
-                recalibrated_from=body["recalibrated_from"],
             )
         except (KeyError, TypeError, UserError) as error:
             raise UserError(f"profile table {path} is damaged ({type(error).__name__}: {error}); {advice}") from None
@@ -178,7 +162,6 @@ def _cell(body: Mapping[str, Any]) -> Cell:
         median=LatencyRecord.from_dict(body["median"]),
         spread=LatencyRecord.from_dict(body["spread"]),
         totals_ms=tuple(float(ms) for ms in body["totals_ms"]),
-        weight=float(body["weight"]),
     )
 
 

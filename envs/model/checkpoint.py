@@ -21,6 +21,8 @@ from envs.errors import UserError
 from envs.model.config import MolmoEConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+LOADABLE_DTYPES = ("F64", "F32", "F16", "BF16")
+"""Number formats of weights; quantized ones mean nothing without their scales."""
 _SHARDS = "model-?????-of-?????.safetensors"
 # What is fetched for a hub id: weights and the JSON and text files beside them, never code.
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -187,7 +189,7 @@ def resolve_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
     check_revision(path_or_id, revision)
     folder = Path(path_or_id).expanduser()
     if str(path_or_id) == "embedded":
-        from envs.model.embedded import folder as embedded_folder
+        from envs.embedded import folder as embedded_folder
 
         return embedded_folder()
     check_name(path_or_id)
@@ -241,8 +243,18 @@ def load_weights(folder: Path, config: MolmoEConfig, parameters: Mapping[str, Te
     for path in weight_files(folder):
         with _opened(path) as file:
             for key in file.keys():  # noqa: SIM118 - not a mapping
+                part = file.get_slice(key)
+                if key in places:
+                    raise UserError(
+                        f"{key} is stored twice, in {places[key].name} and {path.name} of {folder}: keep one of them"
+                    )
+                if key in wanted and part.get_dtype() not in LOADABLE_DTYPES:
+                    raise UserError(
+                        f"{key} in {path} holds {part.get_dtype()} numbers, which are not read: give weights in one of "
+                        f"{', '.join(LOADABLE_DTYPES)}"
+                    )
                 places[key] = path
-                shapes[key] = tuple(file.get_slice(key).get_shape())
+                shapes[key] = tuple(part.get_shape())
     _check_keys(folder, wanted, shapes)
     with torch.no_grad():
         for path in sorted(set(places.values())):

@@ -23,6 +23,7 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
     "image_projector": ("mlp",),
     "include_bias": (False,),
     "layer_norm_type": ("rms",),
+    "model_type": ("molmo",),
     "moe_interleave": (False,),
     "moe_shared_expert": (False,),
     "multi_query_attention": (None, False),
@@ -145,13 +146,12 @@ class MolmoEConfig:
         if not isinstance(published, Mapping):
             raise UserError(f"{source} holds {type(published).__name__}, not an object: give a published config.json")
         read = _Reader(published, source)
-        read.check(_FIXED)
+        read.check({**_FIXED, "quantization_config": (None,)})
         d_model, n_heads = read.count("d_model"), read.count("n_heads")
         if published.get("n_kv_heads") not in (None, n_heads):
             raise read.error("n_kv_heads", f"null or {n_heads} (= n_heads)")
         vocab_size = read.count("vocab_size")
         mlp = published.get("mlp_hidden_size") or int(read.number("mlp_ratio") * d_model)
-        eos = published.get("eos_token_id")
         config = cls(
             d_model=d_model,
             n_heads=n_heads,
@@ -165,8 +165,8 @@ class MolmoEConfig:
             rope_theta=read.number("rope_theta"),
             max_sequence_length=read.count("max_sequence_length"),
             # The published tokenizer's end-of-text is the last id before the added ones.
-            eos_token_id=vocab_size - 1 if eos is None else int(eos),
-            pad_token_id=int(published.get("pad_token_id") or 1),
+            eos_token_id=read.optional_id("eos_token_id", vocab_size - 1),
+            pad_token_id=read.optional_id("pad_token_id", 1),
             projector_hidden=mlp // 2,
             max_crops=read.count("max_crops"),
             overlap_margins=read.pair("overlap_margins"),
@@ -202,7 +202,6 @@ class MolmoEConfig:
         return {
             **{key: values[0] for key, values in _FIXED.items()},
             "architectures": ["OLMoForCausalLM"],
-            "model_type": "molmo",
             "additional_vocab_size": self.additional_vocab_size,
             "crop_mode": "overlap-and-resize-c2",
             "d_model": self.d_model,
@@ -279,6 +278,14 @@ class _Reader:
         value = self.value(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.error(key, "a whole number of at least 1")
+        return value
+
+    def optional_id(self, key: str, default: int) -> int:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.error(key, "null or one token id of at least 0")
         return value
 
     def number(self, key: str) -> float:

@@ -4,7 +4,7 @@ Letters: N tokens, D model width, E experts, H hidden width of an expert, K most
 `grouped` sorts (token, expert) pairs by expert and multiplies group by group: cost in proportion to the experts used.
 `dense` runs every expert on every token as two wide products: cheaper where calls cost more than arithmetic (few
 tokens, small experts), and fast to differentiate; a lone token gets its own experts alone. Both give the same numbers
-within rounding. `Reserve` is dense, for training: of each token's experts only the last get a gradient.
+within rounding.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs.errors import UserError
-from envs.knobs import TOP_KS
 
 KERNELS = ("auto", "dense", "grouped")
 # Up to these sizes two wide products are over before the pairs are even sorted (measured, one CPU thread).
@@ -25,21 +24,6 @@ _DENSE_WEIGHTS = 2**19
 _CHUNK_TOKENS = 1024
 # What grouped products ask of every row.
 _ALIGNMENT = 16
-
-
-@dataclass(frozen=True)
-class Reserve:
-    """Kernel to train with: the `first` experts of each token are fixed, those ranked behind them learn.
-
-    Raises:
-        UserError: a `first` that leaves no expert to teach, or none fixed.
-    """
-
-    first: int
-
-    def __post_init__(self) -> None:
-        if not 0 < self.first < max(TOP_KS):
-            raise UserError(f"reserve behind {self.first} experts is not allowed: give 1 to {max(TOP_KS) - 1}")
 
 
 @dataclass(frozen=True)
@@ -92,7 +76,7 @@ def mixture(
     gate_up_EGD: Tensor,
     down_EHD: Tensor,
     top_k: int | TopK,
-    kernel: str | Reserve = "auto",
+    kernel: str = "auto",
 ) -> Tensor:
     """Weighted sum (N, D) of each token's experts, `down(silu(gate) * up)`.
 
@@ -102,10 +86,8 @@ def mixture(
         gate_up_EGD: gate over up projections, G = 2H rows an expert.
         down_EHD: down projections, transposed.
         top_k: experts per token, 4 to 8, alike or per token.
-        kernel: "dense", "grouped", or "auto" to choose by size; `Reserve` to train.
+        kernel: "dense", "grouped", or "auto" to choose by size.
     """
-    if isinstance(kernel, Reserve):
-        return _reserve(x_ND, *route(logits_NE, top_k), gate_up_EGD, down_EHD, kernel.first)
     if kernel not in KERNELS:
         raise UserError(f"experts kernel {kernel!r} is not allowed: choose one of {', '.join(KERNELS)}")
     if kernel != "dense" and not _aligned(x_ND, down_EHD):
@@ -151,15 +133,6 @@ def _dense(x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_EGD: Te
     share_NE = weights_NK.new_zeros(n, experts).scatter(1, experts_NK, weights_NK).to(gate_up.dtype)
     inner = F.silu(gate_up[..., :hidden]) * gate_up[..., hidden:] * share_NE.unsqueeze(-1)
     return inner.view(n, -1) @ down_EHD.flatten(0, 1)
-
-
-def _reserve(
-    x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor, first: int
-) -> Tensor:
-    """As `_dense`, in two parts: the weights of a token's first experts are fixed, those of the others learn."""
-    leading = torch.arange(weights_NK.shape[1], device=x_ND.device) < first
-    fixed = _dense(x_ND, weights_NK * leading, experts_NK, gate_up_EGD.detach(), down_EHD.detach())
-    return fixed + _dense(x_ND, weights_NK * ~leading, experts_NK, gate_up_EGD, down_EHD)
 
 
 def _grouped(x_ND: Tensor, logits_NE: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor, top_k: int | TopK) -> Tensor:

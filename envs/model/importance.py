@@ -83,7 +83,7 @@ def read_importance(path_or_id: str | Path, file: str | Path | None = None) -> t
 def importance_path(path_or_id: str | Path) -> Path:
     """Where the importance of a model is kept: beside its weights. For a hub id, a path that does not exist."""
     if str(path_or_id) == "embedded":
-        from envs.model.embedded import folder
+        from envs.embedded import folder
 
         path_or_id = folder()
     return Path(path_or_id).expanduser() / IMPORTANCE_FILE

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -327,28 +327,3 @@ def _size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
-
-
-def as_json(summary: ModelSummary) -> dict[str, Any]:
-    """The summary as plain values, for machines."""
-    return {
-        "source": summary.source,
-        "parameters": summary.parameters,
-        "parts": parameter_counts(summary.config),
-        "bytes_per_dtype": summary.bytes_per_dtype,
-        "files": summary.files,
-        "problems": list(summary.problems),
-        "importance": list(summary.importance),
-        "tokens": dict(summary.tokens),
-        "devices": [
-            {
-                "name": need.device.name,
-                "dtype": need.dtype,
-                "needed": need.bytes,
-                "free": need.device.free,
-                "total": need.device.total,
-                "fits": need.fits,
-            }
-            for need in summary.needs
-        ],
-    }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from envs.knobs import INSERTIONS, ExecutionPlan
 from envs.model.config import MolmoEConfig
-from envs.model.experts import Reserve, TopK, mixture, spread_top_k
+from envs.model.experts import TopK, mixture, spread_top_k
 from envs.model.schedule import FULL_TOP_K, Level, Nodes, build_schedule, entry_block, per_row
 
 MAX_INSERTION = max(INSERTIONS)
@@ -58,7 +58,7 @@ class Block(nn.Module):
         normed = F.rms_norm(x_RTND, x_RTND.shape[-1:], None, self.eps) * weight
         return normed.view(*normed.shape[:3], self.heads, -1)
 
-    def finish(self, x_RTD: Tensor, mixed_RHTd: Tensor, top_k: int | TopK, kernel: str | Reserve) -> Tensor:
+    def finish(self, x_RTD: Tensor, mixed_RHTd: Tensor, top_k: int | TopK, kernel: str) -> Tensor:
         """Output projection, then the mixture of experts, each added to its input."""
         shape = x_RTD.shape
         mixed = mixed_RHTd.transpose(1, 2).reshape(-1, shape[-1])
@@ -69,7 +69,7 @@ class Block(nn.Module):
         return (x_ND + mixture(normed, logits, self.gate_up, self.down, top_k, kernel)).view(shape)
 
     def forward(
-        self, x_RTD: Tensor, rope: Tensor, mask: Tensor | None, top_k: int | TopK, kernel: str | Reserve
+        self, x_RTD: Tensor, rope: Tensor, mask: Tensor | None, top_k: int | TopK, kernel: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         """All tokens: output (R, T, D), keys and values (R, T, H, d). Without a mask, attention is causal."""
         query, key, value = self.project(x_RTD, rope)
@@ -179,7 +179,7 @@ class Language(nn.Module):
         position_ids_BT: Tensor | None = None,
         attention_mask_BTT: Tensor | None = None,
         lengths: Sequence[int] | None = None,
-        experts: str | Reserve = "auto",
+        experts: str = "auto",
     ) -> Tensor:
         """Hidden states (B, T, D) after the final norm, differentiable.
 
@@ -190,7 +190,7 @@ class Language(nn.Module):
             attention_mask_BTT: True where a token (row) may attend to another (column); causal where not given.
                 Every token must be allowed at least one.
             lengths: true lengths of right-padded rows, to spend no experts on padding.
-            experts: "dense", "grouped", "auto", or `Reserve` to train (see `experts`).
+            experts: "dense", "grouped" or "auto" (see `experts`).
         """
         rows, tokens, _ = x_BTD.shape
         rope = self.rope(tokens)[:tokens]

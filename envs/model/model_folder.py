@@ -17,7 +17,7 @@ def small_files(path_or_id: str | Path, revision: str | None, names: Sequence[st
     check_revision(path_or_id, revision)
     name = str(path_or_id)
     if name == "embedded":
-        from envs.model.embedded import folder
+        from envs.embedded import folder
 
         return folder()
     path = Path(name).expanduser()

@@ -6,8 +6,8 @@
 Ctrl-C stops the trials at their last checkpoints; `--resume` goes on: finished trials stay, the others continue.
 """
 
+import json
 import os
-import random
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from envs.errors import UserError
 from ray_ctrl.console import console, table
@@ -30,10 +28,8 @@ if TYPE_CHECKING:
     from ray_ctrl.tune.summary import Result
 
 STATE = "tune"
+STATUSES = "statuses.json"
 STOPPING = "stopping the trials at their last checkpoints"
-# Checkpoints that PBT hands on. A trial may be one comparison ahead of the one that goes on from it, and Tune counts a
-# checkpoint up to three times (as reported, as the best, as the one paused at): 2 x 3 are enough to lose none in use.
-KEPT = 6
 # Read by Ray Tune; set only where the user has not.
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see stopping.Stopper
@@ -95,12 +91,18 @@ def _run(sweep: Sweep, root: Path, resume: bool) -> None:
     from ray_ctrl.tune.trial import TRIALS
 
     if resume:
+        statuses = recorded(root)
+        if len(statuses) == sweep.trials and set(statuses.values()) == {"TERMINATED"}:
+            console.print(f"all {sweep.trials} trials of this sweep ended before: nothing is left to train")
+            finish(sweep, root, summarise(sweep, root, statuses))
+            return
         for place in sorted((root / TRIALS).glob("*/run.json")):
             RunFolder.open(place.parent).check_importance()
     else:
         root.mkdir(parents=True, exist_ok=True)
         sweep = prepare(sweep, root)
         write_text(root / "sweep.yaml", dump(sweep))
+    sweep = with_shared_store(sweep, root)
     runners = sweep.base.runners
     group = trial_resources(sweep.base)
     with connect(runners.address, needed(totals(group)), timeout_s=runners.connect_timeout_s) as there:
@@ -118,22 +120,37 @@ def _run(sweep: Sweep, root: Path, resume: bool) -> None:
             finish(sweep, root, results)
 
 
+def recorded(root: Path) -> dict[str, str]:
+    """Each trial's last status as it was written down; empty before a first end or interruption."""
+    try:
+        return dict(json.loads((root / STATUSES).read_text("utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
 def _resume(root: Path) -> str:
     return f"ray-ctrl tune --resume --run-dir {root}"
 
 
+def with_shared_store(sweep: Sweep, root: Path) -> Sweep:
+    """The sweep with one outcome store for all trials in its folder, wherever that folder is now."""
+    if not sweep.file.share_store or sweep.base.store.path is not None:
+        return sweep
+    return replace(sweep, base=with_overrides(sweep.base, [f"store.path={root / 'outcomes.sqlite'}"]))
+
+
 def prepare(sweep: Sweep, root: Path) -> Sweep:
-    """The sweep with its shared store, and with the device profiled and the budgets computed once for all trials."""
+    """Profiles the device and computes the budgets once for all trials, which take copies of both from the folder.
+
+    Nothing in the sweep returned names the folder itself, so that it may be moved.
+    """
     from ray_ctrl.setting import open_setting
 
-    given: list[str] = []
-    if sweep.file.share_store and sweep.base.store.path is None:
-        given.append(f"store.path={root / 'outcomes.sqlite'}")
-    base = with_overrides(sweep.base, given)
+    base = sweep.base
     if sweep.shares_budgets:
-        setting = open_setting(base).with_clock(root)
-        if setting.table is not None:
-            base = with_overrides(base, [f"clock.table={setting.table.absolute()}"])
+        table = open_setting(with_shared_store(sweep, root).base).with_clock(root).table
+        if table is not None and not table.absolute().is_relative_to(root):
+            base = with_overrides(base, [f"clock.table={table.absolute()}"])
     judged = [item.key for item in sweep.space if item.key.startswith("reward.")]
     if judged and sweep.file.metric in ("validation/reward", "validation/score"):
         console.print(
@@ -181,8 +198,6 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, stopper: Stop
     from ray_ctrl.tune.trial import TRIALS, train_trial
 
     quiet()
-    random.seed(sweep.file.seed)  # PBT draws from the global generators
-    np.random.seed(sweep.file.seed)
     trainable = tune.with_parameters(train_trial, sweep=sweep, root=str(root))
     trainable = tune.with_resources(trainable, trial_resources(sweep.base))
     progress = Progress(sweep, root, lambda: stopper.requested)
@@ -215,7 +230,6 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, stopper: Stop
                 verbose=0,
                 callbacks=[progress],
                 failure_config=tune.FailureConfig(max_failures=sweep.file.retries),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=KEPT),
             ),
         )
     tuner.fit()
@@ -227,7 +241,8 @@ def summarise(sweep: Sweep, root: Path, statuses: Mapping[str, str]) -> Sequence
     from ray_ctrl.tune.summary import read_results, rows, write_summary
 
     results = read_results(sweep, root, statuses)
-    write_json(root / "statuses.json", dict(statuses))
+    if statuses:
+        write_json(root / STATUSES, dict(statuses))
     if results:
         write_summary(sweep, results, root, provenance())
         header, lines = rows(sweep, results)

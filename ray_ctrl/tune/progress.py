@@ -57,6 +57,11 @@ class Progress(tune.Callback):
             # Ray Tune saves its state and leaves on this signal; by now its handler is there.
             os.kill(os.getpid(), signal.SIGUSR1)
 
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        if self.ended is None:  # nothing was left to run
+            self.trials = list(trials)
+            self.ended = {trial.trial_id for trial in trials if str(trial.status) in DONE}
+
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:

@@ -38,9 +38,7 @@ def searcher(sweep: Sweep, concurrent: int) -> Any:
     if file.search != "bayesian":
         from ray.tune.search import BasicVariantGenerator
 
-        # A population is compared as a whole, so all of it takes turns; the limit would count waiting trials, too.
-        limit = 0 if file.scheduler == "pbt" else concurrent
-        return BasicVariantGenerator(random_state=file.seed, max_concurrent=limit)
+        return BasicVariantGenerator(random_state=file.seed, max_concurrent=concurrent)
     import optuna
     from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch

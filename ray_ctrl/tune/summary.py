@@ -12,7 +12,6 @@ import numpy as np
 
 from envs.errors import UserError
 from ray_ctrl.runs import Checkpoint, RunFolder, write_json, write_text
-from ray_ctrl.tune.lineage import stretches
 from ray_ctrl.tune.sweep import Sweep
 from ray_ctrl.tune.trial import TRIALS
 
@@ -22,7 +21,7 @@ class Result:
     """One trial.
 
     Attributes:
-        chosen: dotted key to value, at the best validation; at the end of the trial where there is none.
+        chosen: dotted key to value.
         status: Tune's word: TERMINATED, ERROR, RUNNING, PAUSED, PENDING; UNFINISHED where it was interrupted.
         curve: (iteration, metric) of every validation.
         best: iteration and metric of the best validation that has a checkpoint; None without one.
@@ -52,12 +51,11 @@ def _result(sweep: Sweep, folder: RunFolder, status: str) -> Result:
     metrics = folder.metrics()
     metric = sweep.file.metric
     curve = tuple((int(m["iteration"]), float(m[metric])) for m in metrics if metric in m)
-    own = stretches(folder)
     kept = {checkpoint.iteration for checkpoint in folder.checkpoints()}
     better = max if sweep.file.mode == "max" else min
-    scored = [point for point in curve if point[0] in kept and any(part.holds(point[0]) for part in own)]
+    scored = [point for point in curve if point[0] in kept]
     best = better(scored, key=lambda point: point[1]) if scored else None
-    settings = next((part for part in own if best and part.holds(best[0])), own[-1]).settings
+    settings = folder.config.model_dump(mode="json")
     chosen = {}
     for item in sweep.space:
         section, _, key = item.key.partition(".")

@@ -4,7 +4,6 @@ Every range and choice is checked against the configuration before Ray starts, s
 mistake.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,6 @@ from ray_ctrl.config import Config, Flag, Int, Section
 from ray_ctrl.settings import load_config, to_yaml, valid_keys, with_overrides
 
 KINDS = ("uniform", "log_uniform", "int", "log_int", "choice", "grid")
-# What PBT may change in the middle of a run without making another problem of it.
-MUTABLE = ("grpo.lr", "grpo.clip_low", "grpo.clip_high", "grpo.kl_weight", "grpo.entropy_weight", "grpo.epochs",
-           "grpo.max_grad_norm", "grpo.divide_by_spread", "grpo.drop_equal_groups", "grpo.reference_every",
-           "grpo.minibatch")  # fmt: skip
 # Trials that differ here are judged by different budgets or a different scale.
 JUDGES = ("reward.", "budgets.", "clock.", "model.", "task.")
 
@@ -34,14 +29,6 @@ class AshaSettings(Section):
     reduction: Int = Field(default=3, ge=2, le=64, description="One in so many trials survives each rung. 2 to 64.")
 
 
-class PbtSettings(Section):
-    """Population based training: trials that fall behind go on from a better one, with changed settings."""
-
-    every: Int = Field(default=5, ge=1, description="Iterations between comparisons; a multiple of evaluation.every.")
-    quantile: float = Field(default=0.25, gt=0, le=0.5, description="Share of trials that copy, and are copied.")
-    resample: float = Field(default=0.25, ge=0, le=1, description="Probability of a fresh draw instead of a change.")
-
-
 class SweepFile(Section):
     """The file's keys."""
 
@@ -50,7 +37,7 @@ class SweepFile(Section):
     set: dict[str, Any] = Field(default_factory=dict, description="Fixed settings: dotted key to value.")
     space: dict[str, dict[str, Any]] = Field(description="Dotted key to one of " + ", ".join(KINDS) + ".")
     search: Literal["random", "grid", "bayesian"] = Field(default="random", description="How settings are drawn.")
-    scheduler: Literal["none", "asha", "pbt"] = Field(default="none", description="Who is stopped or changed.")
+    scheduler: Literal["none", "asha"] = Field(default="none", description="Which trials are stopped early.")
     trials: Int | None = Field(default=None, ge=1, le=100_000, description="Trials; a grid counts its own.")
     concurrent: Int | None = Field(default=None, ge=1, description="Most trials at once; by default what fits.")
     seed: Int = Field(default=0, ge=0, lt=2**31, description="Seed of the draws.")
@@ -58,7 +45,6 @@ class SweepFile(Section):
     mode: Literal["max", "min"] = Field(default="max", description="Whether more of the metric is better.")
     retries: Int = Field(default=2, ge=0, le=100, description="Restarts of a trial whose process died.")
     asha: AshaSettings = AshaSettings()
-    pbt: PbtSettings = PbtSettings()
     share_store: Flag = Field(default=True, description="One outcome store for all trials, unless store.path is set.")
 
 
@@ -78,18 +64,6 @@ class Range:
     @property
     def is_range(self) -> bool:
         return self.kind not in ("choice", "grid")
-
-    def corners(self) -> tuple[Any, ...]:
-        """Values that stand for all: the ends of a range, every choice."""
-        return self.values
-
-    def clipped(self, value: Any) -> Any:
-        """`value` moved into the range, whole where it must be."""
-        if not self.is_range:
-            return value if value in self.values else self.values[0]
-        low, high = self.values
-        inside = min(max(value, low), high)
-        return round(inside) if self.kind in ("int", "log_int") else float(inside)
 
 
 @dataclass(frozen=True)
@@ -120,11 +94,11 @@ class Sweep:
         return with_overrides(self.base, [f"{key}={_as_yaml(value)}" for key, value in chosen.items()])
 
     def samples(self) -> Iterator[dict[str, Any]]:
-        """Every setting's corners beside the first corner of the others: what is checked before the start."""
-        first = {item.key: item.corners()[0] for item in self.space}
+        """Every end and choice of a setting with the first ones of the others: what is checked before the start."""
+        first = {item.key: item.values[0] for item in self.space}
         yield first
         for item in self.space:
-            for value in item.corners()[1:]:
+            for value in item.values[1:]:
                 yield first | {item.key: value}
 
 
@@ -147,6 +121,11 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
 def make_sweep(tree: Mapping[str, Any], folder: Path, overrides: Sequence[str] = ()) -> Sweep:
     """A checked sweep from the tree of its file; paths in it start at `folder`."""
+    if tree.get("scheduler") == "pbt" or "pbt" in tree:
+        raise UserError(
+            "scheduler: pbt is not a scheduler of sweeps: run Ray Tune's own PopulationBasedTraining on the algorithm, "
+            "tune.Tuner(GRPO, ...); see Sweeps in docs/cluster.md"
+        )
     try:
         file = SweepFile.model_validate(dict(tree))
     except ValidationError as error:
@@ -228,42 +207,11 @@ def _check(sweep: Sweep) -> None:
         raise UserError(f"trials: is missing: search {file.search} needs a number")
     if file.search == "grid" and file.trials not in (None, sweep.trials):
         raise UserError(f"trials: {file.trials} is not the size of the grid, {sweep.trials}: leave it out")
-    _check_scheduler(sweep)
     every = sweep.base.evaluation.every
     if not every:
         raise UserError("evaluation.every = 0 is not allowed in a sweep: trials are ranked by validation")
     for chosen in sweep.samples():
         plan_layout(sweep.config(chosen))
-
-
-def _check_scheduler(sweep: Sweep) -> None:
-    file, space = sweep.file, sweep.space
-    if file.scheduler != "pbt":
-        return
-    if file.search == "bayesian":
-        raise UserError("scheduler: pbt changes settings by itself: use search random or grid")
-    wrong = [item.key for item in space if item.key not in MUTABLE]
-    if wrong:
-        raise UserError(f"scheduler: pbt cannot change {wrong[0]} within a run: it takes {', '.join(MUTABLE)}")
-    if sweep.trials < 2:
-        raise UserError(f"scheduler: pbt needs at least 2 trials, not {sweep.trials}")
-    if file.concurrent is not None:
-        raise UserError(
-            f"concurrent: {file.concurrent} does not go with pbt, where all trials take turns: leave it out"
-        )
-    every, last = sweep.base.evaluation.every, sweep.base.run.iterations
-    if every and file.pbt.every % every:
-        raise UserError(
-            f"pbt.every = {file.pbt.every} is no multiple of evaluation.every = {every}: trials are compared there"
-        )
-    if file.pbt.every >= last:
-        raise UserError(f"pbt.every = {file.pbt.every} is no less than run.iterations = {last}: nothing is compared")
-
-
-def grid_points(sweep: Sweep) -> list[dict[str, Any]]:
-    """All combinations of a grid."""
-    keys = [item.key for item in sweep.space]
-    return [dict(zip(keys, values, strict=True)) for values in itertools.product(*(i.values for i in sweep.space))]
 
 
 def _as_yaml(value: Any) -> str:

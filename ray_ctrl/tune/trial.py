@@ -1,23 +1,22 @@
 """One trial: an ordinary run in a run folder of its own, which tells Ray Tune how it does on validation.
 
 A trial whose process died, or whose sweep was interrupted, goes on from the run folder's last good checkpoint, exactly
-as `ray-ctrl train --resume` does. Only a trial that PBT sends on from another one takes Tune's checkpoint.
+as `ray-ctrl train --resume` does.
 """
 
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
+from envs.latency import ProfiledClock, ProfileTable
 from ray_ctrl.config import Config
 from ray_ctrl.runs import RunFolder, write_text
 from ray_ctrl.setting import BUDGETS_FILE, TABLE_FILE, open_setting
 from ray_ctrl.settings import to_yaml
-from ray_ctrl.tune.lineage import adopt, pack
 
 TRIALS = "trials"
 # Tune hands a trial's process to the next trial, and gives the one before 2 s to end in it. On a busy machine, or with
@@ -42,24 +41,24 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
     trial = tune.get_context().get_trial_id()
     config = sweep.config(chosen)
     folder = open_folder(Path(root), trial, config, share=sweep.shares_budgets)
-    given, told = tune.get_checkpoint(), 0
-    if given is not None:
-        with given.as_directory() as place:
-            told = adopt(folder, trial, Path(place))
-    if folder.config != config:  # PBT changed it, or the resumed sweep
+    if folder.config != config:  # the resumed sweep changed it
         write_text(folder.root / "config.yaml", to_yaml(config))
-    trainer = Trainer(config, folder, open_setting(config).with_clock(folder.root), plan_layout(config))
+    setting = open_setting(config)
+    if (table := Path(root) / TABLE_FILE).is_file() and sweep.shares_budgets:
+        # All trials are judged by one profile: a node that it does not hold for is refused, not profiled anew.
+        ProfiledClock.for_engine(ProfileTable.load(table), setting.engine)
+    trainer = Trainer(config, folder, setting.with_clock(folder.root), plan_layout(config))
     try:
         # The last iteration before a crash or an interruption may never have reached Tune; what it knows does no harm.
         row = next((found for found in folder.metrics() if found["iteration"] == trainer.done), {})
-        if trainer.done > told and sweep.file.metric in row:
-            report(folder, trial, row, sweep.file.metric, keep=compared(sweep, trainer.done))
+        if sweep.file.metric in row:
+            report(row, sweep.file.metric)
         while trainer.done < config.run.iterations:
             row = trainer.iterate()
             if trainer._due():
                 trainer._checkpoint(row)
             if sweep.file.metric in row:
-                report(folder, trial, row, sweep.file.metric, keep=compared(sweep, trainer.done))
+                report(row, sweep.file.metric)
     finally:
         trainer.stop()
 
@@ -81,21 +80,6 @@ def open_folder(root: Path, trial: str, config: Config, *, share: bool) -> RunFo
     return folder
 
 
-def compared(sweep: Any, iteration: int) -> bool:
-    """Whether PBT compares trials after this iteration, and so may send another one on from here."""
-    file = sweep.file
-    return file.scheduler == "pbt" and iteration % file.pbt.every == 0 and iteration < sweep.base.run.iterations
-
-
-def report(folder: RunFolder, trial: str, row: Mapping[str, Any], metric: str, *, keep: bool) -> None:
-    """Tells Tune the metric; with `keep` the newest checkpoint goes along, for other trials to start from."""
-    numbers = {"iteration": row["iteration"], metric: row[metric], "reward": row["reward"]}
-    if not keep:
-        tune.report(numbers)
-        return
-    newest = folder.latest()
-    if newest is None:
-        raise RuntimeError(f"no checkpoint in {folder.root} after iteration {row['iteration']}")
-    with tempfile.TemporaryDirectory() as place:
-        pack(newest, trial, Path(place))
-        tune.report(numbers, checkpoint=tune.Checkpoint.from_directory(place))
+def report(row: Mapping[str, Any], metric: str) -> None:
+    """Tells Tune the metric of an iteration."""
+    tune.report({"iteration": row["iteration"], metric: row[metric], "reward": row["reward"]})

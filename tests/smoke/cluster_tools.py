@@ -20,8 +20,8 @@ BIN = Path(sys.executable).parent
 
 def model_folder(place: Path) -> str:
     """`embedded` where its weights are there, else an untrained model of the same shape, made in `place`."""
+    from envs.embedded import folder
     from envs.errors import UserError
-    from envs.model.embedded import folder
 
     try:
         folder()
@@ -32,7 +32,7 @@ def model_folder(place: Path) -> str:
 
     from envs.model import AdaptiveMolmoE
     from envs.model.config import MolmoEConfig
-    from envs.model.embedded.shape import write_files
+    from recipes.embedded_model.shape import write_files
 
     place.mkdir(parents=True, exist_ok=True)
     write_files(place)

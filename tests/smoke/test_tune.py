@@ -1,4 +1,4 @@
-"""Sweeps end to end through the command: interrupted, resumed, decided; and a population that learns from its best."""
+"""Sweeps end to end through the command: interrupted, resumed, decided."""
 
 import csv
 import json
@@ -93,18 +93,6 @@ def test_a_sweep_is_interrupted_resumed_and_decided(tmp_path: Path) -> None:
     after = written(root)
     assert all(after[trial][: len(rows)] == rows for trial, rows in before.items())
     assert (root / "outcomes.sqlite").is_file()
-
-
-@pytest.mark.slow
-def test_a_population_goes_on_from_its_best(tmp_path: Path) -> None:
-    root = tmp_path / "sweep"
-    pbt = {"every": 1, "quantile": 0.5, "resample": 1.0}
-    ended(write(tmp_path, iterations=4, scheduler="pbt", trials=2, pbt=pbt), "--run-dir", root)
-    decided(root, trials=2, iterations=4)
-    adopted = [json.loads(path.read_text("utf-8")) for path in root.glob("trials/*/adopted.json")]
-    trials = {path.name for path in (root / "trials").iterdir()}
-    assert adopted
-    assert {entry["trial"] for entry in adopted} <= trials
 
 
 @pytest.mark.slow

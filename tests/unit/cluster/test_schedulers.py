@@ -1,4 +1,4 @@
-"""ASHA and PBT, driven by hand: trials that report, fail, end, and come back after an interruption."""
+"""ASHA, driven by hand: trials that report, fail, end, and come back after an interruption."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from ray_ctrl.tune.schedulers import Halving, Population, scheduler
+from ray_ctrl.tune.schedulers import Halving, scheduler
 from ray_ctrl.tune.sweep import Sweep, make_sweep
 
 METRIC = "validation/score"
@@ -92,74 +92,6 @@ class Made(SimpleNamespace):
     def origin(self) -> str | None:
         result = self.run_metadata.checkpoint_manager._latest_checkpoint_result
         return result.checkpoint if result else None
-
-
-def population(**keys: Any) -> Trials:
-    made = scheduler(sweep("pbt", pbt={"every": 2, "quantile": 0.34}, **keys), Path())
-    assert isinstance(made, Population)
-    return Trials(made)
-
-
-def test_a_population_is_compared_after_the_same_iterations() -> None:
-    trials = population()
-    a, b, c = (trials.add(name) for name in "abc")
-    assert trials.report(a, 1, 0.9) == TrialScheduler.CONTINUE
-    assert trials.report(a, 2, 0.3) == TrialScheduler.PAUSE
-    assert trials.report(b, 2, 0.1) == TrialScheduler.PAUSE
-    assert trials.next() is None, "somebody ran ahead of the comparison"
-    trials.report(c, 2, 0.2)
-    assert (a.origin(), b.origin(), c.origin()) == (None, "checkpoint of a", None)
-    assert trials.next() is not None
-
-
-def test_the_last_iteration_changes_nothing() -> None:
-    trials = population()
-    a, b = trials.add("a"), trials.add("b")
-    for trial, score in ((a, 0.1), (b, 0.9)):
-        assert trials.report(trial, 9, score) == TrialScheduler.CONTINUE
-    assert (a.origin(), a.status, b.status) == (None, Trial.RUNNING, Trial.RUNNING)
-
-
-def test_a_population_does_not_wait_for_a_trial_that_failed() -> None:
-    trials = population()
-    a, b, c = (trials.add(name) for name in "abc")
-    c.status = Trial.ERROR
-    trials.report(a, 2, 0.1)
-    trials.report(b, 2, 0.2)
-    assert a.origin() == "checkpoint of b"
-    # It fails while all others wait for it: nobody is left to report.
-    trials = population()
-    a, b, c = (trials.add(name) for name in "abc")
-    trials.report(a, 2, 0.1)
-    trials.report(b, 2, 0.2)
-    assert trials.next() is None
-    c.status = Trial.ERROR
-    assert trials.next() == "a"
-
-
-def test_a_restored_population_falls_into_step() -> None:
-    trials = population()
-    ahead = trials.add("ahead", Trial.PENDING, {"iteration": 4, METRIC: 0.2})
-    behind = trials.add("behind", Trial.PENDING, {"iteration": 3, METRIC: 0.5})
-    done = trials.add("done", Trial.TERMINATED, {"iteration": 9, METRIC: 0.9})
-    assert (ahead.status, behind.status, done.status) == (Trial.PAUSED, Trial.PAUSED, Trial.TERMINATED)
-    assert trials.next() == "behind"
-    behind.status = Trial.RUNNING
-    assert trials.next() is None
-    assert trials.report(behind, 4, 0.1) == TrialScheduler.NOOP  # paused to go on from the other
-    assert behind.origin() == "checkpoint of ahead"
-    assert trials.next() is not None
-
-
-def test_a_trial_whose_process_died_keeps_its_place() -> None:
-    trials = population()
-    a, b = trials.add("a"), trials.add("b")
-    trials.report(a, 2, 0.1)
-    trials.report(b, 2, 0.2)
-    b.status = Trial.PENDING
-    trials.scheduler.on_trial_add(trials, b)
-    assert b.status == Trial.PENDING
-    assert trials.scheduler._trial_state[b].last_train_time == 2
 
 
 def test_halving_counts_what_was_reached_before_an_interruption(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""What a trial does beside training: adopting another's checkpoint, ending in time, passing on the wish to stop."""
+"""What a trial does besides training: ending in time, reporting, passing on the wish to stop."""
 
-import math
+import json
 import os
 import signal
 import time
@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from ray_ctrl.runs import RunFolder, write_text
-from ray_ctrl.settings import load_config, to_yaml
-from ray_ctrl.tune.lineage import adopt, pack, stretches
+from ray_ctrl.settings import load_config
 from ray_ctrl.tune.summary import read_results, write_summary
-from ray_ctrl.tune.sweep import Sweep, make_sweep
+from ray_ctrl.tune.sweep import Sweep, dump, make_sweep
 
 METRIC = "validation/score"
 SPACE = {"grpo.lr": {"log_uniform": [1e-4, 1e-1]}}
@@ -44,50 +43,6 @@ def go_on(folder: RunFolder, iteration: int, score: float) -> None:
 
 def named(folder: RunFolder) -> dict[int, str]:
     return {c.iteration: (c.path / "controller" / "name").read_text("utf-8") for c in folder.checkpoints()}
-
-
-def hand_over(origin: RunFolder, iteration: int, taker: RunFolder, place: Path) -> None:
-    place.mkdir()
-    checkpoint = next(c for c in origin.checkpoints() if c.iteration == iteration)
-    pack(checkpoint, origin.root.name, place)
-    adopt(taker, taker.root.name, place)
-
-
-def test_adopting_replaces_what_comes_after_and_keeps_what_was_reached_before(tmp_path: Path) -> None:
-    best = run(tmp_path, "best", {1: 0.1, 2: 0.6}, lr=0.01)
-    poor = run(tmp_path, "poor", {1: 0.5, 2: 0.2}, lr=0.001)
-    hand_over(best, 2, poor, tmp_path / "given")
-    assert named(poor) == {1: "poor 1", 2: "best 2"}
-    assert [(row["iteration"], row[METRIC]) for row in poor.metrics()] == [(1, 0.5), (2, 0.6)]
-    # The best is the origin's where it came from there, and has the settings that led to it.
-    write_text(poor.root / "config.yaml", to_yaml(load_config("smoke", None, ["grpo.lr=0.02"])))
-    results = {result.trial: result for result in read_results(sweep(), tmp_path, {})}
-    assert (results["poor"].best, results["poor"].chosen) == ((1, 0.5), {"grpo.lr": 0.001})
-    go_on(poor, 3, 0.7)
-    results = {result.trial: result for result in read_results(sweep(), tmp_path, {})}
-    assert (results["poor"].best, results["poor"].chosen) == ((3, 0.7), {"grpo.lr": 0.02})
-    # The same once more, as after a crash, changes nothing.
-    adopt(poor, "poor", tmp_path / "given")
-    assert named(poor)[3] == "poor 3"
-
-
-def test_adopting_from_further_on_takes_the_iterations_between_along(tmp_path: Path) -> None:
-    far = run(tmp_path, "far", {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4}, lr=0.01)
-    near = run(tmp_path, "near", {1: 0.0}, lr=0.001)
-    hand_over(far, 4, near, tmp_path / "given")
-    assert [row["iteration"] for row in near.metrics()] == [1, 2, 3, 4]
-    assert [(part.after, part.until) for part in stretches(near)] == [(0, 1), (4, math.inf)]
-    ahead = run(tmp_path, "ahead", {1: 0.0, 2: 0.9, 3: 0.0}, lr=0.001)
-    hand_over(far, 2, ahead, tmp_path / "back")
-    assert named(ahead) == {1: "ahead 1", 2: "far 2"}
-    assert [row["iteration"] for row in ahead.metrics()] == [1, 2]
-
-
-def test_its_own_checkpoint_is_not_adopted(tmp_path: Path) -> None:
-    alone = run(tmp_path, "alone", {1: 0.1, 2: 0.2}, lr=0.01)
-    hand_over(alone, 1, alone, tmp_path / "given")
-    assert sorted(named(alone)) == [1, 2]
-    assert not (alone.root / "adopted.json").exists()
 
 
 def test_the_summary_has_a_row_for_each_trial(tmp_path: Path) -> None:
@@ -146,21 +101,13 @@ def test_a_process_that_ends_a_trial_slowly_still_takes_the_next(
         os.environ.pop("TUNE_FUNCTION_THREAD_TIMEOUT_S", None)
 
 
-@pytest.mark.parametrize(("given", "reports"), [(None, [2, 3]), (1, [2, 3]), (2, [3])])
-def test_what_tune_may_have_missed_is_told_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: int | None, reports: list[int]
-) -> None:
+def test_what_tune_may_have_missed_is_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An iteration that was written down, but not reported before the interruption."""
     from ray_ctrl import train
     from ray_ctrl.tune import trial
 
     folder = run(tmp_path, "me", {1: 0.1, 2: 0.2}, lr=0.01)
     folder.append_metrics({"iteration": 3, METRIC: 0.3, "reward": 0.3})
-    checkpoint = None
-    if given is not None:
-        (tmp_path / "given").mkdir()
-        pack(folder.checkpoints()[given - 1], "me", tmp_path / "given")
-        checkpoint = trial.tune.Checkpoint.from_directory(tmp_path / "given")
 
     def iterate() -> dict[str, Any]:
         trainer.done = 3
@@ -171,12 +118,11 @@ def test_what_tune_may_have_missed_is_told_again(
     monkeypatch.setattr(train, "Trainer", lambda *given: trainer)
     monkeypatch.setattr(trial, "open_setting", lambda config: SimpleNamespace(with_clock=lambda place: None))
     monkeypatch.setattr(trial.tune, "get_context", lambda: SimpleNamespace(get_trial_id=lambda: "me"))
-    monkeypatch.setattr(trial.tune, "get_checkpoint", lambda: checkpoint)
     told: list[int] = []
     monkeypatch.setattr(trial.tune, "report", lambda numbers, **more: told.append(numbers["iteration"]))
     found = sweep(set={"run.iterations": 3})
     trial.train_trial({"grpo.lr": 0.01}, sweep=found, root=str(tmp_path))
-    assert told == reports
+    assert told == [2, 3]
 
 
 def test_an_interruption_before_tune_listens_is_passed_on_later() -> None:
@@ -210,3 +156,42 @@ def test_the_best_so_far_is_that_of_the_whole_sweep(capsys: pytest.CaptureFixtur
         assert ("best so far" in capsys.readouterr().out) == better
     progress.recall([])
     assert progress.best is None
+
+
+def test_an_ended_sweep_says_so_and_is_finished_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the process died between the last trial and the export: statuses are there, the controller is not."""
+    from ray_ctrl import tune
+
+    run(tmp_path, "a", {1: 0.1}, lr=0.01)
+    run(tmp_path, "b", {1: 0.2}, lr=0.001)
+    write_text(tmp_path / "sweep.yaml", dump(sweep()))
+    write_text(tmp_path / "statuses.json", json.dumps({"a": "TERMINATED", "b": "TERMINATED"}))
+    for _ in range(2):
+        tune.run(None, run_dir=tmp_path, resume=True)
+        assert "all 2 trials of this sweep ended before" in capsys.readouterr().out
+        assert (tmp_path / "controller" / "name").read_text("utf-8") == "b 1"
+    assert json.loads((tmp_path / "statuses.json").read_text("utf-8")) == {"a": "TERMINATED", "b": "TERMINATED"}
+
+
+def test_statuses_are_known_where_tune_had_nothing_left_to_run(tmp_path: Path) -> None:
+    from ray_ctrl import tune
+    from ray_ctrl.tune.progress import Progress
+
+    progress = Progress(sweep(), tmp_path)
+    progress.on_experiment_end([SimpleNamespace(trial_id=name, status="TERMINATED") for name in "ab"])
+    assert progress.statuses() == {"a": "TERMINATED", "b": "TERMINATED"}
+    write_text(tmp_path / "statuses.json", json.dumps(progress.statuses()))
+    tune.summarise(sweep(), tmp_path, {})
+    assert tune.recorded(tmp_path) == progress.statuses()
+
+
+def test_a_sweep_names_its_own_folder_nowhere(tmp_path: Path) -> None:
+    """So that a folder that was moved or copied resumes with its own store and profile."""
+    from ray_ctrl import tune
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    prepared = tune.prepare(sweep(set={"clock.kind": "roofline"}), old)
+    text = dump(prepared)
+    assert str(old) not in text
+    assert tune.with_shared_store(prepared, new).base.store.path == str(new / "outcomes.sqlite")

@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 
 from envs.data.scenes import load
+from envs.embedded import WEIGHTS
 from envs.model import AdaptiveMolmoE
-from envs.model.embedded import WEIGHTS
-from envs.model.embedded.figures import chance
 from envs.model.importance import read_importance
+from recipes.embedded_model.figures import chance
 
 CARD = (WEIGHTS.parent / "MODEL_CARD.md").read_text("utf-8")
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from envs.data.scenes import load_scenes
+from envs.embedded import folder
 from envs.knobs import ExecutionPlan, KnobSpace
-from envs.model import AdaptiveMolmoE
-from envs.model.embedded import folder
-from envs.model.embedded.shape import build_config, build_processor
+from envs.model import AdaptiveMolmoE, MolmoEProcessor
 from envs.model.importance import read_importance
 from envs.processing import MolmoEProcessor
 from envs.processing.processor import collate
+from recipes.embedded_model.shape import build_config, build_processor
 
 
 @pytest.fixture(scope="module")

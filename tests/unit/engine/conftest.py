@@ -14,8 +14,8 @@ from envs.data.sample import ImageRef, Sample
 from envs.engine import RolloutEngine
 from envs.knobs import KnobSpace
 from envs.model import AdaptiveMolmoE
-from envs.model.embedded.shape import build_config, build_processor
 from envs.model.importance import PUBLISHED_IMPORTANCE
+from recipes.embedded_model.shape import build_config, build_processor
 
 torch.set_num_threads(1)
 LIMIT = 8

@@ -220,3 +220,38 @@ def test_other_shapes(layers, depth, inputs):
     batch = {**inputs, "input_ids": inputs["input_ids"].clamp(max=319)}
     assert model(batch, ExecutionPlan()).shape == (2, 48, 320)
     assert "model.transformer.wte.new_embedding" not in model.published_state_dict()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+        ("model_type", "molmo2"),
+        ("eos_token_id", [0, 1]),
+        ("eos_token_id", "0"),
+        ("pad_token_id", -1),
+    ],
+)
+def test_configs_that_are_not_read_are_refused_by_name(folder, key, value):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"{key} is .*supported:"):
+        AdaptiveMolmoE.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.int64])
+def test_quantized_tensors_are_refused(folder, dtype):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(dtype)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"lm_head\.weight in .* numbers, which are not read"):
+        AdaptiveMolmoE.from_pretrained(folder)
+
+
+def test_a_key_in_two_shards_is_refused(model, folder):
+    model.save_pretrained(folder, max_shard_size=2**21)
+    first, *_, last = sorted(folder.glob("model-*.safetensors"))
+    key = next(iter(load_file(first)))
+    save_file(load_file(last) | {key: load_file(first)[key] + 1}, last)
+    with pytest.raises(UserError, match=f"{key} is stored twice, in {first.name} and {last.name}"):
+        AdaptiveMolmoE.from_pretrained(folder)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from envs.errors import UserError
 from envs.model import experts
-from envs.model.experts import Reserve, TopK, mixture, spread_top_k
+from envs.model.experts import TopK, mixture, spread_top_k
 
 E, D, H = 12, 16, 8
 
@@ -106,25 +106,3 @@ def test_a_lone_token_gets_the_same_numbers_from_its_own_experts_alone(top_k):
     gate_up[unused] = torch.nan
     out = mixture(x, logits, gate_up, down, top_k, "dense")
     assert torch.allclose(out, plain(x, logits, gate_up, down, [top_k]), atol=1e-5)
-
-
-@pytest.mark.parametrize("first", [4, 6])
-def test_reserve_gives_the_same_numbers_and_a_gradient_to_later_experts_alone(first):
-    generator = torch.Generator().manual_seed(3)
-    x, logits = torch.randn(1, D, generator=generator), 3 * torch.randn(1, E, generator=generator)
-    gate_up, down = (weight.requires_grad_(True) for weight in weights())
-    out = mixture(x, logits, gate_up, down, 8, Reserve(first))
-    assert torch.allclose(out, plain(x, logits, gate_up, down, [8]), atol=1e-5)
-    out.sum().backward()
-    ranked = logits[0].argsort(descending=True)
-    for grad in (gate_up.grad, down.grad):
-        taught = grad.flatten(1).abs().sum(1) > 0
-        assert not taught[ranked[:first]].any()
-        assert taught[ranked[first:8]].all()
-        assert not taught[ranked[8:]].any()
-
-
-@pytest.mark.parametrize("first", [0, 8])
-def test_a_reserve_that_teaches_nobody_or_everybody_is_refused(first):
-    with pytest.raises(UserError, match=rf"behind {first} experts.*give 1 to 7"):
-        Reserve(first)

@@ -16,7 +16,7 @@ from envs.errors import UserError
 from envs.model import AdaptiveMolmoE
 from envs.model.checkpoint import slots
 from envs.model.config import MolmoEConfig
-from envs.model.inspect import Device, as_json, describe, inspect_model, read_header
+from envs.model.inspect import Device, describe, inspect_model, read_header
 from envs.model.sizes import longest_prompt, needed_bytes, parameter_counts, request_memory
 
 ROOT = Path(__file__).parents[3]
@@ -117,7 +117,6 @@ def test_summary_of_the_golden_checkpoint(folder: Path) -> None:
     text = describe(summary)
     for part in ("225 settings, 195 distinct", "2,046,336", "does not fit", "blocks 4, 13, 10, 2"):
         assert part in text
-    assert json.loads(json.dumps(as_json(summary)))["parameters"] == summary.parameters
 
 
 def test_this_machines_memory_is_found(folder: Path) -> None:

@@ -13,8 +13,8 @@ from envs.data.scenes.layout import COLORS, DIGIT_BLOCKS, STREAMS, handwriting
 from envs.data.scenes.questions import CORNERS
 from envs.data.scenes.splits import SPLITS, SceneImage
 from envs.errors import UserError
-from envs.model.embedded.shape import GEOMETRY
 from envs.processing.image_processor import select_tiling
+from recipes.embedded_model.shape import GEOMETRY
 
 
 def test_a_scene_is_a_function_of_stream_and_seed() -> None:

@@ -1,4 +1,4 @@
-"""Training and held-out budgets, and price bins."""
+"""Training and held-out budgets."""
 
 import math
 
@@ -54,17 +54,6 @@ def test_budgets_are_uniform_in_the_logarithm():
     assert counts.max() < 2200
 
 
-@given(ranges, st.integers(1, 64))
-def test_bins_partition_the_range(ends, bins):
-    budgets = BudgetDistribution.over(*ends, bins=bins)
-    seen = budgets.bin_index(np.geomspace(ends[0] * 1.0001, ends[1] * 0.9999, 20 * bins))
-    assert seen.dtype == np.int64
-    assert (np.diff(seen) >= 0).all()
-    assert set(seen.tolist()) == set(range(bins))
-    assert budgets.bin_index(ends[0] / 10) == 0
-    assert budgets.bin_index(ends[1] * 10) == bins - 1
-
-
 @pytest.mark.parametrize("budget", [0, -1, math.nan, math.inf, "soon", None])
 def test_impossible_budgets_are_refused(budget):
     with pytest.raises(UserError):
@@ -85,7 +74,6 @@ def test_impossible_budgets_are_refused(budget):
         ((10.0, 20.0, ((14.0, 12.0),)), "held-out bands"),
         ((10.0, 20.0, ((12.0, 14.0), (13.0, 15.0))), "held-out bands"),
         ((10.0, 20.0, ((10.0, 20.0),)), "whole range"),
-        ((10.0, 20.0, (), 0), "price bins"),
     ],
 )
 def test_impossible_distributions_are_refused(arguments, named):

@@ -14,8 +14,6 @@ from envs.errors import UserError
 from envs.knobs import ExecutionPlan
 from envs.latency import (
     DEVICES,
-    DriftWatch,
-    Identity,
     LatencyRecord,
     MeasuredClock,
     ProfiledClock,
@@ -25,7 +23,6 @@ from envs.latency import (
     hold_out,
     is_measuring,
     profile,
-    recalibrate,
     reference_shape,
 )
 from envs.latency.clock import image_tokens
@@ -276,28 +273,6 @@ def test_too_small_a_table_is_refused(table):
         ProfiledClock(dataclasses.replace(table, cells=table.cells[:3]))
 
 
-def test_recalibration_carries_a_table_over(table, world):
-    slower = EngineDouble(CONFIG)
-    slower.scale = 2.3
-    before = slower.calls["measured"]
-    elsewhere = dataclasses.replace(table, identity=dataclasses.replace(table.identity, device="old device"))
-    carried = recalibrate(elsewhere, slower, world.samples[:20], requests=40)
-    warm_up = 2 * 3
-    assert slower.calls["measured"] - before <= 40 + warm_up
-    assert carried.recalibrated_from == "old device"
-    assert carried.identity == Identity.of(slower)
-    assert hold_out(ProfiledClock.for_engine(carried, slower), slower, world.samples[20:]).median < 0.08
-
-
-def test_recalibration_keeps_to_50_requests_and_one_model(table, world):
-    engine = EngineDouble(CONFIG)
-    with pytest.raises(UserError, match="51 requests"):
-        recalibrate(table, engine, world.samples, requests=51)
-    engine.model.fingerprint = "e" * 64
-    with pytest.raises(UserError, match="between devices only"):
-        recalibrate(table, engine, world.samples)
-
-
 def test_profiling_needs_something_to_measure(world):
     with pytest.raises(UserError, match="0 samples"):
         profile(EngineDouble(CONFIG), [])
@@ -333,17 +308,6 @@ def test_profiling_text_only_samples():
     record = clock.latency(RequestShape(0, 0, 12, 0), ExecutionPlan("low"), 2)
     assert record.vision == 0
     assert record.total > 0
-
-
-def test_drift_is_noticed_once_it_lasts(table):
-    clock = ProfiledClock(table)
-    watch = DriftWatch(clock, window=10)
-    assert all(watch.add(10.0, 10.0 * ratio) is None for ratio in [1.0, 0.99, 1.01] * 10)
-    told = [watch.add(10.0, 15.0) for _ in range(10)]
-    assert told[0] is None
-    assert "1.50 times" in str(told[-1])
-    with pytest.raises(UserError, match="window of 2"):
-        DriftWatch(clock, window=2)
 
 
 def test_measured_clock_runs_the_request_and_the_reference():

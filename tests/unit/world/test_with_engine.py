@@ -20,10 +20,10 @@ from envs.latency.measured import reference_sample
 from envs.latency_token import budget_level
 from envs.model import AdaptiveMolmoE
 from envs.model.config import MolmoEConfig
-from envs.model.embedded.shape import write_files
 from envs.processing import MolmoEProcessor
 from envs.reward import RewardConfig
 from envs.world import World, WorldConfig
+from recipes.embedded_model.shape import write_files
 
 
 @pytest.fixture(scope="module")

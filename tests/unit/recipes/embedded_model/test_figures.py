@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.knobs import Knobs
-from envs.model.embedded.figures import (
+from recipes.embedded_model.figures import (
     OutcomeTable,
     by_family,
     chance,

@@ -1,4 +1,4 @@
-"""Every figure of the model card, measured: `python -m envs.model.embedded.evaluate`.
+"""Every figure of the model card, measured: `python -m recipes.embedded_model.evaluate`.
 
 Writes `importance.json` (from validation, unless it is there), `outcomes-<split>.npz` (every sample under every plan)
 and `figures.json`. Outcomes and latencies come from the rollout engine; latency is measured at batch 1 and interpolated
@@ -19,14 +19,17 @@ from rich.progress import track
 
 from envs.data.sample import Sample
 from envs.data.scenes import load
+from envs.embedded import WEIGHTS
 from envs.engine import RolloutEngine
 from envs.engine.importance import measure_importance
 from envs.errors import UserError
 from envs.knobs import TIERS, ExecutionPlan, Knobs, KnobSpace
 from envs.latency.profiled import ProfiledClock
 from envs.latency.profiler import profile
-from envs.model.embedded import WEIGHTS
-from envs.model.embedded.figures import (
+from envs.model.importance import importance_path, read_importance, write_importance
+from envs.model.molmoe import AdaptiveMolmoE
+from envs.processing.processor import MolmoEProcessor
+from recipes.embedded_model.figures import (
     FloatArray,
     OutcomeTable,
     by_family,
@@ -35,10 +38,7 @@ from envs.model.embedded.figures import (
     knob_figures,
     markdown_table,
 )
-from envs.model.embedded.loop import keep_freed_memory
-from envs.model.importance import importance_path, read_importance, write_importance
-from envs.model.molmoe import AdaptiveMolmoE
-from envs.processing.processor import MolmoEProcessor
+from recipes.embedded_model.loop import keep_freed_memory
 
 SHIPPED_OUT = Path("runs/embedded-model")
 _CHUNK = 64

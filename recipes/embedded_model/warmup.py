@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from envs.data.scenes.draw import blank, finish, paint
 from envs.data.scenes.layout import COLORS, SHAPES, SceneObject, jitter_rgb, pick_digit
-from envs.model.embedded.shape import GEOMETRY
 from envs.model.vision import VisionBackbone
+from recipes.embedded_model.shape import GEOMETRY
 
 _KINDS = ("none", "digit", *SHAPES)
 _COLOR_NAMES = tuple(COLORS)

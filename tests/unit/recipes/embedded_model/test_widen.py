@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from envs.errors import UserError
-from envs.model.embedded.packing import PackedScenes, PackingSettings
-from envs.model.embedded.scenes_phase import scenes_loss
-from envs.model.embedded.shape import build_config, build_tokenizer
-from envs.model.embedded.widen import widen
 from envs.model.molmoe import AdaptiveMolmoE
+from recipes.embedded_model.packing import PackedScenes, PackingSettings
+from recipes.embedded_model.scenes_phase import scenes_loss
+from recipes.embedded_model.shape import build_config, build_tokenizer
+from recipes.embedded_model.widen import widen
 
 LOW = PackingSettings(images=(2, 1, 1), text_tokens=60, early_tiers=(1, 0, 0), late_tiers=(1, 0, 0), random_plans=0.0)
 

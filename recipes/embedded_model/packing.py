@@ -17,9 +17,8 @@ from envs.data.scenes import FAMILIES, Question, Scene, all_questions, caption, 
 from envs.data.scenes.draw import draw_scene
 from envs.data.scenes.layout import FORMATS
 from envs.knobs import INSERTIONS, MODEL_BLOCKS, TIERS, TOP_KS, ExecutionPlan
-from envs.model.embedded.shape import build_processor
-from envs.model.experts import Reserve
 from envs.processing.processor import MolmoEProcessor, collate
+from recipes.embedded_model.shape import build_processor
 
 IGNORE = -100
 FAMILY_NAMES = (*FAMILIES, "caption")
@@ -89,7 +88,7 @@ class PackedBatch:
     """Scenes of one tiling: model inputs of batch B and length T, and what each position should say next.
 
     `labels` (B, T) is -100 but where an answer's token or its end is due; `families` (B, T) is the question's family
-    where the answer itself is due, -1 elsewhere. With a `reserve` only the last of each token's experts learn.
+    where the answer itself is due, -1 elsewhere. With `reserve` the first so many experts of each token do not learn.
     """
 
     inputs: dict[str, Tensor]
@@ -98,7 +97,7 @@ class PackedBatch:
     labels: Tensor
     families: Tensor
     plan: ExecutionPlan
-    reserve: Reserve | None = None
+    reserve: int | None = None
 
 
 @dataclass
@@ -132,7 +131,7 @@ class PackedScenes(Dataset[PackedBatch]):
                 quotas, caption_share = self.settings.plan_quotas, 0.0
         questions = [choose_questions(scene, rng, quotas, rng.random() < caption_share) for scene in scenes]
         batch = pack(self.processor, scenes, questions, tier, plan, self.settings.text_tokens)
-        return replace(batch, reserve=Reserve(self.settings.reserve_first) if from_reserve else None)
+        return replace(batch, reserve=self.settings.reserve_first if from_reserve else None)
 
     def _tier_shares(self, step: int) -> list[float]:
         late = min(1.0, step / self.steps / self.settings.tiers_until)

@@ -12,14 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
+from envs import embedded
 from envs.data.scenes import SceneImage, all_questions, make_scene
 from envs.data.scenes.draw import draw_scene
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
-from envs.model import AdaptiveMolmoE, embedded
-from envs.model.embedded.evaluate import ensure_importance
-from envs.model.embedded.loop import LoopSettings, Phase, run_phase, schedule
-from envs.model.embedded.packing import (
+from envs.model import AdaptiveMolmoE
+from envs.processing import MolmoEProcessor
+from recipes.embedded_model.evaluate import ensure_importance
+from recipes.embedded_model.loop import LoopSettings, Phase, run_phase, schedule
+from recipes.embedded_model.packing import (
     FAMILY_NAMES,
     IGNORE,
     PackedScenes,
@@ -28,9 +30,9 @@ from envs.model.embedded.packing import (
     pack,
     random_plan,
 )
-from envs.model.embedded.scenes_phase import scenes_loss
-from envs.model.embedded.shape import build_config, build_processor, build_tokenizer, train_tokenizer
-from envs.model.embedded.train import (
+from recipes.embedded_model.scenes_phase import scenes_loss
+from recipes.embedded_model.shape import build_config, build_processor, build_tokenizer, train_tokenizer
+from recipes.embedded_model.train import (
     CONTRAST_PACKING,
     DEPTH_PACKING,
     LATE_PHASES,
@@ -40,9 +42,7 @@ from envs.model.embedded.train import (
     main,
     train,
 )
-from envs.model.embedded.warmup import WarmupCrops
-from envs.model.experts import Reserve
-from envs.processing import MolmoEProcessor
+from recipes.embedded_model.warmup import WarmupCrops
 
 TINY = Recipe(
     warmup_steps=2,
@@ -186,7 +186,7 @@ def test_reserve_steps_ask_for_their_families_alone(packing: PackingSettings, ta
     assert 4 < len(reserve) < 16
     families = {FAMILY_NAMES[index] for batch in reserve for index in batch.families.unique().tolist() if index >= 0}
     assert families == taught
-    assert all(batch.plan == ExecutionPlan() and batch.reserve == Reserve(first) for batch in reserve)
+    assert all(batch.plan == ExecutionPlan() and batch.reserve == first for batch in reserve)
 
 
 def test_reserve_steps_teach_experts_and_words_alone() -> None:

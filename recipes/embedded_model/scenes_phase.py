@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs.knobs import ExecutionPlan
-from envs.model.embedded.loop import Metrics
-from envs.model.embedded.packing import FAMILY_NAMES, IGNORE, PackedBatch
 from envs.model.molmoe import AdaptiveMolmoE
+from recipes.embedded_model.loop import Metrics
+from recipes.embedded_model.packing import FAMILY_NAMES, IGNORE, PackedBatch
+from recipes.embedded_model.reserve import reserve_learns
 
 _WORD_SCALE = 0.5
 
@@ -28,14 +29,15 @@ def match_scales(model: AdaptiveMolmoE, batch: PackedBatch) -> None:
 
 
 @contextmanager
-def _experts_alone(model: AdaptiveMolmoE) -> Iterator[None]:
-    """What is computed inside teaches experts and words, nothing else."""
+def _reserve_alone(model: AdaptiveMolmoE, first: int) -> Iterator[None]:
+    """What is computed inside teaches words and the experts behind a token's `first`, nothing else."""
     frozen = [p for name, p in model.named_parameters() if not name.endswith(("gate_up", "down", "wte"))]
     learning = [p for p in frozen if p.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
     try:
-        yield
+        with reserve_learns(first):
+            yield
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
@@ -47,13 +49,13 @@ def scenes_loss(model: AdaptiveMolmoE, batch: PackedBatch) -> tuple[Tensor, Metr
     Figures under another plan than the full one are named `reduced_...`.
     """
     asked = batch.labels != IGNORE
-    with nullcontext() if batch.reserve is None else _experts_alone(model):
+    with nullcontext() if batch.reserve is None else _reserve_alone(model, batch.reserve):
         hidden = model.language(
             model.embed(batch.inputs),
             plans=batch.plan,
             position_ids_BT=batch.position_ids,
             attention_mask_BTT=batch.attention_mask,
-            experts=batch.reserve or "dense",
+            experts="dense",
         )
         logits = model.logits(hidden[asked]).float()
     labels = batch.labels[asked]

@@ -1,4 +1,4 @@
-"""The embedded default: a small MolmoE trained on drawn scenes and shipped with the package, and its recipe."""
+"""The embedded default: a small MolmoE trained on drawn scenes and shipped with the package."""
 
 from pathlib import Path
 
@@ -16,6 +16,6 @@ def folder() -> Path:
     if not (WEIGHTS / "model.safetensors").is_file():
         raise UserError(
             f"no embedded model in {WEIGHTS}: install the package with its data, "
-            "or train one with `python -m envs.model.embedded.train --out DIR`"
+            "or, in a clone of the repository, train one with `python -m recipes.embedded_model.train --out DIR`"
         )
     return WEIGHTS

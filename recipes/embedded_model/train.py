@@ -1,7 +1,7 @@
 """The recipe of the embedded model, from nothing to a model folder, in one resumable command.
 
-`python -m envs.model.embedded.train --out DIR [--start MODEL [--first PHASE]] [--minutes M] [--seed S] [--device cpu]
-[--resume]`
+`python -m recipes.embedded_model.train --out DIR [--start MODEL [--first PHASE]] [--minutes M] [--seed S]
+[--device cpu] [--resume]`
 
 Five phases: the vision tower alone on single crops (`warmup`), then everything on whole scenes (`scenes_phase`), where
 captions give way to packed questions and few crops to many. The last three make questions need different knobs.
@@ -28,14 +28,14 @@ from torch import Tensor, nn
 
 from envs.errors import UserError
 from envs.knobs import TIERS
-from envs.model.embedded.loop import LoopSettings, Metrics, Phase, keep_freed_memory, run_phase, to_device
-from envs.model.embedded.packing import PackedBatch, PackedScenes, PackingSettings, only_tier, random_plan
-from envs.model.embedded.scenes_phase import match_scales, scenes_loss
-from envs.model.embedded.shape import EXPERT_HIDDEN, build_config, build_tokenizer, write_files
-from envs.model.embedded.warmup import CropBatch, TokenHeads, WarmupCrops, warmup_loss
-from envs.model.embedded.widen import widen
 from envs.model.molmoe import AdaptiveMolmoE
 from envs.model.vision import VisionBackbone
+from recipes.embedded_model.loop import LoopSettings, Metrics, Phase, keep_freed_memory, run_phase, to_device
+from recipes.embedded_model.packing import PackedBatch, PackedScenes, PackingSettings, only_tier, random_plan
+from recipes.embedded_model.scenes_phase import match_scales, scenes_loss
+from recipes.embedded_model.shape import EXPERT_HIDDEN, build_config, build_tokenizer, write_files
+from recipes.embedded_model.warmup import CropBatch, TokenHeads, WarmupCrops, warmup_loss
+from recipes.embedded_model.widen import widen
 
 _HELD_OUT_SEED = 1
 _HELD_OUT = 4  # batches of each kind

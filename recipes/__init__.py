@@ -1,0 +1,1 @@
+"""How what the package ships was made; kept outside the wheel. Recipes import `envs`; nothing imports them."""

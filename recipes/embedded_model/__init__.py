@@ -1,0 +1,1 @@
+"""The recipe of the embedded model (`envs/embedded`): training from scenes to weights, and the figures of its card."""
