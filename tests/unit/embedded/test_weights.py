@@ -8,7 +8,7 @@ import torch
 from envs.data.scenes import load_scenes
 from envs.embedded import folder
 from envs.knobs import ExecutionPlan, KnobSpace
-from envs.model import AdaptiveMolmoE, MolmoEProcessor
+from envs.model import AdaptiveMolmoE
 from envs.model.importance import read_importance
 from envs.processing import MolmoEProcessor
 from envs.processing.processor import collate
