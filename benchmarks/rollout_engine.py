@@ -22,7 +22,7 @@ from envs.engine import RolloutEngine
 from envs.knobs import ExecutionPlan, KnobSpace
 from envs.model import AdaptiveMolmoE, MolmoEConfig, MolmoEProcessor
 from envs.model.importance import read_importance
-from envs.model.schedule import build_schedule
+from envs.model.execution_tree import build_execution_tree
 from envs.tasks import load_task
 from envs.tasks.sample import Sample
 
@@ -80,7 +80,7 @@ def block_operations(config: MolmoEConfig, tokens: int, queries: int, top_k: int
 
 def execution_operations(config: MolmoEConfig, tokens: int, top_k: Sequence[tuple[int, ...]], new: int) -> float:
     """Of one prompt under several executions that share what they can, `new` steps of decoding each."""
-    levels = build_schedule((0,) * len(top_k), tuple(top_k))
+    levels = build_execution_tree((0,) * len(top_k), tuple(top_k))
     total = 0.0
     for level in levels:
         total += sum(block_operations(config, tokens, tokens, k) for k in level.run.top_k)

@@ -16,7 +16,7 @@ from torch import Tensor
 from envs.engine.bounded import Bounded
 from envs.engine.executor import Executor, Job
 from envs.engine.keys import PromptKey, Setting, latency_key, outcome_key
-from envs.engine.measured import Steering, measure
+from envs.engine.single_request import Steering, measure
 from envs.engine.memory import plan_memory
 from envs.engine.prefix_cache import PrefixCache
 from envs.engine.prompts import Prompt, Prompts, Tiling, tensor_bytes

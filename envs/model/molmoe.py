@@ -14,7 +14,7 @@ from envs.model.checkpoint import load_weights, published_state_dict, resolve_fo
 from envs.model.config import MolmoEConfig
 from envs.model.decode import DecodeBatch
 from envs.model.language import Language
-from envs.model.schedule import per_row
+from envs.model.execution_tree import per_row
 from envs.model.vision import VisionBackbone
 
 Plans = ExecutionPlan | Sequence[ExecutionPlan]
