@@ -21,8 +21,8 @@ import torch
 from envs.engine import RolloutEngine
 from envs.knobs import ExecutionPlan, KnobSpace
 from envs.model import AdaptiveMolmoE, MolmoEConfig, MolmoEProcessor
-from envs.model.importance import read_importance
 from envs.model.execution_tree import build_execution_tree
+from envs.model.importance import read_importance
 from envs.tasks import load_task
 from envs.tasks.sample import Sample
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from envs.knobs import ExecutionPlan
 from envs.latency.record import STAGES, LatencyRecord
 from envs.model.decode import DecodeBatch
-from envs.model.language import Prefilled, Prefix
 from envs.model.molmoe import AdaptiveMolmoE
+from envs.model.prefill import Prefilled, Prefix
 from envs.model.processor import MolmoEProcessor
 from envs.tasks.sample import Sample
 

@@ -9,8 +9,8 @@ from torch import Tensor
 class DeviceIndices:
     """Lists of whole numbers, known on the host, as views of one int64 tensor on the device.
 
-    `torch.tensor(numbers, device="cuda")` copies from pageable memory, and waits until all queued work is done. A prefill
-    needs dozens of such lists. Here all of them travel in one pinned buffer, asynchronously.
+    `torch.tensor(numbers, device="cuda")` copies from pageable memory, and waits until all queued work is done. A
+    prefill needs dozens of such lists. Here all of them travel in one pinned buffer, asynchronously.
 
         indices = DeviceIndices(device)
         places = indices.add([3, 1])      # before `send`: a handle

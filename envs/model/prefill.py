@@ -1,7 +1,7 @@
 """Prefill: prompts under many plans, up to the state that gives the first new token. Nothing is computed twice.
 
-The host builds the execution tree and sends every index it implies to the device in one copy; after that the passes over
-blocks follow each other without waiting. Letters: B prompts, R nodes a block runs on, T tokens, D width, H heads.
+The host builds the execution tree and sends every index it implies to the device in one copy; after that the passes
+over blocks follow each other without waiting. Letters: B prompts, R nodes a block runs on, T tokens, D width, H heads.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockCache:
-    """Keys and values (R, T, H, d) of one block for the nodes that ran it, and each row's place (-1: not among them)."""
+    """Keys and values (R, T, H, d) of one block for the nodes that ran it, and each row's place (-1: none)."""
 
     keys: Tensor
     values: Tensor
@@ -85,8 +85,8 @@ class _Handles:
 class PrefillRun:
     """One prefill: the tree, its indices on the device, and what has been computed so far.
 
-    `states` (nodes, T, D) holds the input of the next block, in the order that `Level` states; `last` (rows, D) fills up
-    as rows reach the last block they keep.
+    `states` (nodes, T, D) holds the input of the next block, in the order that `Level` states; `last` (rows, D) fills
+    up as rows reach the last block they keep.
     """
 
     def __init__(
