@@ -5,6 +5,7 @@ to device is counted.
 """
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from envs.knobs import ExecutionPlan
 from envs.model import AdaptiveMolmoE
 from envs.model.decode import DecodeBatch
 from envs.model.device_indices import DeviceIndices
-from tests.unit.model.conftest import GOLDEN
 
-WAITING = ("_local_scalar_dense", "nonzero", "item", "equal", "is_nonzero", "unique")
+GOLDEN = Path(__file__).parents[2] / "golden"
+WAITING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "repeat_interleave")
 
 
 class Crossings(TorchDispatchMode):
@@ -27,19 +28,15 @@ class Crossings(TorchDispatchMode):
         self.seen = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         name = func.overloadpacket.__name__
+        found = func(*args, **(kwargs or {}))
         if name in WAITING:
             self.seen[name] += 1
-        source = next((a for a in args if isinstance(a, torch.Tensor)), None)
-        found = func(*args, **kwargs)
-        if name == "copy_" and args[0].device != args[1].device:
-            self.seen["copies"] += 1
-        if name == "_to_copy" and source is not None and found.device != source.device:
-            self.seen["copies"] += 1
-        # `torch.tensor(numbers, device=...)` ends in this operator, wherever the tensor lies.
-        if name == "lift_fresh" and found.device.type != "cpu":
-            self.seen["torch.tensor"] += 1
+        if name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            self.seen["nonzero"] += 1
+        if name in ("copy_", "_to_copy"):
+            source = args[1] if name == "copy_" else args[0]
+            self.seen["copies"] += found.device != source.device
         return found
 
 
@@ -52,9 +49,17 @@ def language():
 
 
 def crossings(call):
-    with torch.inference_mode(), Crossings() as mode:
+    """What `call` returns, and what it sent or waited for. `torch.tensor(numbers, device=...)` shows in no operator."""
+    make, mode = torch.tensor, Crossings()
+
+    def counted(*args, device=None, **kwargs):
+        mode.seen["torch.tensor"] += device is not None and torch.device(device).type != "cpu"
+        return make(*args, device=device, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), mode:
+        patch.setattr(torch, "tensor", counted)
         found = call()
-    return found, mode.seen
+    return found, +mode.seen
 
 
 KEPT = (tuple(range(16)), (0, 1, 2, 5, 6), (0, 1, 2, 3, 4, 5, 9, 15))
@@ -68,10 +73,14 @@ def prefill(language, lengths=(40, 31), prompts=(0, 0, 0, 1, 1)):
 
 def test_the_count_sees_each_kind():
     x = torch.zeros(3)
-    _, seen = crossings(lambda: (torch.tensor([1, 2], device="meta"), x.to("meta"), x[x > 0], float(x.sum())))
-    assert seen["torch.tensor"] == 1
-    assert seen["nonzero"] + seen["_local_scalar_dense"] == 2
-    assert seen["copies"] >= 1
+    calls = (
+        lambda: torch.tensor([1, 2], device="meta"),
+        lambda: x.to("meta"),
+        lambda: x[x > 0],
+        lambda: float(x.sum()),
+    )
+    kinds = ("torch.tensor", "copies", "nonzero", "_local_scalar_dense")
+    assert [crossings(call)[1] for call in calls] == [{kind: 1} for kind in kinds]
 
 
 @pytest.mark.parametrize("lengths", [(40, 31), (40, 40)])
