@@ -1,15 +1,13 @@
 """Caches bounded in bytes or entries; the least recently used goes first."""
 
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any
 
 from cachetools import LRUCache
 from torch import Tensor
 
-K, V = TypeVar("K"), TypeVar("V")
 
-
-def keep(cache: LRUCache[K, V], key: K, value: V) -> None:
+def keep(cache: LRUCache[Any, Any], key: Any, value: Any) -> None:
     """Put a value into a bounded cache; one that is larger than the bound is not kept."""
     with suppress(ValueError):
         cache[key] = value

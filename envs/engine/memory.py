@@ -108,6 +108,4 @@ def plan_memory(config: MolmoEConfig, dtype: torch.dtype, device: torch.device, 
     decode_tokens = max(batch_tokens, min(_DECODE_BATCHES * batch_tokens, share // slot))
     crops = max(1, min(batch_tokens * token // crop, _CPU_CROPS if cpu else batch_tokens))
     working = batch_tokens * token + decode_tokens * slot + crops * crop
-    return MemoryPlan(
-        batch_tokens, decode_tokens, crops, int(free * prefix_share), int(free * feature_share), working
-    )
+    return MemoryPlan(batch_tokens, decode_tokens, crops, int(free * prefix_share), int(free * feature_share), working)

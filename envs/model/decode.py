@@ -56,12 +56,12 @@ class DecodeBatch:
         self.blocks: list[_BlockRows | None] = []
         for members, found, at in zip(kept, sources, handles, strict=True):
             copies = [(s, indices[targets], indices[places]) for s, (targets, places) in zip(found, at, strict=True)]
-            caches = [
-                self._gather([(getattr(s, part), t, p) for s, t, p in copies], len(members))
-                for part in ("keys", "values")
-                if members
-            ]
-            self.blocks.append(_BlockRows(members, *caches) if members else None)
+            keys = [(source.keys, targets, places) for source, targets, places in copies]
+            values = [(source.values, targets, places) for source, targets, places in copies]
+            count = len(members)
+            self.blocks.append(
+                _BlockRows(members, self._gather(keys, count), self._gather(values, count)) if members else None
+            )
         self._index()
 
     def __len__(self) -> int:

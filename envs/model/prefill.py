@@ -6,7 +6,7 @@ over blocks follow each other without waiting. Letters: B prompts, R nodes a blo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -176,7 +176,7 @@ class PrefillRun:
             last_rope = table[lengths_R - 1].unsqueeze(1)
         ks = _last_top_k(level.final)
         top_k = ks[0] if len(set(ks)) == 1 else TopK(self.indices[at.final_top_k], max(ks), sum(ks))
-        block = self.language.blocks[index]
+        block: Any = self.language.blocks[index]
         out, key, value = block.forward_last(source, last, table[: self.tokens], last_rope, mask, top_k, self.experts)
         return out, _own(key), _own(value)
 
