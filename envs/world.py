@@ -71,6 +71,7 @@ class WorldConfig:
         batch_tokens: most prompt tokens in a batch; None lets the engine choose.
         encoder_seed: of the latency token's encoder.
         store: the outcome store, as the engine takes it; None keeps outcomes in memory.
+        store_bytes: bound of its file; None for none.
         task, split, limit, task_seed, on_broken: the samples, as `envs.data.load_task` takes them.
         clock: `profiled`, `roofline` or `measured`.
         clock_device: of the roofline clock.
@@ -91,6 +92,7 @@ class WorldConfig:
     batch_tokens: int | None = None
     encoder_seed: int = 0
     store: str | None = None
+    store_bytes: int | None = None
     task: str = "scenes"
     split: str = "train"
     limit: int | None = None
@@ -147,6 +149,7 @@ class WorldConfig:
             self.batch_tokens,
             self.encoder_seed,
             self.store,
+            self.store_bytes,
         )
 
     def build_clock(self, engine: Any) -> Clock | MeasuringClock:
@@ -206,8 +209,9 @@ def _engine(
     batch_tokens: int | None,
     encoder_seed: int,
     store: str | None,
+    store_bytes: int | None,
 ) -> Any:
-    from envs.engine import RolloutEngine
+    from envs.engine import OutcomeStore, RolloutEngine
     from envs.model import AdaptiveMolmoE
     from envs.processing import MolmoEProcessor
 
@@ -215,7 +219,7 @@ def _engine(
     return RolloutEngine(
         AdaptiveMolmoE.from_pretrained(model, device=place, dtype=DTYPES[dtype], revision=revision),
         MolmoEProcessor.from_pretrained(model, revision),
-        store=store,
+        store=None if store is None else OutcomeStore(store, store_bytes),
         importance=importance,
         encoder_seed=encoder_seed,
         max_new_tokens=max_new_tokens,

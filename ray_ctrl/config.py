@@ -139,6 +139,13 @@ class StoreConfig(Section):
         default="runs/outcomes.sqlite",
         description="File of the store, shared by runners and runs; `null` keeps outcomes in each process's memory.",
     )
+    max_gb: float = Field(
+        default=8.0,
+        ge=0.01,
+        le=10_000,
+        description="Bound of the file, GB. Beyond it latency tokens go before outcomes, those unused longest first. "
+        "0.01 to 10000.",
+    )
 
 
 class RewardConfig(Section):

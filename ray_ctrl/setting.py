@@ -119,6 +119,7 @@ def world_config(config: Config, split: str, table: Path | None, budgets: Budget
         batch_tokens=model.batch_tokens,
         encoder_seed=model.encoder_seed,
         store=config.store.path,
+        store_bytes=int(config.store.max_gb * 1e9),
         task=task.name,
         split=split,
         limit=limits[split],

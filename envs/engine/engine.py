@@ -5,23 +5,24 @@ What is known comes from memory or the store; what is not is run in shared, mixe
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from envs.data.sample import Sample
 from envs.data.scoring import score
-from envs.engine.bounded import Bounded
+from envs.engine.caches import keep, tensor_bytes
 from envs.engine.executor import Executor, Job
-from envs.engine.keys import PromptKey, Setting, latency_key, outcome_key
-from envs.engine.measured import Steering, measure
+from envs.engine.keys import ExecutionKey, PromptKey, Setting, latency_key, outcome_key
 from envs.engine.memory import plan_memory
-from envs.engine.prefix_cache import PrefixCache
-from envs.engine.prompts import Prompt, Prompts, Tiling, tensor_bytes
+from envs.engine.prefix_cache import prefix_cache
+from envs.engine.prompts import Prompt, Prompts, Tiling
+from envs.engine.single_request import Steering, measure
 from envs.engine.store import OutcomeStore, StoredOutcome, StoredStates
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
@@ -35,7 +36,9 @@ from envs.processing.processor import MolmoEProcessor
 # Answers are short and latency tokens few; these hold a large training set before the store is asked again.
 _OUTCOMES_KEPT = 1 << 20
 _STATES_BYTES = 256 * 2**20
-_STORE_CHUNK = 512
+_FEATURES_BYTES = 64 * 2**20
+# Executions between two writes to the store: an interruption loses no more.
+_WRITE_EVERY = 512
 
 
 @dataclass(frozen=True)
@@ -93,15 +96,15 @@ class RolloutEngine:
         self.max_new_tokens = max_new_tokens
         self.memory = plan_memory(model.config, model.dtype, model.device, batch_tokens)
         self.prompts = Prompts(model, processor, self.memory.feature_bytes, self.memory.crops)
-        self.prefixes = PrefixCache(self.memory.prefix_bytes)
+        self.prefixes = prefix_cache(self.memory.prefix_bytes)
         self.executor = Executor(model, self.prompts, self.prefixes, self.memory, max_new_tokens)
         self.setting = Setting.of(model, processor, max_new_tokens).to_json()
         self._tokens_LD = self._level_tokens()
         norm = float(self._tokens_LD[0].norm())
         self._encoder = {"seed": encoder_seed, "levels": LEVELS, "norm": round(norm, 4)}
-        self._known: dict[tuple[PromptKey, tuple[int, ...]], tuple[Outcome, float]] = {}
-        self._states: Bounded[PromptKey, Tensor] = Bounded(_STATES_BYTES, tensor_bytes)
-        self._features: dict[str, Tensor] = {}
+        self._known: LRUCache[ExecutionKey, StoredOutcome] = LRUCache(_OUTCOMES_KEPT)
+        self._states: LRUCache[PromptKey, Tensor] = LRUCache(_STATES_BYTES, tensor_bytes)
+        self._features: LRUCache[str, Tensor] = LRUCache(_FEATURES_BYTES, tensor_bytes)
         self._accuracy = lru_cache(maxsize=1 << 18)(self._score)
         names = ("outcome_hits", "outcome_misses", "executed", "latency_token_hits", "latency_token_misses")
         self._stats = dict.fromkeys((*names, "seconds", "seconds_saved"), 0.0)
@@ -117,11 +120,7 @@ class RolloutEngine:
     @torch.inference_mode()
     def language_features(self, samples: Sequence[Sample]) -> Tensor:
         """Mean word embedding of each question (B, D), float32 on the CPU."""
-        for sample in samples:
-            if sample.question not in self._features:
-                ids = self.processor.question_ids(sample.question)
-                self._features[sample.question] = self.model.language_feature(ids).float().cpu()
-        return torch.stack([self._features[sample.question] for sample in samples])
+        return torch.stack([self._language_feature(sample.question) for sample in samples])
 
     def latency_tokens(self, samples: Sequence[Sample], tiers: Sequence[str], levels: Sequence[int]) -> Tensor:
         """The latency token of each request after blocks 1..5, (B, 5, D) float32 on the CPU.
@@ -146,28 +145,16 @@ class RolloutEngine:
 
     def outcomes(self, samples: Sequence[Sample], plans: Sequence[ExecutionPlan]) -> list[Outcome]:
         """The answer of each sample under its plan. Equal executions run once; what is known is not run."""
-        keys = [
-            (self.prompts.prompt(sample, plan.tier), _top_k(plan)) for sample, plan in zip(samples, plans, strict=True)
+        jobs = [
+            Job(self.prompts.prompt(sample, plan.tier), _top_k(plan))
+            for sample, plan in zip(samples, plans, strict=True)
         ]
-        known = self._known
-        unknown = {
-            (prompt.key, top_k): Job(prompt, top_k) for prompt, top_k in keys if (prompt.key, top_k) not in known
-        }
-        missing = self._load_outcomes(unknown) if unknown else set()
-        if missing:
-            self._run([unknown[key] for key in unknown if key in missing])
-        found = []
-        for prompt, top_k in keys:
-            outcome, seconds = known[prompt.key, top_k]
-            found.append(outcome)
-            if (prompt.key, top_k) not in missing:
-                self._stats["seconds_saved"] += seconds
-        misses = sum((prompt.key, top_k) in missing for prompt, top_k in keys)
+        found, ran = self._get_or_run({job.key: job for job in jobs})
+        misses = sum(job.key in ran for job in jobs)
         self._count("outcome_misses", misses)
-        self._count("outcome_hits", len(keys) - misses)
-        if len(known) > _OUTCOMES_KEPT:
-            known.clear()
-        return found
+        self._count("outcome_hits", len(jobs) - misses)
+        self._count("seconds_saved", sum(found[job.key].seconds for job in jobs if job.key not in ran))
+        return [Outcome(found[job.key].token_ids, found[job.key].finished) for job in jobs]
 
     def text(self, outcome: Outcome) -> str:
         """The answer as text."""
@@ -212,46 +199,44 @@ class RolloutEngine:
     def _count(self, name: str, by: float) -> None:
         self._stats[name] += by
 
-    def _load_outcomes(
-        self, unknown: dict[tuple[PromptKey, tuple[int, ...]], Job]
-    ) -> set[tuple[PromptKey, tuple[int, ...]]]:
-        """Bring what the store holds into memory; what it does not hold."""
-        if self.store is None:
-            return set(unknown)
-        digests = {outcome_key(self.setting, *key): key for key in unknown}
-        stored = self.store.get_outcomes(list(digests))
-        for digest, value in stored.items():
-            self._known[digests[digest]] = (Outcome(value.token_ids, value.finished), value.seconds)
-        return {key for digest, key in digests.items() if digest not in stored}
+    def _language_feature(self, question: str) -> Tensor:
+        if (known := self._features.get(question)) is not None:
+            return known
+        feature = self.model.language_feature(self.processor.question_ids(question)).float().cpu()
+        keep(self._features, question, feature)
+        return feature
 
-    def _run(self, jobs: Sequence[Job]) -> None:
-        """Execute jobs, chunk by chunk into memory and store, so that an interruption loses little."""
-        ordered = sorted(jobs, key=lambda job: (job.prompt.key in self.prefixes, job.prompt.tokens))
-        for start in range(0, len(ordered), _STORE_CHUNK):
-            chunk = ordered[start : start + _STORE_CHUNK]
-            began = time.perf_counter()
-            with torch.inference_mode():
-                finished = self.executor.run(chunk)
-            spent = time.perf_counter() - began
-            self._count("seconds", spent)
-            self._count("executed", len(chunk))
-            each = spent / len(chunk)
-            results = {
-                (done.job.prompt.key, done.job.top_k): StoredOutcome(done.token_ids, done.complete, each)
-                for done in finished
-            }
-            for key, value in self._keep_outcomes(results).items():
-                self._known[key] = (Outcome(value.token_ids, value.finished), value.seconds)
+    def _get_or_run(
+        self, jobs: Mapping[ExecutionKey, Job]
+    ) -> tuple[dict[ExecutionKey, StoredOutcome], set[ExecutionKey]]:
+        """Every job's outcome from memory, else from the store, else by running it; and which were run."""
+        found = {key: value for key in jobs if (value := self._known.get(key)) is not None}
+        if self.store is not None:
+            digests = {outcome_key(self.setting, *key): key for key in jobs if key not in found}
+            found |= {digests[digest]: value for digest, value in self.store.get_outcomes(list(digests)).items()}
+        missing = [job for key, job in jobs.items() if key not in found]
+        missing.sort(key=lambda job: (job.prompt.key in self.prefixes, job.prompt.tokens))
+        for start in range(0, len(missing), _WRITE_EVERY):
+            found |= self._run(missing[start : start + _WRITE_EVERY])
+        self._known.update(found)
+        return found, {job.key for job in missing}
 
-    def _keep_outcomes(
-        self, results: dict[tuple[PromptKey, tuple[int, ...]], StoredOutcome]
-    ) -> dict[tuple[PromptKey, tuple[int, ...]], StoredOutcome]:
-        """Store results; what counts from now on (another process may have been first)."""
+    def _run(self, jobs: Sequence[Job]) -> dict[ExecutionKey, StoredOutcome]:
+        """Execute and store jobs; what counts from now on (another process may have been first)."""
+        began = time.perf_counter()
+        with torch.inference_mode():
+            finished = self.executor.run(jobs)
+        spent = time.perf_counter() - began
+        self._count("seconds", spent)
+        self._count("executed", len(jobs))
+        each = spent / len(jobs)
+        results = {done.job.key: StoredOutcome(done.token_ids, done.complete, each) for done in finished}
         if self.store is None:
             return results
         digests = {outcome_key(self.setting, *key): key for key in results}
         entries = {
-            digest: (json.dumps(asdict(key[0])), json.dumps(key[1]), results[key]) for digest, key in digests.items()
+            digest: (json.dumps(asdict(key.prompt)), json.dumps(key.top_k), results[key])
+            for digest, key in digests.items()
         }
         canonical = self.store.put_outcomes(self.setting, entries)
         return {key: canonical.get(digest, results[key]) for digest, key in digests.items()}
@@ -264,7 +249,7 @@ class RolloutEngine:
         digests = {latency_key(self.setting, key, self._encoder): key for key in keys if key not in held}
         for digest, value in self.store.get_states(list(digests)).items():
             held[digests[digest]] = self._from_bytes(value.states)
-            self._states.put(digests[digest], held[digests[digest]])
+            keep(self._states, digests[digest], held[digests[digest]])
             self._count("seconds_saved", value.seconds)
         return held
 
@@ -287,7 +272,7 @@ class RolloutEngine:
             for digest, stored in self.store.put_states(self.setting, entries).items():
                 states[digests[digest]] = self._from_bytes(stored.states)
         for key, state in states.items():
-            self._states.put(key, state)
+            keep(self._states, key, state)
         return states
 
     def _from_bytes(self, raw: bytes) -> Tensor:

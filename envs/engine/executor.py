@@ -2,6 +2,7 @@
 
 A *job* is one execution: a prompt and its experts per token in each block. Jobs of one prompt stay together in a wave,
 so that they share all they have in common; waves hold prompts of similar length and stay under the token budget.
+`Executor.run` is a loop over a `Session`: prefill while there is room, otherwise decode one token for every row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,12 +10,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from envs.engine.caches import keep
+from envs.engine.keys import ExecutionKey, PromptKey
 from envs.engine.memory import MemoryPlan
 from envs.engine.prefix_cache import PrefixCache, join_prefixes, pad_rows, split_prefix
 from envs.engine.prompts import Prompt, Prompts
 from envs.model.decode import DecodeBatch
-from envs.model.language import Prefilled
+from envs.model.execution_tree import build_execution_tree, tree_size
+from envs.model.language import MAX_INSERTION
 from envs.model.molmoe import AdaptiveMolmoE
+from envs.model.prefill import Prefilled
 
 # A decode batch that has shrunk to this share of its size takes waiting rows in before it goes on.
 _REFILL = 0.5
@@ -28,6 +33,11 @@ class Job:
 
     prompt: Prompt
     top_k: tuple[int, ...]
+
+    @property
+    def key(self) -> ExecutionKey:
+        """What identifies its outcome."""
+        return ExecutionKey(self.prompt.key, self.top_k)
 
 
 @dataclass(frozen=True)
@@ -73,24 +83,13 @@ class Executor:
 
     def run(self, jobs: Sequence[Job]) -> list[Finished]:
         """Answers of all jobs, in any order."""
-        waves = self._waves(jobs)
-        waiting: list[_Waiting] = []
-        rows: list[_Row | None] = []
-        batch: DecodeBatch | None = None
-        done: list[Finished] = []
-        full_size = 0
-        while waves or waiting or rows:
-            if waves and self._room(waves[-1], waiting, rows, batch, full_size):
-                part = self._prefill(waves.pop(), done)
-                if part.rows:
-                    waiting.append(part)
-                continue
-            if waiting:
-                batch, rows = self._join(batch, rows, waiting)
-                waiting, full_size = [], len(rows)
-            if batch is not None and rows:
-                rows = self._step(batch, rows, done)
-        return done
+        session = Session(self, self._waves(jobs))
+        while session.unfinished:
+            if session.can_prefill():
+                session.prefill()
+            else:
+                session.step()
+        return session.finished
 
     def read_latency_tokens(self, prompts: Sequence[Prompt], tokens_LD: Tensor) -> Iterator[tuple[Prompt, Tensor]]:
         """States (5, L, D) of L alternative latency tokens after blocks 1..5 of each prompt, in any order.
@@ -107,7 +106,7 @@ class Executor:
                 x = pad_rows([part.unsqueeze(0) for part in self.prompts.embed(wave)])
                 prefix = language.run_prefix(x, lengths, experts=kernel)
                 for prompt, part in zip(wave, split_prefix(prefix), strict=True):
-                    self.prefixes.put(prompt.key, part)
+                    keep(self.prefixes, prompt.key, part)
             states = language.read_latency_tokens(tokens_LD.expand(len(wave), -1, -1), prefix, kernel)
             yield from zip(wave, states, strict=True)
 
@@ -129,105 +128,152 @@ class Executor:
         return waves
 
     def _waves(self, jobs: Sequence[Job]) -> list[list[Job]]:
-        """Waves in order of falling length, prompts with a kept prefix apart from those without."""
-        by_prompt: dict[object, list[Job]] = {}
+        """Waves in order of falling length, prompts with a kept prefix apart from those without.
+
+        A prompt's jobs are sorted, so that those which share most stay together where they do not all fit.
+        """
+        by_prompt: dict[PromptKey, list[Job]] = {}
         for job in jobs:
             by_prompt.setdefault(job.prompt.key, []).append(job)
         groups = sorted(by_prompt.values(), key=lambda group: (self._has_prefix(group[0]), -group[0].prompt.tokens))
         waves: list[list[Job]] = []
+        size = 0
         for group in groups:
-            most = max(1, self.memory.batch_tokens // group[0].prompt.tokens)
-            for start in range(0, len(group), most):
-                part = group[start : start + most]
-                if waves and self._fits(waves[-1], part):
+            for part, needed in self._parts(sorted(group, key=lambda job: job.top_k, reverse=True)):
+                if waves and self._fits([*waves[-1], *part], size + needed):
                     waves[-1].extend(part)
+                    size += needed
                 else:
                     waves.append(part)
+                    size = needed
         return waves
+
+    def _parts(self, group: Sequence[Job]) -> Iterator[tuple[list[Job], int]]:
+        """One prompt's jobs, halved until a part fits, each with its size in nodes: shared beginnings count once."""
+        given = MAX_INSERTION if self._has_prefix(group[0]) else 0
+        size = tree_size(build_execution_tree((0,) * len(group), tuple(job.top_k for job in group), given))
+        if len(group) == 1 or self._fits(group, size):
+            yield list(group), size
+        else:
+            middle = len(group) // 2
+            yield from self._parts(group[:middle])
+            yield from self._parts(group[middle:])
 
     def _has_prefix(self, job: Job) -> bool:
         return job.prompt.key in self.prefixes
 
-    def _fits(self, wave: Sequence[Job], part: Sequence[Job]) -> bool:
-        padded = wave[0].prompt.tokens * (len(wave) + len(part))
-        return self._has_prefix(wave[0]) == self._has_prefix(part[0]) and padded <= self.memory.batch_tokens
+    def _fits(self, jobs: Sequence[Job], size: int) -> bool:
+        """Whether jobs, longest prompt first and `size` nodes in sum, make one wave: all with a kept prefix or none."""
+        longest = jobs[0].prompt.tokens
+        return (
+            self._has_prefix(jobs[0]) == self._has_prefix(jobs[-1])
+            and size * longest <= self.memory.batch_tokens
+            and len(jobs) * (longest + self.max_new_tokens) <= self.memory.decode_tokens
+        )
 
-    def _room(
-        self,
-        wave: Sequence[Job],
-        waiting: Sequence[_Waiting],
-        rows: Sequence[_Row | None],
-        batch: DecodeBatch | None,
-        full_size: int,
-    ) -> bool:
-        """Whether a wave may be prefilled before decoding goes on."""
-        if rows and len(rows) > _REFILL * full_size:
-            return False
-        count = len(rows) + sum(len(part.rows) for part in waiting) + len(wave)
-        longest = max([wave[0].prompt.tokens, *(max(part.prefilled.lengths) for part in waiting)])
-        if batch is not None:
-            longest = max(longest, *batch.lengths)
-        return not (rows or waiting) or count * (longest + self.max_new_tokens) <= self.memory.decode_tokens
-
-    def _prefill(self, wave: Sequence[Job], done: list[Finished]) -> _Waiting:
-        """Run a wave's prompts; rows that end at once are done, the others wait to decode."""
-        unique: dict[object, int] = {}
-        for job in wave:
-            unique.setdefault(job.prompt.key, len(unique))
-        prompts: list[Prompt] = []
-        for job in wave:
-            if unique[job.prompt.key] == len(prompts):
-                prompts.append(job.prompt)
-        lengths = [prompt.tokens for prompt in prompts]
+    def prefill(self, wave: Sequence[Job]) -> tuple[Prefilled, list[int]]:
+        """Run a wave's prompts; each job's first token besides."""
+        places = _prompt_indices(wave)
+        prompts = list({job.prompt.key: job.prompt for job in wave}.values())
         kept = [self.prefixes.get(prompt.key) for prompt in prompts]
-        prefix = None if any(part is None for part in kept) else join_prefixes([part for part in kept if part])
+        prefix = join_prefixes([part for part in kept if part]) if all(kept) else None
         x = None if prefix is not None else pad_rows([part.unsqueeze(0) for part in self.prompts.embed(prompts)])
         language = self.model.language
         prefilled = language.prefill(
             x,
-            lengths,
-            [unique[job.prompt.key] for job in wave],
+            [prompt.tokens for prompt in prompts],
+            [places[job.prompt.key] for job in wave],
             [job.top_k for job in wave],
             prefix=prefix,
             experts=self.model.experts,
         )
-        first = language.logits(language.final_norm(prefilled.last)).argmax(-1).tolist()
-        going, rows = [], []
-        for place, (job, token) in enumerate(zip(wave, first, strict=True)):
-            row = self._take_token(_Row(job, []), token, done)
-            if row is not None:
-                going.append(place)
-                rows.append(row)
-        return _Waiting(prefilled, going, rows)
+        return prefilled, language.logits(language.final_norm(prefilled.last)).argmax(-1).tolist()
 
-    def _take_token(self, row: _Row, token: int, done: list[Finished]) -> _Row | None:
+
+class Session:
+    """One call of `Executor.run`: waves to prefill, rows that wait to decode, and the batch that is decoded.
+
+    Prefill comes first, as in any engine that batches continuously: many rows share the fixed cost of a decoding step.
+    It stops while the cache is full, and starts again when so many rows have ended that a refill pays.
+    """
+
+    def __init__(self, executor: Executor, waves: list[list[Job]]) -> None:
+        self.executor = executor
+        self.waves = waves
+        self.waiting: list[_Waiting] = []
+        self.batch: DecodeBatch | None = None
+        # A row that has ended is None until the batch is cut down.
+        self.rows: list[_Row | None] = []
+        self.full_size = 0
+        self.finished: list[Finished] = []
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether anything is left to run."""
+        return bool(self.waves or self.waiting or self.rows)
+
+    def can_prefill(self) -> bool:
+        """Whether the next wave may run before decoding goes on."""
+        if not self.waves:
+            return False
+        if not (self.rows or self.waiting):
+            return True
+        if len(self.rows) > _REFILL * self.full_size:
+            return False
+        wave = self.waves[-1]
+        count = len(self.rows) + sum(len(part.rows) for part in self.waiting) + len(wave)
+        lengths = [max(job.prompt.tokens for job in wave), *(max(part.prefilled.lengths) for part in self.waiting)]
+        lengths += self.batch.lengths if self.batch is not None else []
+        return count * (max(lengths) + self.executor.max_new_tokens) <= self.executor.memory.decode_tokens
+
+    def prefill(self) -> None:
+        """Run the next wave. Rows that end at once are finished, the others wait to decode."""
+        wave = self.waves.pop()
+        prefilled, tokens = self.executor.prefill(wave)
+        rows = [self._take_token(_Row(job, []), token) for job, token in zip(wave, tokens, strict=True)]
+        places = [place for place, row in enumerate(rows) if row is not None]
+        if places:
+            self.waiting.append(_Waiting(prefilled, places, [row for row in rows if row is not None]))
+
+    def step(self) -> None:
+        """One token for every row, those included that waited. Rows that end leave once enough have to pay for it."""
+        if self.waiting:
+            self._join()
+        if self.batch is None or not self.rows:
+            return
+        fed = [0 if row is None else row.token_ids[-1] for row in self.rows]
+        tokens = self.batch.step(fed, self.executor.model.experts).argmax(-1).tolist()
+        self.rows = [row and self._take_token(row, token) for row, token in zip(self.rows, tokens, strict=True)]
+        going = [place for place, row in enumerate(self.rows) if row is not None]
+        if not going:
+            self.rows, self.batch = [], None
+        elif len(going) <= _COMPACT * len(self.rows):
+            self.batch.keep(going)
+            self.rows = [self.rows[place] for place in going]
+
+    def _join(self) -> None:
+        fresh = DecodeBatch(self.executor.model.language, [(part.prefilled, part.places) for part in self.waiting])
+        self.rows += [row for part in self.waiting for row in part.rows]
+        if self.batch is None:
+            self.batch = fresh
+        else:
+            self.batch.extend(fresh)
+        self.waiting, self.full_size = [], len(self.rows)
+
+    def _take_token(self, row: _Row, token: int) -> _Row | None:
         """Append a token; the row, or None where that ended it."""
-        if token == self.model.config.eos_token_id:
-            done.append(Finished(row.job, tuple(row.token_ids), True))
-            return None
-        row.token_ids.append(token)
-        if len(row.token_ids) >= self.max_new_tokens:
-            done.append(Finished(row.job, tuple(row.token_ids), False))
+        ended = token == self.executor.model.config.eos_token_id
+        if not ended:
+            row.token_ids.append(token)
+        if ended or len(row.token_ids) >= self.executor.max_new_tokens:
+            self.finished.append(Finished(row.job, tuple(row.token_ids), ended))
             return None
         return row
 
-    def _join(
-        self, batch: DecodeBatch | None, rows: list[_Row | None], waiting: Sequence[_Waiting]
-    ) -> tuple[DecodeBatch, list[_Row | None]]:
-        fresh = DecodeBatch(self.model.language, [(part.prefilled, part.places) for part in waiting])
-        joined = [*rows, *(row for part in waiting for row in part.rows)]
-        if batch is None or not rows:
-            return fresh, joined
-        batch.extend(fresh)
-        return batch, joined
 
-    def _step(self, batch: DecodeBatch, rows: list[_Row | None], done: list[Finished]) -> list[_Row | None]:
-        """One token for every row. Rows that end leave, once enough have for the copy to pay."""
-        fed = [0 if row is None else row.token_ids[-1] for row in rows]
-        tokens = batch.step(fed, self.model.experts).argmax(-1).tolist()
-        after = [row and self._take_token(row, token, done) for row, token in zip(rows, tokens, strict=True)]
-        going = [place for place, row in enumerate(after) if row is not None]
-        if going and len(going) <= _COMPACT * len(rows):
-            batch.keep(going)
-            return [after[place] for place in going]
-        return after if going else []
+def _prompt_indices(jobs: Sequence[Job]) -> dict[PromptKey, int]:
+    """Each prompt's place among the different ones, in order of first use."""
+    places: dict[PromptKey, int] = {}
+    for job in jobs:
+        places.setdefault(job.prompt.key, len(places))
+    return places

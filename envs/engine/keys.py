@@ -7,7 +7,7 @@ Whatever changes an answer must be in here: a stored outcome is served under its
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import PIL
 import torch
@@ -75,6 +75,13 @@ class PromptKey:
     image: str | None
     tiling: tuple[int, int] | None
     text_ids: tuple[int, ...]
+
+
+class ExecutionKey(NamedTuple):
+    """One execution: a prompt, and the experts per token in each block (0: dropped)."""
+
+    prompt: PromptKey
+    top_k: tuple[int, ...]
 
 
 def processor_fingerprint(processor: MolmoEProcessor) -> str:

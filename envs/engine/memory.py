@@ -9,8 +9,11 @@ import torch
 from envs.knobs import MODEL_BLOCKS, TOP_KS
 from envs.model.config import MolmoEConfig
 
-# Shares of the free memory that batches and caches may take; the rest is left to others.
-_BATCH_SHARE, _PREFIX_SHARE, _FEATURE_SHARE = 0.25, 0.125, 0.0625
+# Shares of the free memory that batches, prefixes and image features may take; the rest is left to others.
+_SHARES = (0.25, 0.125, 0.0625)
+# A process that has a card to itself need leave little.
+_SHARES_ALONE = (0.5, 0.2, 0.1)
+_ALONE = 0.95
 # Beyond these a CPU gains nothing, and activations only leave its caches.
 _CPU_BATCH_TOKENS, _CPU_CROPS = 1 << 12, 64
 # Cache slots of decoding rows, in units of the prefill budget: many rows share the fixed cost of a step.
@@ -66,6 +69,14 @@ def crop_bytes(config: MolmoEConfig, itemsize: int) -> int:
     return pixels + block + pooling + vision.tokens * 4 * config.d_model * itemsize
 
 
+def owns_card(device: torch.device) -> bool:
+    """Whether nothing else takes memory on a CUDA device: what is free or held by this process is nearly all of it."""
+    if device.type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info(device)
+    return bool(free + torch.cuda.memory_reserved(device) >= _ALONE * total)
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be had on `device`."""
     if device.type == "cuda":
@@ -89,13 +100,12 @@ def plan_memory(config: MolmoEConfig, dtype: torch.dtype, device: torch.device, 
     """
     free, size, cpu = free_bytes(device), dtype.itemsize, device.type == "cpu"
     token, slot, crop = prefill_bytes(config, size), decode_bytes(config, size), crop_bytes(config, size)
-    share = int(free * _BATCH_SHARE)
+    batch_share, prefix_share, feature_share = _SHARES_ALONE if owns_card(device) else _SHARES
+    share = int(free * batch_share)
     if batch_tokens is None:
         fits = share // (token + _DECODE_BATCHES * slot)
         batch_tokens = max(1, min(fits, _CPU_BATCH_TOKENS) if cpu else fits)
     decode_tokens = max(batch_tokens, min(_DECODE_BATCHES * batch_tokens, share // slot))
     crops = max(1, min(batch_tokens * token // crop, _CPU_CROPS if cpu else batch_tokens))
     working = batch_tokens * token + decode_tokens * slot + crops * crop
-    return MemoryPlan(
-        batch_tokens, decode_tokens, crops, int(free * _PREFIX_SHARE), int(free * _FEATURE_SHARE), working
-    )
+    return MemoryPlan(batch_tokens, decode_tokens, crops, int(free * prefix_share), int(free * feature_share), working)

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
-from envs.engine.bounded import Bounded
+from envs.engine.caches import tensor_bytes
 from envs.engine.keys import PromptKey
-from envs.engine.prompts import tensor_bytes
-from envs.model.language import Prefix
+from envs.model.prefill import Prefix
 
 
 def split_prefix(prefix: Prefix) -> list[Prefix]:
@@ -52,8 +52,10 @@ def prefix_size(prefix: Prefix) -> int:
     return sum(tensor_bytes(tensor) for tensor in (*prefix.hidden, *prefix.keys, *prefix.values))
 
 
-class PrefixCache(Bounded[PromptKey, Prefix]):
-    """Prefixes by prompt, the least recently used dropped first."""
+PrefixCache = LRUCache[PromptKey, Prefix]
+"""Prefixes by prompt, the least recently used dropped first."""
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(limit, prefix_size)
+
+def prefix_cache(limit: int) -> PrefixCache:
+    """An empty cache bounded in bytes."""
+    return LRUCache(limit, prefix_size)

@@ -5,21 +5,24 @@ Letters: T tokens, D model width, C crops, P patches.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
+from cachetools import LRUCache
 from PIL import Image
 from torch import Tensor
 
 from envs.data.sample import Sample
-from envs.engine.bounded import Bounded
+from envs.engine.caches import keep, tensor_bytes
 from envs.engine.keys import PromptKey
 from envs.latency.record import RequestShape
+from envs.model.device_indices import DeviceIndices
 from envs.model.molmoe import AdaptiveMolmoE
 from envs.processing.processor import MolmoEProcessor
 
 Tiling = tuple[int, int]
 _VIEWS = 1  # the global view comes before the crops
+# Samples whose sizes and prompts are remembered; a long-lived server sees more than memory should hold.
+_ENTRIES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,17 @@ class Prompts:
         # On a CPU one image at a time, so that its features are the same to the last bit whatever else is asked for.
         self.crops = 1 if model.device.type == "cpu" else max(1, crops)
         self.images_encoded = 0
-        self._features: Bounded[tuple[str, Tiling], Tensor] = Bounded(feature_bytes, tensor_bytes)
+        self._features: LRUCache[tuple[str, Tiling], Tensor] = LRUCache(feature_bytes, tensor_bytes)
         self._loaded: tuple[str, Image.Image] | None = None
+        # The geometry allows a few dozen tilings; no more can come.
         self._layouts: dict[Tiling, _Layout] = {}
-        self._sizes: dict[str, tuple[int, int]] = {}
-        self._text_ids = lru_cache(maxsize=1 << 16)(lambda q, style: tuple(processor.prompt_ids(q, style)))
-        self._prompts: dict[tuple[str | None, str, str | None, str], Prompt] = {}
+        self._sizes: LRUCache[str, tuple[int, int]] = LRUCache(_ENTRIES)
+        self._prompts: LRUCache[tuple[str | None, str, str | None, str], Prompt] = LRUCache(_ENTRIES)
 
     @property
     def held_bytes(self) -> int:
         """Bytes of kept image features."""
-        return self._features.bytes
+        return int(self._features.currsize)
 
     def size(self, sample: Sample) -> tuple[int, int] | None:
         """Width and height of a sample's image; None without one."""
@@ -92,7 +95,7 @@ class Prompts:
         digest = None if sample.image is None else sample.image.digest
         known = (digest, sample.question, sample.style, tier)
         if known not in self._prompts:
-            text = self._text_ids(sample.question, sample.style)
+            text = tuple(self.processor.prompt_ids(sample.question, sample.style))
             key = PromptKey(digest, self.tiling(sample, tier), text)
             self._prompts[known] = Prompt(key, sample, tier, self.shape(sample, tier).prompt_tokens)
         return self._prompts[known]
@@ -100,17 +103,19 @@ class Prompts:
     def embed(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Embeddings (T, D) of each prompt, image features added. Each (image, tiling) is encoded once."""
         features = self._encode(prompts)
+        indices = DeviceIndices(self.model.device)
+        texts = [indices.add(prompt.key.text_ids) for prompt in prompts]
+        start = indices.add([self.processor.eos_id])
+        indices.send()
         out = []
-        for prompt in prompts:
-            text = torch.tensor(prompt.key.text_ids, device=self.model.device)
+        for prompt, text in zip(prompts, texts, strict=True):
             tiling = prompt.key.tiling
             if tiling is None:
-                head = torch.tensor([self.processor.eos_id], device=self.model.device)
-                out.append(self.model.language.embed(torch.cat((head, text))))
+                out.append(self.model.language.embed(torch.cat((indices[start], indices[text]))))
                 continue
             layout = self._layouts[tiling]
             inputs = {
-                "input_ids": torch.cat((layout.head_ids, text)).unsqueeze(0),
+                "input_ids": torch.cat((layout.head_ids, indices[text])).unsqueeze(0),
                 "image_input_idx": layout.image_input_idx.unsqueeze(0),
             }
             out.append(self.model.embed(inputs, features[_image_key(prompt)].unsqueeze(0)).squeeze(0))
@@ -160,13 +165,8 @@ class Prompts:
         self.images_encoded += len(waiting)
         found = {key: part.clone() for key, part in zip(waiting, encoded.split(counts), strict=True)}
         for key, part in found.items():
-            self._features.put(key, part)
+            keep(self._features, key, part)
         return found
-
-
-def tensor_bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's numbers."""
-    return tensor.numel() * tensor.element_size()
 
 
 def _image_key(prompt: Prompt) -> tuple[str, Tiling]:

@@ -5,6 +5,7 @@ result under the same key is dropped, and counted where it differs. Writes are t
 killed process leaves the entries of finished transactions and nothing else.
 """
 
+import hashlib
 import json
 import os
 import sqlite3
@@ -35,8 +36,23 @@ CREATE TABLE IF NOT EXISTS latency_tokens (
   key BLOB PRIMARY KEY, setting TEXT NOT NULL, prompt TEXT NOT NULL, encoder TEXT NOT NULL,
   states BLOB NOT NULL, seconds REAL NOT NULL, used INTEGER NOT NULL
 ) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS outcomes_used ON outcomes (used, key, seconds);
+CREATE INDEX IF NOT EXISTS latency_tokens_used ON latency_tokens (used, key, seconds);
 """
+# The indices hold all that pruning and counting read: in the tables it lies behind gigabytes of states.
 TABLES: Final = ("outcomes", "latency_tokens")
+# What goes first when space runs out: a latency token takes a thousand times the bytes and a tenth of the computing.
+_PRUNED: Final = ("latency_tokens", "outcomes")
+
+# By SQLite error code. None of these says that the file is damaged, so it must not be thrown away.
+_ADVICE: Final = {
+    "SQLITE_BUSY": "another process is writing to it: wait until that is done, or name another file with store.path",
+    "SQLITE_LOCKED": "another process is writing to it: wait until that is done, or name another file with store.path",
+    "SQLITE_FULL": "free some space on its disk, or set store.path to a file on a larger one",
+    "SQLITE_IOERR": "see that its disk works and has space, or set store.path to a file on another one",
+    "SQLITE_READONLY": "make the file and its folder writable, or set store.path to one that is",
+    "SQLITE_CANTOPEN": "make the file and its folder readable and writable, or set store.path to one that is",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,7 @@ class OutcomeStore:
 
     Args:
         path: the file, made with its folder where missing.
-        max_bytes: bound of the file; the entries not used for longest go first. None for no bound.
+        max_bytes: bound of the file; latency tokens go before outcomes, those unused longest first. None for no bound.
 
     Raises:
         UserError: the file is not such a store, is of a later format, or cannot be opened.
@@ -168,24 +184,6 @@ class OutcomeStore:
                 entry.update(json.loads(row[-1]))
                 yield entry
 
-    def merge(self, other: str | Path) -> int:
-        """Take over the entries of another store file that this one lacks; how many came."""
-        source = OutcomeStore(_existing(other), None)
-        source.close()
-        with self._read() as db:
-            db.execute("ATTACH DATABASE ? AS other", (str(source.path),))
-            try:
-                with _transaction(db):
-                    db.execute("INSERT OR IGNORE INTO settings SELECT * FROM other.settings")
-                    settled = db.total_changes
-                    for table in TABLES:
-                        db.execute(f"INSERT OR IGNORE INTO {table} SELECT * FROM other.{table}")
-                    came = db.total_changes - settled
-            finally:
-                db.execute("DETACH DATABASE other")
-        self._bound()
-        return came
-
     def close(self) -> None:
         """Close this process's connection; the next use opens another."""
         with self._lock:
@@ -215,9 +213,12 @@ class OutcomeStore:
         return db
 
     def _broken(self, error: Exception) -> UserError:
-        return UserError(
-            f"cannot use store {self.path}: {error}; name another file, or remove this one to start afresh"
-        )
+        name = getattr(error, "sqlite_errorname", "") or ""
+        advice = next((advice for code, advice in _ADVICE.items() if name.startswith(code)), None)
+        if advice is None:
+            damaged = name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
+            advice = "move it away, or name another file" if damaged else "name another file with store.path"
+        return UserError(f"cannot use store {self.path}: {error}; {advice}")
 
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
@@ -257,9 +258,7 @@ class OutcomeStore:
     def _insert(self, table: str, columns: str, setting: str, rows: Sequence[tuple[Any, ...]]) -> None:
         if not rows:
             return
-        from hashlib import sha256
-
-        name = sha256(setting.encode()).hexdigest()
+        name = hashlib.sha256(setting.encode()).hexdigest()
         marks = ",".join("?" * (len(rows[0]) + 2))
         with self._write() as db:
             db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (name, setting))
@@ -283,24 +282,20 @@ class OutcomeStore:
                 self._compact()
 
     def _shrink(self, limit: int) -> int:
-        """Delete the entries unused longest, a share of each table at a time, until the used pages fit."""
+        """Delete latency tokens, then outcomes, those unused longest first, until the used pages fit."""
         gone = 0
         while True:
             with self._write() as db:
                 used = self._bytes(db)
-                if used <= limit:
+                counts = {table: db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0] for table in _PRUNED}
+                table = next((table for table in _PRUNED if counts[table]), None)
+                if used <= limit or table is None:
                     return gone
-                went = 0
-                for table in TABLES:
-                    count = db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0]
-                    share = -(-count * max(used - limit, used // 50) // used)
-                    went += db.execute(
-                        f"DELETE FROM {table} WHERE key IN (SELECT key FROM {table} ORDER BY used, key LIMIT ?)",
-                        (share,),
-                    ).rowcount
-                gone += went
-                if not went:
-                    return gone
+                # As if the file were this table alone: too few rather than too many, and then again.
+                share = -(-counts[table] * max(used - limit, used // 50) // used)
+                gone += db.execute(
+                    f"DELETE FROM {table} WHERE key IN (SELECT key FROM {table} ORDER BY used, key LIMIT ?)", (share,)
+                ).rowcount
 
     def _compact(self) -> None:
         """Give freed pages back to the file system."""
@@ -355,6 +350,8 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        db.execute("ROLLBACK")
+        # A full disk has rolled back already; a second time would be an error that hides the first.
+        if db.in_transaction:
+            db.execute("ROLLBACK")
         raise
     db.execute("COMMIT")

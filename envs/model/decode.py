@@ -4,18 +4,37 @@ Letters: B rows, R rows that keep a block, S slots along time, H heads, d head w
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from envs.model.experts import spread_top_k
-from envs.model.language import Block, Language, Prefilled, attend
+from envs.model.device_indices import DeviceIndices
+from envs.model.experts import TopK
+from envs.model.language import Block, Language, attend
+from envs.model.prefill import Prefilled
 
 ROOM_STEP = 16
 
 
+@dataclass
+class _BlockRows:
+    """One block's cache (R, capacity, H, d) and the rows of the batch that keep the block, in order.
+
+    `on_device` holds `members` on the device, None where they are the whole batch.
+    """
+
+    members: list[int]
+    keys: Tensor
+    values: Tensor
+    top_k: int | TopK = 0
+    on_device: Tensor | None = None
+
+
 class DecodeBatch:
     """Rows being decoded. Dropped blocks hold no cache. Rows may be cut out (`keep`) and others appended (`extend`).
+
+    Nothing here waits for the device: a step, `keep` and the start each send their indices in one copy.
 
     Args:
         language: the model's language part.
@@ -24,141 +43,174 @@ class DecodeBatch:
 
     def __init__(self, language: Language, parts: Sequence[tuple[Prefilled, Sequence[int]]]) -> None:
         self.language = language
-        chosen = [(prefilled, row) for prefilled, rows in parts for row in rows]
-        self.lengths = [prefilled.lengths[prefilled.prompts[row]] for prefilled, row in chosen]
-        self.top_k = [prefilled.top_k[row] for prefilled, row in chosen]
+        rows = [(prefilled, row) for prefilled, wanted in parts for row in wanted]
+        self.lengths = [prefilled.lengths[prefilled.prompts[row]] for prefilled, row in rows]
+        self.top_k = [prefilled.top_k[row] for prefilled, row in rows]
         # Grown in steps, as most answers are far shorter than the limit.
         self.capacity = max(self.lengths) + ROOM_STEP
-        self.keys: list[Tensor | None] = []
-        self.values: list[Tensor | None] = []
-        self.members: list[list[int]] = []
-        for block in range(len(language.blocks)):
-            members = [i for i, (prefilled, row) in enumerate(chosen) if prefilled.top_k[row][block]]
-            self.members.append(members)
-            kept = [chosen[i] for i in members]
-            self.keys.append(self._gather(kept, block, "keys"))
-            self.values.append(self._gather(kept, block, "values"))
+        kept = [[i for i, ks in enumerate(self.top_k) if ks[block]] for block in range(len(language.blocks))]
+        sources = [_sources([rows[i] for i in members], block) for block, members in enumerate(kept)]
+        indices = DeviceIndices(self.device)
+        handles = [[(indices.add(s.targets), indices.add(s.places)) for s in found] for found in sources]
+        indices.send()
+        self.blocks: list[_BlockRows | None] = []
+        for members, found, at in zip(kept, sources, handles, strict=True):
+            copies = [(s, indices[targets], indices[places]) for s, (targets, places) in zip(found, at, strict=True)]
+            keys = [(source.keys, targets, places) for source, targets, places in copies]
+            values = [(source.values, targets, places) for source, targets, places in copies]
+            count = len(members)
+            self.blocks.append(
+                _BlockRows(members, self._gather(keys, count), self._gather(values, count)) if members else None
+            )
         self._index()
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
+    def device(self) -> torch.device:
+        """Where the caches lie."""
+        return self.language.wte.device
+
+    @property
     def cached_blocks(self) -> list[int]:
         """For each row, how many blocks hold a cache."""
-        return [sum(row in members for members in self.members) for row in range(len(self))]
+        return [sum(block is not None and row in block.members for block in self.blocks) for row in range(len(self))]
 
-    def _gather(self, rows: Sequence[tuple[Prefilled, int]], block: int, part: str) -> Tensor | None:
-        """Keys or values (R, capacity, H, d) of `rows` in one block, each from its prefill or the prefix before it."""
-        if not rows:
-            return None
-        sources: dict[int, tuple[Tensor, list[int], list[int]]] = {}
-        for i, (prefilled, row) in enumerate(rows):
-            cache = prefilled.caches[block]
-            if cache is not None and cache.places[row] >= 0:
-                tensor, place = getattr(cache, part), cache.places[row]
-            else:
-                tensor, place = getattr(prefilled.prefix, part)[block], prefilled.prompts[row]
-            _, targets, places = sources.setdefault(id(tensor), (tensor, [], []))
-            targets.append(i)
-            places.append(place)
-        first = next(iter(sources.values()))[0]
-        out = first.new_empty(len(rows), self.capacity, *first.shape[2:])
+    def _gather(self, copies: Sequence[tuple[Tensor, Tensor, Tensor]], rows: int) -> Tensor:
+        """Keys or values (R, capacity, H, d): of each source tensor, the rows at the given places to the targets."""
+        first = copies[0][0]
+        out = first.new_empty(rows, self.capacity, *first.shape[2:])
         # Zeros where nothing is copied, as a masked slot still counts if it holds NaN.
-        out[:, min(tensor.shape[1] for tensor, _, _ in sources.values()) :] = 0
-        for tensor, targets, places in sources.values():
+        out[:, min(tensor.shape[1] for tensor, _, _ in copies) :] = 0
+        for tensor, targets, places in copies:
             tokens = min(tensor.shape[1], self.capacity)
-            if len(rows) == 1:
-                out[:, :tokens] = tensor[places[0] : places[0] + 1, :tokens]
-            else:
-                where = torch.tensor(targets, device=out.device)
-                out[where, :tokens] = tensor[torch.tensor(places, device=out.device), :tokens]
+            out[targets, :tokens] = tensor[places, :tokens]
         return out
 
     def _index(self) -> None:
         """Index tensors that stay the same from step to step."""
-        device = self.language.wte.device
-        everyone = list(range(len(self)))
-        self._members = [
-            None if members == everyone else torch.tensor(members, device=device) for members in self.members
+        indices = DeviceIndices(self.device)
+        handles = [
+            (indices.add(block.members), indices.add([self.top_k[i][place] for i in block.members])) if block else None
+            for place, block in enumerate(self.blocks)
         ]
-        self._block_top_k = [
-            spread_top_k([self.top_k[i][block] for i in members], None, 1, device) if members else 0
-            for block, members in enumerate(self.members)
-        ]
+        indices.send()
+        for place, (block, handle) in enumerate(zip(self.blocks, handles, strict=True)):
+            if block is None or handle is None:
+                continue
+            ks = [self.top_k[i][place] for i in block.members]
+            block.on_device = None if len(ks) == len(self) else indices[handle[0]]
+            block.top_k = ks[0] if len(set(ks)) == 1 else TopK(indices[handle[1]], max(ks), sum(ks))
 
     def step(self, token_ids: Sequence[int], experts: str = "auto") -> Tensor:
         """Feed one token per row; logits (B, vocabulary) of the next."""
-        language, device = self.language, self.language.wte.device
-        if max(self.lengths) >= self.capacity:
+        language, longest = self.language, max(self.lengths)
+        if longest >= self.capacity:
             self._grow(self.capacity + ROOM_STEP + self.capacity // 8)
+        indices = DeviceIndices(self.device)
+        tokens, lengths, rows = indices.add(token_ids), indices.add(self.lengths), indices.add(range(len(self)))
+        indices.send()
+        lengths_B, rows_B = indices[lengths], indices[rows]
+        # Rows of one length write to one slot and see all before it; others need a mask and a slot each.
         even = len(set(self.lengths)) == 1
-        longest = max(self.lengths)
-        lengths_B = torch.tensor(self.lengths, device=device)
         table = language.rope(longest + 1)
         rope = table[longest : longest + 1] if even else table[lengths_B].unsqueeze(1)
-        mask = None if even else (torch.arange(longest + 1, device=device) <= lengths_B[:, None])[:, None, None]
-        x = language.embed(torch.tensor(token_ids, device=device)).unsqueeze(1)
-        for index, block in enumerate(language.blocks):
+        slots_S = torch.arange(longest + 1, device=self.device)
+        mask = None if even else (slots_S <= lengths_B[:, None])[:, None, None]
+        x = language.embed(indices[tokens]).unsqueeze(1)
+        for block, own in zip(language.blocks, self.blocks, strict=True):
             assert isinstance(block, Block)
-            keys, values, members = self.keys[index], self.values[index], self._members[index]
-            if keys is None or values is None:
+            if own is None:
                 continue
-            part = x if members is None else x[members]
-            query, key, value = block.project(part, rope if even or members is None else rope[members])
-            if even:
-                keys[:, longest : longest + 1] = key
-                values[:, longest : longest + 1] = value
-            else:
-                rows = torch.arange(len(keys), device=device)
-                where = lengths_B if members is None else lengths_B[members]
-                keys[rows, where] = key.squeeze(1)
-                values[rows, where] = value.squeeze(1)
-            seen = None if mask is None else (mask if members is None else mask[members])
-            mixed = attend(query, keys[:, : longest + 1], values[:, : longest + 1], seen)
-            out = block.finish(part, mixed, self._block_top_k[index], experts)
-            x = out if members is None else x.index_copy(0, members, out)
+            part, lengths_R = _of(x, own.on_device), _of(lengths_B, own.on_device)
+            query, key, value = block.project(part, rope if even else _of(rope, own.on_device))
+            for cache, new in ((own.keys, key), (own.values, value)):
+                if even:
+                    cache[:, longest : longest + 1] = new
+                else:
+                    cache[rows_B[: len(cache)], lengths_R] = new.squeeze(1)
+            seen = None if mask is None else _of(mask, own.on_device)
+            mixed = attend(query, own.keys[:, : longest + 1], own.values[:, : longest + 1], seen)
+            out = block.finish(part, mixed, own.top_k, experts)
+            x = out if own.on_device is None else x.index_copy(0, own.on_device, out)
         self.lengths = [length + 1 for length in self.lengths]
         return language.logits(language.final_norm(x.squeeze(1)))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Cut the batch down to `rows`, in that order."""
-        for block, members in enumerate(self.members):
-            place = {row: i for i, row in enumerate(members)}
-            kept = [place[row] for row in rows if row in place]
-            self.members[block] = [i for i, row in enumerate(rows) if row in place]
-            keys, values = self.keys[block], self.values[block]
-            if not kept or keys is None or values is None:
-                self.keys[block] = self.values[block] = None
+        kept = [[row for row in rows if block and row in block.members] for block in self.blocks]
+        indices = DeviceIndices(self.device)
+        handles = [
+            indices.add([block.members.index(row) for row in stay]) if block else None
+            for block, stay in zip(self.blocks, kept, strict=True)
+        ]
+        indices.send()
+        for place, (block, stay, handle) in enumerate(zip(self.blocks, kept, handles, strict=True)):
+            if block is None or handle is None or not stay:
+                self.blocks[place] = None
                 continue
-            index = torch.tensor(kept, device=keys.device)
-            self.keys[block], self.values[block] = keys[index], values[index]
+            block.members = [i for i, row in enumerate(rows) if row in stay]
+            block.keys, block.values = block.keys[indices[handle]], block.values[indices[handle]]
         self.lengths = [self.lengths[row] for row in rows]
         self.top_k = [self.top_k[row] for row in rows]
         self._index()
-
-    def _grow(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.keys = [_stack(keys, None, capacity) for keys in self.keys]
-        self.values = [_stack(values, None, capacity) for values in self.values]
 
     def extend(self, other: "DecodeBatch") -> None:
         """Append the rows of `other`, which is used up."""
         offset = len(self)
         self.capacity = max(self.capacity, other.capacity)
-        for block in range(len(self.members)):
-            self.keys[block] = _stack(self.keys[block], other.keys[block], self.capacity)
-            self.values[block] = _stack(self.values[block], other.values[block], self.capacity)
-            self.members[block] = [*self.members[block], *(offset + row for row in other.members[block])]
+        for place, (mine, theirs) in enumerate(zip(self.blocks, other.blocks, strict=True)):
+            both = [block for block in (mine, theirs) if block is not None]
+            if both:
+                self.blocks[place] = _BlockRows(
+                    [*(mine.members if mine else ()), *(offset + row for row in (theirs.members if theirs else ()))],
+                    _stack([block.keys for block in both], self.capacity),
+                    _stack([block.values for block in both], self.capacity),
+                )
         self.lengths += other.lengths
         self.top_k += other.top_k
         self._index()
 
+    def _grow(self, capacity: int) -> None:
+        self.capacity = capacity
+        for block in self.blocks:
+            if block is not None:
+                block.keys, block.values = _stack([block.keys], capacity), _stack([block.values], capacity)
 
-def _stack(mine: Tensor | None, theirs: Tensor | None, capacity: int) -> Tensor | None:
-    parts = [part for part in (mine, theirs) if part is not None]
-    if not parts:
-        return None
+
+@dataclass
+class _Source:
+    """Where some rows' cache in one block comes from: tensors of a prefill or of the prefix before it."""
+
+    keys: Tensor
+    values: Tensor
+    targets: list[int]
+    places: list[int]
+
+
+def _sources(rows: Sequence[tuple[Prefilled, int]], block: int) -> list[_Source]:
+    """Each row's cache in one block, grouped by the tensors that hold it."""
+    found: dict[int, _Source] = {}
+    for i, (prefilled, row) in enumerate(rows):
+        cache, prefix = prefilled.caches[block], prefilled.prefix
+        if cache is not None and cache.places[row] >= 0:
+            keys, values, place = cache.keys, cache.values, cache.places[row]
+        else:
+            assert prefix is not None
+            keys, values, place = prefix.keys[block], prefix.values[block], prefilled.prompts[row]
+        source = found.setdefault(id(keys), _Source(keys, values, [], []))
+        source.targets.append(i)
+        source.places.append(place)
+    return list(found.values())
+
+
+def _of(x: Tensor, members: Tensor | None) -> Tensor:
+    return x if members is None else x[members]
+
+
+def _stack(parts: Sequence[Tensor], capacity: int) -> Tensor:
+    """Caches below each other, right-padded with zeros to `capacity` slots."""
     out = parts[0].new_zeros(sum(len(part) for part in parts), capacity, *parts[0].shape[2:])
     start = 0
     for part in parts:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs.errors import UserError
+from envs.model.device_indices import DeviceIndices
 
 KERNELS = ("auto", "dense", "grouped")
 # Up to these sizes two wide products are over before the pairs are even sorted (measured, one CPU thread).
@@ -39,18 +40,30 @@ class TopK:
 
 
 def spread_top_k(
-    top_k_R: Sequence[int], lengths_R: Sequence[int] | None, tokens: int, device: torch.device
+    top_k_R: Sequence[int],
+    lengths_R: Sequence[int] | None,
+    tokens: int,
+    device: torch.device,
+    on_device: tuple[Tensor, Tensor] | None = None,
 ) -> int | TopK:
-    """Experts per token of R rows padded to `tokens`: an int where all agree, and nothing spent on padding."""
+    """Experts per token of R rows padded to `tokens`: an int where all agree, and nothing spent on padding.
+
+    `on_device` holds `top_k_R` and `lengths_R` where they are on the device already.
+    """
     padded = lengths_R is not None and any(length != tokens for length in lengths_R)
     if not padded and len(set(top_k_R)) == 1:
         return top_k_R[0]
-    per_row = torch.tensor(top_k_R, device=device).unsqueeze(1).expand(-1, tokens)
-    if lengths_R is None or not padded:
-        return TopK(per_row.reshape(-1), max(top_k_R), tokens * sum(top_k_R))
-    inside = torch.arange(tokens, device=device) < torch.tensor(lengths_R, device=device).unsqueeze(1)
+    lengths_R = lengths_R if lengths_R is not None and padded else [tokens] * len(top_k_R)
+    if on_device is None:
+        indices = DeviceIndices(device)
+        handles = indices.add(top_k_R), indices.add(lengths_R)
+        indices.send()
+        on_device = indices[handles[0]], indices[handles[1]]
+    per_token = on_device[0].unsqueeze(1).expand(-1, tokens)
+    if padded:
+        per_token = per_token * (torch.arange(tokens, device=device) < on_device[1].unsqueeze(1))
     pairs = sum(k * length for k, length in zip(top_k_R, lengths_R, strict=True))
-    return TopK((per_row * inside).reshape(-1), max(top_k_R), pairs)
+    return TopK(per_token.reshape(-1), max(top_k_R), pairs)
 
 
 def route(logits_NE: Tensor, top_k: int | TopK) -> tuple[Tensor, Tensor]:

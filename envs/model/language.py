@@ -4,7 +4,6 @@ Letters: B rows, T tokens, D model width, H heads, d head width, R rows or nodes
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 
 from envs.knobs import INSERTIONS, ExecutionPlan
 from envs.model.config import MolmoEConfig
+from envs.model.device_indices import on_device
+from envs.model.execution_tree import FULL_TOP_K, per_row
 from envs.model.experts import TopK, mixture, spread_top_k
-from envs.model.schedule import FULL_TOP_K, Level, Nodes, build_schedule, entry_block, per_row
+from envs.model.prefill import Prefilled, PrefillRun, Prefix
 
 MAX_INSERTION = max(INSERTIONS)
 
@@ -76,6 +77,20 @@ class Block(nn.Module):
         mixed = attend(query, key, value, mask, causal=mask is None)
         return self.finish(x_RTD, mixed, top_k, kernel), key, value
 
+    def forward_last(
+        self,
+        x_RTD: Tensor,
+        last_R1D: Tensor,
+        rope: Tensor,
+        last_rope: Tensor,
+        mask: Tensor | None,
+        top_k: int | TopK,
+        kernel: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values (R, T, H, d) of all tokens, but the output (R, 1, D) of each row's last token alone."""
+        query, key, value = self.project_last(x_RTD, last_R1D, rope, last_rope)
+        return self.finish(last_R1D, attend(query, key, value, mask), top_k, kernel), key, value
+
 
 def _rotate(x_RTNHd: Tensor, rope: Tensor) -> Tensor:
     """Rotary positions on the last axis. `rope` is complex, broadcastable over (R, T, 1, 1, d/2)."""
@@ -90,50 +105,6 @@ def attend(
     return F.scaled_dot_product_attention(
         query_RTHd.transpose(1, 2), key_RSHd.transpose(1, 2), value_RSHd.transpose(1, 2), mask, is_causal=causal
     )
-
-
-@dataclass(frozen=True)
-class BlockCache:
-    """Keys and values (M, T, H, d) of one block for M computed prompts, and each row's place (-1: block dropped)."""
-
-    keys: Tensor
-    values: Tensor
-    places: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Blocks 1..n run on prompts at full top-k: `hidden[i]` (B, T, D) after i blocks, keys and values of each block."""
-
-    hidden: tuple[Tensor, ...]
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    lengths: tuple[int, ...]
-
-    @property
-    def depth(self) -> int:
-        """Blocks run."""
-        return len(self.keys)
-
-    @property
-    def tokens(self) -> int:
-        """Padded length."""
-        return int(self.hidden[0].shape[1])
-
-
-@dataclass(frozen=True)
-class Prefilled:
-    """What decoding starts from: each row's last hidden state (rows, D) before the final norm, caches, prompt lengths.
-
-    `caches[b]` is None where no row ran block b after the prefix; rows that took it from the prefix find it there.
-    """
-
-    last: Tensor
-    caches: tuple[BlockCache | None, ...]
-    prefix: Prefix | None
-    prompts: tuple[int, ...]
-    lengths: tuple[int, ...]
-    top_k: tuple[tuple[int, ...], ...]
 
 
 class Language(nn.Module):
@@ -200,17 +171,18 @@ class Language(nn.Module):
         all_lengths = (tokens,) * rows if lengths is None else tuple(lengths)
         x = x_BTD
         row_top_k = per_row(plans, rows)
-        levels = build_schedule(tuple(range(rows)), row_top_k, last_only=False)
-        for block, level in zip(self.blocks, levels, strict=True):
-            if not level.run.sources:
+        for index, block in enumerate(self.blocks):
+            kept = [row for row in range(rows) if row_top_k[row][index]]
+            if not kept:
                 continue
-            picked, source = level.run.prompts, _take(x, level.run.sources)
-            mask_R = mask if mask is None or len(mask) == 1 else _take(mask, picked)
-            rope_R = rope if rope.dim() == 4 or len(rope) == 1 else _take(rope, picked)
-            top_k = spread_top_k(level.run.top_k, [all_lengths[i] for i in picked], tokens, x.device)
-            out = block(source, rope_R, mask_R, top_k, experts)[0]
-            x = torch.cat((out, _take(x, level.skip))) if level.skip else out
-        return self.final_norm(_in_prompt_order(x, rows, row_top_k))
+            places = None if len(kept) == rows else on_device(kept, x.device)
+            mask_R = mask if mask is None or len(mask) == 1 else _take(mask, places)
+            rope_R = rope if rope.dim() == 4 or len(rope) == 1 else _take(rope, places)
+            kept_lengths = [all_lengths[row] for row in kept]
+            top_k = spread_top_k([row_top_k[row][index] for row in kept], kept_lengths, tokens, x.device)
+            out = block(_take(x, places), rope_R, mask_R, top_k, experts)[0]
+            x = out if places is None else x.index_copy(0, places, out)
+        return self.final_norm(x)
 
     def run_prefix(
         self, x_BTD: Tensor, lengths: Sequence[int], depth: int = MAX_INSERTION, experts: str = "auto"
@@ -234,7 +206,7 @@ class Language(nn.Module):
         """
         rows, count, _ = tokens_BLD.shape
         device = tokens_BLD.device
-        lengths_B = torch.tensor(prefix.lengths, device=device)
+        lengths_B = on_device(prefix.lengths, device)
         rope = self.rope(prefix.tokens + 1)[lengths_B].unsqueeze(1)
         prompt_BT = torch.arange(prefix.tokens, device=device) < lengths_B.unsqueeze(1)
         itself_LL = torch.eye(count, dtype=torch.bool, device=device)
@@ -269,142 +241,16 @@ class Language(nn.Module):
             top_k: for each row, experts per token in each block (`ExecutionPlan.top_k_per_block`).
             prefix: first blocks of the same prompts, already run.
         """
-        given = 0 if prefix is None else prefix.depth
-        if prefix is None and x_BTD is None:
-            raise ValueError("prefill needs embeddings or a prefix")
-        states: tuple[Tensor | None, ...] = (x_BTD,) if prefix is None else prefix.hidden
-        run = _PrefillRun(self, tuple(lengths), len(top_k), experts)
-        for depth in range(1, given + 1):
-            run.end_within_prefix(states[depth], depth, given, prompts, top_k)
-        for block, level in enumerate(build_schedule(tuple(prompts), tuple(top_k), given=given)):
-            run.enter(states[block] if level.enter else None, level)
-            run.block(block, level)
-        return Prefilled(run.last(), tuple(run.caches), prefix, tuple(prompts), tuple(lengths), tuple(top_k))
-
-
-class _PrefillRun:
-    """State of one prefill between levels."""
-
-    def __init__(self, language: Language, lengths: tuple[int, ...], rows: int, experts: str) -> None:
-        self.language, self.lengths, self.experts = language, lengths, experts
-        self.x: Tensor | None = None
-        self.caches: list[BlockCache | None] = []
-        self.endings: list[tuple[tuple[int, ...], Tensor]] = []
-        self.rows = rows
-
-    def enter(self, state_BTD: Tensor | None, level: Level) -> None:
-        if state_BTD is None:
-            return
-        entering = _take(state_BTD, level.enter)
-        self.x = entering if self.x is None or not len(self.x) else torch.cat((self.x, entering))
-
-    def end_within_prefix(
-        self, state_BTD: Tensor | None, depth: int, given: int, prompts: Sequence[int], top_k: Sequence[tuple[int, ...]]
-    ) -> None:
-        """Rows that keep the first `depth` blocks as given and nothing after them are done already."""
-        rows = [row for row, ks in enumerate(top_k) if not any(ks[depth:]) and entry_block(ks, given) == depth]
-        if rows and state_BTD is not None:
-            lasts = _last_tokens(state_BTD, self.lengths)
-            self.endings.append((tuple(rows), _take(lasts, [prompts[row] for row in rows])))
-
-    def block(self, index: int, level: Level) -> None:
-        if self.x is None or not (level.run.sources or level.final.sources):
-            self.caches.append(None)
-            return
-        outputs, lasts, keys, values = [], [], [], []
-        if level.run.sources:
-            out, key, value = self._whole(index, level.run)
-            outputs.append(out)
-            keys.append(key)
-            values.append(value)
-            if any(place < len(out) for _, place in level.ending):
-                lasts.append(_last_tokens(out, self._lengths(level.run)))
-        if level.final.sources:
-            last, key, value = self._last_only(index, level.final)
-            keys.append(key)
-            values.append(value)
-            lasts.append(last)
-        if level.ending:
-            self._end(level, lasts)
-        self.caches.append(BlockCache(_join(keys), _join(values), level.row_nodes))
-        if level.skip:
-            outputs.append(_take(self.x, level.skip))
-        self.x = _join(outputs) if outputs else None
-
-    def _whole(self, index: int, nodes: Nodes) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.x is not None
-        source, lengths = _take(self.x, nodes.sources), self._lengths(nodes)
-        tokens = source.shape[1]
-        top_k = spread_top_k(nodes.top_k, lengths, tokens, source.device)
-        rope = self.language.rope(tokens)[:tokens]
-        out, key, value = self.language.blocks[index](source, rope, None, top_k, self.experts)
-        return out, _own(key), _own(value)
-
-    def _last_only(self, index: int, nodes: Nodes) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.x is not None
-        block = self.language.blocks[index]
-        assert isinstance(block, Block)
-        source, lengths = _take(self.x, nodes.sources), self._lengths(nodes)
-        tokens = source.shape[1]
-        table = self.language.rope(tokens)
-        last = _last_tokens(source, lengths).unsqueeze(1)
-        if all(length == tokens for length in lengths):
-            mask, last_rope = None, table[tokens - 1 : tokens]
+        if prefix is not None:
+            inputs: Sequence[Tensor] = prefix.hidden
+        elif x_BTD is not None:
+            inputs = (x_BTD,)
         else:
-            lengths_R = torch.tensor(lengths, device=source.device)
-            mask = (torch.arange(tokens, device=source.device) < lengths_R.unsqueeze(1))[:, None, None]
-            last_rope = table[lengths_R - 1].unsqueeze(1)
-        query, key, value = block.project_last(source, last, table[:tokens], last_rope)
-        top_k = spread_top_k(nodes.top_k, None, 1, source.device)
-        out = block.finish(last, attend(query, key, value, mask), top_k, self.experts)
-        return out.squeeze(1), _own(key), _own(value)
-
-    def _lengths(self, nodes: Nodes) -> list[int]:
-        return [self.lengths[prompt] for prompt in nodes.prompts]
-
-    def _end(self, level: Level, lasts: list[Tensor]) -> None:
-        whole = len(level.run.sources)
-        # Without ending rows among the whole nodes their last tokens were not gathered.
-        skipped = 0 if any(place < whole for _, place in level.ending) else whole
-        rows, places = zip(*level.ending, strict=True)
-        self.endings.append((rows, _take(_join(lasts), [place - skipped for place in places])))
-
-    def last(self) -> Tensor:
-        """Last hidden states (rows, D) in row order."""
-        states = _join([state for _, state in self.endings])
-        order = [row for rows, _ in self.endings for row in rows]
-        return _take(states, [order.index(row) for row in range(self.rows)])
+            raise ValueError("prefill needs embeddings or a prefix")
+        run = PrefillRun(self, inputs, tuple(lengths), tuple(prompts), tuple(top_k), experts)
+        caches = run.run()
+        return Prefilled(run.last, caches, prefix, run.prompts, run.lengths, run.top_k)
 
 
-def _in_prompt_order(x: Tensor, rows: int, top_k: Sequence[tuple[int, ...]]) -> Tensor:
-    """Undo the reordering that `run` before `skip` leaves when each row is its own node."""
-    order = list(range(rows))
-    for block in range(len(top_k[0])):
-        kept = [row for row in order if top_k[row][block]]
-        order = kept + [row for row in order if not top_k[row][block]]
-    return _take(x, [order.index(row) for row in range(rows)])
-
-
-def _take(x: Tensor, places: Sequence[int]) -> Tensor:
-    """Rows of x at `places`; x itself where that is all of them in order."""
-    if len(places) == len(x) and all(place == i for i, place in enumerate(places)):
-        return x
-    return x.index_select(0, torch.tensor(places, dtype=torch.long, device=x.device))
-
-
-def _own(part: Tensor) -> Tensor:
-    """A cache that does not keep the projections alive of which it is a view; a single prompt is not worth the copy."""
-    return part if len(part) == 1 else part.contiguous()
-
-
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
-
-
-def _last_tokens(x_RTD: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Each row's last true token (R, D)."""
-    tokens = x_RTD.shape[1]
-    if all(length == tokens for length in lengths):
-        return x_RTD[:, -1]
-    places = torch.tensor([row * tokens + length - 1 for row, length in enumerate(lengths)], device=x_RTD.device)
-    return x_RTD.flatten(0, 1).index_select(0, places)
+def _take(x: Tensor, places: Tensor | None) -> Tensor:
+    return x if places is None else x.index_select(0, places)

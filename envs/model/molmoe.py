@@ -13,8 +13,8 @@ from envs.knobs import ExecutionPlan
 from envs.model.checkpoint import load_weights, published_state_dict, resolve_folder, save_weights
 from envs.model.config import MolmoEConfig
 from envs.model.decode import DecodeBatch
+from envs.model.execution_tree import per_row
 from envs.model.language import Language
-from envs.model.schedule import per_row
 from envs.model.vision import VisionBackbone
 
 Plans = ExecutionPlan | Sequence[ExecutionPlan]
@@ -115,15 +115,17 @@ class AdaptiveMolmoE(nn.Module):
         if image_features is None:
             return x_BTD
         rows, tokens, width = x_BTD.shape
-        index = inputs["image_input_idx"].to(self.device).reshape(rows, -1)
-        if int(index.max()) >= tokens:
+        index = inputs["image_input_idx"].reshape(rows, -1)
+        # Checked where looking is free: on another device it would stop the queue.
+        if index.device.type == "cpu" and int(index.max()) >= tokens:
             raise UserError(f"image_input_idx holds {int(index.max())}: the prompt has only {tokens} tokens")
+        index = index.to(self.device)
         row_starts = torch.arange(rows, device=index.device).unsqueeze(1) * tokens
-        used = index >= 0
-        flat = x_BTD.reshape(-1, width)
-        added = flat.index_add(
-            0, (index + row_starts)[used], image_features.reshape(rows, -1, width)[used].to(flat.dtype)
-        )
+        # A dropped index adds zeros to the row's first token: picking the used ones would need their number.
+        features = image_features.reshape(rows, -1, width).to(x_BTD.dtype)
+        features = features.masked_fill((index < 0).unsqueeze(-1), 0)
+        places = (index.clamp(min=0) + row_starts).flatten()
+        added = x_BTD.reshape(-1, width).index_add(0, places, features.flatten(0, 1))
         return added.view_as(x_BTD)
 
     def language_feature(self, question_token_ids: Tensor | Sequence[int]) -> Tensor:

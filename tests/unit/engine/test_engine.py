@@ -15,6 +15,7 @@ from envs.engine.executor import Executor
 from envs.errors import UserError
 from envs.knobs import TIERS, ExecutionPlan
 from envs.latency_token import LEVELS
+from envs.model.execution_tree import build_execution_tree, tree_size
 from envs.processing import MolmoEProcessor
 
 
@@ -129,20 +130,44 @@ def test_hits_cost_nothing(engine, pairs):
 
 
 def test_memory_stays_bounded(small_model, processor, pairs, monkeypatch):
-    """No wave pads to more than the token budget, unless a single prompt is longer."""
+    """No wave computes more padded tokens at a time than the budget, unless a single execution does."""
     samples, plans = pairs
     engine = RolloutEngine(small_model, processor, max_new_tokens=2, batch_tokens=300)
     sizes = []
-    prefill = Executor._prefill
+    prefill = Executor.prefill
 
-    def watch(self, wave, done):
-        sizes.append((len(wave), max(job.prompt.tokens for job in wave)))
-        return prefill(self, wave, done)
+    def watch(self, wave):
+        keys = {job.prompt.key: i for i, job in enumerate(wave)}
+        tree = build_execution_tree(tuple(keys[job.prompt.key] for job in wave), tuple(job.top_k for job in wave))
+        sizes.append((len(wave), tree_size(tree), max(job.prompt.tokens for job in wave)))
+        return prefill(self, wave)
 
-    monkeypatch.setattr(Executor, "_prefill", watch)
+    monkeypatch.setattr(Executor, "prefill", watch)
     engine.outcomes(samples, plans)
-    assert all(rows == 1 or rows * longest <= 300 for rows, longest in sizes)
-    assert any(rows > 1 for rows, _ in sizes)
+    assert all(rows == 1 or nodes * longest <= 300 for rows, nodes, longest in sizes)
+    assert any(rows > 1 for rows, _, _ in sizes)
+
+
+def test_a_wave_counts_nodes_not_rows(small_model, processor, samples, space, monkeypatch):
+    """All 65 executions of one prompt fit a budget that their nodes fit, and share all they can; rows would not."""
+    engine = RolloutEngine(small_model, processor, max_new_tokens=1, batch_tokens=10**6)
+    plans = [space.plan(index) for index in space.all if space.plan(index).tier == "low"]
+    wanted = tuple({plan.top_k_per_block for plan in plans})
+    nodes = tree_size(build_execution_tree((0,) * len(wanted), wanted))
+    tokens = engine.prompts.prompt(samples[0], "low").tokens
+    engine.executor.memory = replace(engine.memory, batch_tokens=nodes * tokens, decode_tokens=10**6)
+    trees = []
+    prefill = Executor.prefill
+
+    def watch(self, wave):
+        trees.append(build_execution_tree((0,) * len(wave), tuple(job.top_k for job in wave)))
+        return prefill(self, wave)
+
+    monkeypatch.setattr(Executor, "prefill", watch)
+    engine.outcomes([samples[0]] * len(plans), plans)
+    assert nodes < len(wanted) == 65
+    assert len(trees) == 1
+    assert sum(len(level.run) + len(level.final) for tree in trees for level in tree) == 1725 // 3
 
 
 def test_shape_matches_the_inputs(engine, samples, processor):

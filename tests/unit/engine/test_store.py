@@ -134,19 +134,57 @@ def test_prune_by_age_and_size(store):
     assert store.inspect()["settings"] == []
 
 
-def test_merge_takes_what_is_missing(store, tmp_path):
-    other = OutcomeStore(tmp_path / "other.sqlite")
-    fill(store, range(10), token=1)
-    fill(other, range(5, 20), token=2)
-    other.close()
-    assert store.merge(tmp_path / "other.sqlite") == 10
-    held = store.get_outcomes([entry(n)[0] for n in range(20)])
-    assert [held[entry(n)[0]].token_ids[0] for n in range(20)] == [1] * 10 + [2] * 10
-    assert store.merge(tmp_path / "other.sqlite") == 0
-    (tmp_path / "broken.sqlite").write_bytes(b"x" * 5000)
-    with pytest.raises(UserError, match="cannot use store"):
-        store.merge(tmp_path / "broken.sqlite")
-    assert len(store.get_outcomes([entry(n)[0] for n in range(20)])) == 20
+def test_latency_tokens_go_before_outcomes(tmp_path):
+    """A run that overflows its bound loses latency tokens, the oldest first, and no outcome."""
+    store = OutcomeStore(tmp_path / "s.sqlite", max_bytes=2**21)
+    fill(store, range(500))
+    written = 0
+    for batch in range(16):
+        keys = [f"{batch:02} {i}".encode() for i in range(20)]
+        store.put_states(SETTING, {key: ("{}", "{}", StoredStates(os.urandom(2**14), 1.0)) for key in keys})
+        written += len(keys)
+        with sqlite3.connect(store.path) as db:
+            db.execute("UPDATE latency_tokens SET used = used - 86400 WHERE used > ?", (time.time() - 1000,))
+        assert store.inspect()["bytes"] <= 2**21
+    found = store.inspect()
+    assert written * 2**14 > 2 * 2**21
+    assert found["outcomes"] == 500
+    assert 50 < found["latency_tokens"] < written / 2
+    assert store.path.stat().st_size <= 1.1 * 2**21
+
+
+@pytest.mark.parametrize("table", ["outcomes", "latency_tokens"])
+def test_pruning_and_counting_never_read_the_states(store, table):
+    queries = (
+        f"SELECT key FROM {table} ORDER BY used, key LIMIT 5",
+        f"SELECT COUNT(*) FROM {table}",
+        f"SELECT COUNT(*), COALESCE(SUM(seconds), 0) FROM {table}",
+        f"SELECT key FROM {table} WHERE used < 5",
+    )
+    with sqlite3.connect(store.path) as db:
+        for query in queries:
+            steps = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}")]
+            assert all(f"COVERING INDEX {table}_used" in step for step in steps), steps
+
+
+def test_a_store_in_use_or_without_space_is_not_to_be_thrown_away(store, monkeypatch):
+    fill(store, range(20))
+    store.close()
+    monkeypatch.setattr("envs.engine.store.BUSY_SECONDS", 0.1)
+    blocker = sqlite3.connect(store.path, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    with pytest.raises(UserError, match="locked; another process is writing to it: wait") as locked:
+        fill(store, [21])
+    blocker.execute("ROLLBACK")
+    store._open().execute("PRAGMA max_page_count = 1")
+    with pytest.raises(UserError, match="full; free some space") as full:
+        fill(store, range(100, 2000))
+    store._open().execute("PRAGMA query_only = 1")
+    with pytest.raises(UserError, match="readonly database; make the file and its folder writable") as closed:
+        fill(store, [22])
+    for error in (locked, full, closed):
+        assert "remove" not in str(error.value)
+    assert len(OutcomeStore(store.path).get_outcomes([entry(n)[0] for n in range(20)])) == 20
 
 
 def test_export(store, tmp_path):

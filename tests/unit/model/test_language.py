@@ -11,7 +11,7 @@ from envs.errors import UserError
 from envs.knobs import ExecutionPlan
 from envs.model import AdaptiveMolmoE
 from envs.model.decode import DecodeBatch
-from envs.model.schedule import build_schedule
+from envs.model.execution_tree import build_execution_tree
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -82,10 +82,23 @@ def test_equal_beginnings_run_once():
     """Two rows of one prompt that differ from block 3 on: one node before, two after, one where they drop a block."""
     first = (8, 8, 8, 4, 4) + (4,) * 11
     second = (8, 8, 8, 6, 0) + (6,) * 11
-    levels = build_schedule((0, 0), (first, second))
-    assert [len(level.run.sources) + len(level.final.sources) for level in levels[:5]] == [1, 1, 1, 2, 1]
-    assert not levels[15].run.sources
-    assert len(levels[15].final.sources) == 2
+    levels = build_execution_tree((0, 0), (first, second))
+    assert [len(level.run) + len(level.final) for level in levels[:5]] == [1, 1, 1, 2, 1]
+    assert not levels[15].run
+    assert len(levels[15].final) == 2
+
+
+def test_the_example_in_the_docstring():
+    rest = (0,) * 13
+    levels = build_execution_tree((0, 0), ((8, 4, 4, *rest), (8, 0, 8, *rest)))
+    assert levels[0].run == ((0, (8,)),)
+    assert (levels[1].run, levels[1].skip) == (((0, (8, 4)),), ((0, (8, 0)),))
+    assert levels[2].final == ((0, (8, 4, 4)), (0, (8, 0, 8)))
+    given = build_execution_tree((0, 0), ((8, 4, 4, *rest), (8, 0, 8, *rest)), 1)
+    assert not given[0].run
+    assert given[1].enter == (0,)
+    assert given[1:] != levels[1:]
+    assert [level.run for level in given[1:]] == [level.run for level in levels[1:]]
 
 
 def test_dropped_blocks_run_nowhere():
@@ -103,7 +116,7 @@ def test_dropped_blocks_run_nowhere():
         MODEL.embed({"input_ids": torch.tensor([[1, 2, 3]])}), [3], [0], [plan.top_k_per_block]
     )
     batch = DecodeBatch(MODEL.language, [(done, [0])])
-    assert [index for index, keys in enumerate(batch.keys) if keys is not None] == [0, 2, 5, 9]
+    assert [index for index, block in enumerate(batch.blocks) if block is not None] == [0, 2, 5, 9]
 
 
 def prefilled(rows):

@@ -118,7 +118,7 @@ def test_equal_seeds_give_equal_trajectories_in_fresh_engines(world, model_folde
 
 def test_the_profiled_clock_fits_real_requests(engine, samples, monkeypatch):
     # Processor time instead of wall time: a test must hold on a machine that is busy with something else.
-    monkeypatch.setattr("envs.engine.measured.time", SimpleNamespace(perf_counter=time.thread_time))
+    monkeypatch.setattr("envs.engine.single_request.time", SimpleNamespace(perf_counter=time.thread_time))
     table = profile(engine, samples[:12], repeats=2, per_tiling=6)
     clock = ProfiledClock.for_engine(table, engine)
     assert hold_out(clock, engine, samples[12:], requests=10, repeats=2).median < 0.12

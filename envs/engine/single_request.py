@@ -11,8 +11,8 @@ from envs.data.sample import Sample
 from envs.knobs import ExecutionPlan
 from envs.latency.record import STAGES, LatencyRecord
 from envs.model.decode import DecodeBatch
-from envs.model.language import Prefilled, Prefix
 from envs.model.molmoe import AdaptiveMolmoE
+from envs.model.prefill import Prefilled, Prefix
 from envs.processing.processor import MolmoEProcessor
 
 
