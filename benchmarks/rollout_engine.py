@@ -23,7 +23,7 @@ from envs.data import load_task
 from envs.data.sample import Sample
 from envs.engine import RolloutEngine
 from envs.knobs import ExecutionPlan, KnobSpace
-from envs.model import AdaptiveMolmoE, MolmoEConfig, MolmoEProcessor
+from envs.model import AdaptiveMolmoE, MolmoEConfig
 from envs.model.execution_tree import build_execution_tree
 from envs.model.importance import read_importance
 from envs.processing import MolmoEProcessor
