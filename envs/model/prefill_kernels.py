@@ -118,20 +118,22 @@ def _grouped_mm(
         first = tl.sum(tl.where(mine, begin + (tile - after + tiles) * BM, 0), 0)
         last = tl.sum(tl.where(mine, end, 0), 0)
         row, wide = first + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
-        source = tl.load(rows + row, mask=row < last, other=0) if GATHER else row
+        inside = row < last
+        source = tl.load(rows + row, mask=inside, other=0) if GATHER else tl.where(inside, row, first)
         k = tl.arange(0, BK)
-        left = x + source[:, None].to(tl.int64) * depth + k[None, :]
-        right = weight + expert.to(tl.int64) * stride_e + k[:, None] * stride_k + wide[None, :] * stride_n
+        # Scalar bases move and 32-bit offsets stay: tiles of 64-bit pointers would not fit the registers.
+        matrix = weight + expert.to(tl.int64) * stride_e
+        left = source[:, None] * depth + k[None, :]
+        right = k[:, None] * stride_k + (wide % width)[None, :] * stride_n
         total = tl.zeros((BM, BN), tl.float32)
         for start in range(0, depth, BK):
+            # Rows and columns beyond the tile hold others' numbers, and are not stored.
             deep = start + k < depth
-            a = tl.load(left, mask=(row < last)[:, None] & deep[None, :], other=0.0)
-            b = tl.load(right, mask=deep[:, None] & (wide < width)[None, :], other=0.0)
+            a = tl.load(x + start + left, mask=deep[None, :], other=0.0)
+            b = tl.load(matrix + start * stride_k + right, mask=deep[:, None], other=0.0)
             total = tl.dot(a, b, total, input_precision=PRECISION)
-            left += BK
-            right += BK * stride_k
         place = out + row[:, None].to(tl.int64) * width + wide[None, :]
-        tl.store(place, total.to(out.dtype.element_ty), mask=(row < last)[:, None] & (wide < width)[None, :])
+        tl.store(place, total.to(out.dtype.element_ty), mask=inside[:, None] & (wide < width)[None, :])
 
 
 def route(logits_NE: Tensor, top_k: int, per_token_N: Tensor | None) -> tuple[Tensor, Tensor]:

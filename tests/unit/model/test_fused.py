@@ -21,7 +21,18 @@ few = settings(max_examples=12, deadline=None)
 @pytest.fixture(scope="module", autouse=True)
 def interpreter():
     os.environ["TRITON_INTERPRET"] = "1"
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def repaired(tensor, scope):
+        # Triton 3.6 turns arrays of one number into loop bounds in a way that numpy 2.4 refuses.
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = repaired
     yield
+    interpreter._patch_lang_tensor = patch
     del os.environ["TRITON_INTERPRET"]
 
 
@@ -117,7 +128,7 @@ def test_quick_gelu(kernels, seed, dtype, n):
 
 
 @few
-@given(st.integers(0, 99), DTYPES, st.lists(st.integers(0, 40), min_size=1, max_size=6), st.booleans(), st.booleans())
+@given(st.integers(0, 99), DTYPES, st.lists(st.sampled_from([0, 1, 15, 33]), min_size=1, max_size=4), st.booleans(), st.booleans())
 def test_grouped_mm(kernels, seed, dtype, counts, gather, turned):
     pairs, depth, width = sum(counts), 40, 72
     x = randn(seed, 30 if gather else pairs, depth).to(dtype)
@@ -152,11 +163,11 @@ for dtype, name in ((torch.bfloat16, B), (torch.float32, F), (torch.float16, "*f
         ints = dict.fromkeys(("E", "depth", "width", "stride_e", "stride_k", "stride_n"), "i32")
         cases.append((kernels._grouped_mm, dict(x=name, rows=I, weight=name, ends=I, out=name, **ints),
             dict(GATHER=True, WIDTH=64, PRECISION="ieee" if name == F else "tf32", BM=bm, BN=bn, BK=bk), warps, stages))
-arch, shared = int(sys.argv[1]), int(sys.argv[2])
+arch, shared, bad = int(sys.argv[1]), int(sys.argv[2]), False
 for kernel, signature, constants, warps, stages in cases:
     names = {**signature, **dict.fromkeys(constants, "constexpr")}
     aligned = [["tt.divisibility", 16]]
-    attributes = {(i,): aligned for i, n in enumerate(kernel.arg_names) if names[n].startswith("*") or n in ("depth", "width", "stride_e", "D", "H", "stride")}
+    attributes = {(i,): aligned for i, n in enumerate(kernel.arg_names) if names[n].startswith("*") or n in ("depth", "width", "stride_e", "stride_n", "D", "H", "stride")}
     constexprs = dict(constants)
     if "stride_k" in signature:
         names["stride_k"] = "constexpr"; constexprs["stride_k"] = 1
@@ -171,8 +182,10 @@ for kernel, signature, constants, warps, stages in cases:
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
     local = [int(w.split(":")[1]) for w in usage.split() if w.startswith(("LOCAL:", "STACK:"))]
     print(kernel.__name__, constants, done.metadata.shared, usage.split("REG:")[-1].split()[0], local)
-    assert local and not any(local), f"spills: {usage}"
+    ok = bool(local) and not any(local)
+    bad = not ok or bad
     assert done.metadata.shared <= shared, kernel
+assert not bad, "registers spilled, see LOCAL and STACK above"
 """
 
 
