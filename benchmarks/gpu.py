@@ -46,6 +46,7 @@ class Bench:
     device: torch.device
     config: MolmoEConfig
     tiny: bool
+    out: Path
     results: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -149,7 +150,7 @@ def parts() -> dict[str, Callable[[Bench], Any]]:
     }
 
 
-def run(bench: Bench, chosen: Sequence[str], out: Path, total: float) -> None:
+def run(bench: Bench, chosen: Sequence[str], total: float) -> None:
     """Every part, one after another; a part that fails or runs over says so and the next begins."""
     began = time.perf_counter()
     known = parts()
@@ -170,16 +171,15 @@ def run(bench: Bench, chosen: Sequence[str], out: Path, total: float) -> None:
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
         bench.results[name] = found | {"seconds": time.perf_counter() - started}
-        write(bench, out)
+        write(bench)
         print(f"-- {name}: {bench.results[name]['seconds']:.1f} s", flush=True)
 
 
-def write(bench: Bench, out: Path) -> None:
+def write(bench: Bench) -> None:
     """Results so far, whole or not at all."""
-    out.mkdir(parents=True, exist_ok=True)
-    part = out / "gpu.json.part"
+    part = bench.out / "gpu.json.part"
     part.write_text(json.dumps(bench.results, indent=1) + "\n", encoding="utf-8")
-    part.replace(out / "gpu.json")
+    part.replace(bench.out / "gpu.json")
 
 
 def flat(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -205,10 +205,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.device == "cpu" and not args.tiny:
         parser.error("no GPU here: add --tiny for a rehearsal on the CPU")
     config = MolmoEConfig.from_pretrained(Path("envs/model/embedded/weights")) if args.tiny else published_config()
-    bench = Bench(torch.device(args.device), config, args.tiny)
+    bench = Bench(torch.device(args.device), config, args.tiny, args.out)
     card = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "CPU"
+    args.out.mkdir(parents=True, exist_ok=True)
     bench.results["machine"] = {"card": card, "torch": torch.__version__, "python": sys.version.split()[0]}
-    run(bench, chosen, args.out, args.limit)
+    run(bench, chosen, args.limit)
     for name, value in flat(bench.results):
         print(f"{name:60} {value:.4g}" if isinstance(value, float) else f"{name:60} {value}")
     return int(any("error" in found for found in bench.results.values()))

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import importlib.util
 import random
 import statistics
 import time
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.ledger import count, full_model, plan_of, stages
 from envs.engine import RolloutEngine
+from envs.engine.engine import measure
 from envs.knobs import KnobSpace
 from envs.model import fused
 from envs.model.decode import DecodeBatch
@@ -40,7 +42,12 @@ def error(found: Tensor, wanted: Tensor) -> float:
 def kernels(bench: "Bench") -> dict[str, Any]:
     """Fused operators at full size: error against float64, milliseconds, share of the copy ceiling."""
     config = bench.config
-    tokens, experts, hidden, width = (64 if bench.tiny else 2000), config.n_experts, config.expert_hidden, config.d_model
+    tokens, experts, hidden, width = (
+        (64 if bench.tiny else 2000),
+        config.n_experts,
+        config.expert_hidden,
+        config.d_model,
+    )
     block = bench.model.language.blocks[0]
     x, logits = bench.randn(tokens, width), bench.randn(tokens, experts, dtype=torch.float32)
     weights, chosen = fused.route(logits, 8, None)
@@ -113,11 +120,13 @@ def _in_double(operator: Callable[..., Any], args: list[Any]) -> Tensor:
 
 def decode(bench: "Bench") -> dict[str, Any]:
     """The static step, see `benchmarks/gpu_decode.py`."""
-    try:
-        module = importlib.import_module("benchmarks.gpu_decode")
-    except ModuleNotFoundError:
-        return {"skipped": "no benchmarks/gpu_decode.py"}
-    found: dict[str, Any] = module.measure(bench)
+    if bench.device.type != "cuda" or importlib.util.find_spec("benchmarks.gpu_decode") is None:
+        return {"skipped": "needs a GPU and benchmarks/gpu_decode.py"}
+    module = importlib.import_module("benchmarks.gpu_decode")
+    results = module.Results(bench.out / "decode.json", 80)
+    module.check(results, bench.model.language)
+    module.measure(results, bench.model.language)
+    found: dict[str, Any] = results.values
     return found
 
 
@@ -196,6 +205,7 @@ def request(bench: "Bench") -> dict[str, Any]:
     """Whole requests, ten answer tokens, stage by stage; the first after load; and with a loop over experts."""
     engine = RolloutEngine(bench.model, bench.processor, max_new_tokens=NEW_TOKENS)
     found: dict[str, Any] = {}
+    decoder = _static(bench)
     wide, square = ((200, 60), (90, 90)) if bench.tiny else ((900, 300), (1024, 768))
     for name, tokens, tier, size, blocks, top_k in (
         ("600 12/4", 40 if bench.tiny else 600, "low", wide, 12, 4),
@@ -208,10 +218,26 @@ def request(bench: "Bench") -> dict[str, Any]:
         entry: dict[str, Any] = {"prompt_tokens": shape.prompt_tokens, "views": shape.crops}
         entry["first_ms"] = engine.run_measured(sample, plan)[1].total
         entry |= _request(engine, sample, plan, 2 if bench.tiny else 15)
+        if decoder is not None:
+            with mock.patch.object(importlib.import_module(measure.__module__), "_decode", decoder):
+                entry["static decode"] = _request(engine, sample, plan, 2 if bench.tiny else 15)
         with mock.patch("envs.model.language.mixture", loop):
             entry["loop over experts"] = _request(engine, sample, plan, 1 if bench.tiny else 3)
         found[name] = bench.results.setdefault("request", {})[name] = entry
     return found
+
+
+def _static(bench: "Bench") -> Callable[..., Any] | None:
+    """The static decoder in place of the dynamic one, where there is one."""
+    if importlib.util.find_spec("envs.model.static") is None:
+        return None
+    decoder = importlib.import_module("envs.model.static").StaticDecoder(bench.model.language)
+
+    def decode(model: Any, prefilled: Any, token: int, limit: int) -> tuple[list[int], bool]:
+        ids = [token, *decoder.decode(prefilled, 0, token, limit - 1)]
+        return ids, len(ids) < limit
+
+    return decode
 
 
 def _request(engine: RolloutEngine, sample: Sample, plan: Any, repeats: int) -> dict[str, float]:

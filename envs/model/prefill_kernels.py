@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _route(logits, per_token, weights, experts, E, K: tl.constexpr, RAGGED: tl.constexpr, WIDTH: tl.constexpr):  # noqa: N803
+def _route(logits, per_token, weights, experts, E, K: tl.constexpr, RAGGED: tl.constexpr, WIDTH: tl.constexpr):
     token = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     x = tl.load(logits + token * E + column, mask=column < E, other=float("-inf")).to(tl.float32)
@@ -29,7 +29,7 @@ def _route(logits, per_token, weights, experts, E, K: tl.constexpr, RAGGED: tl.c
 
 
 @triton.jit
-def _sort_pairs(weights, experts, tokens, shares, inverse, ends, n, E, K: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+def _sort_pairs(weights, experts, tokens, shares, inverse, ends, n, E, K: tl.constexpr, BLOCK: tl.constexpr):
     """One program an expert: where its pairs begin, then each pair's place, in token order. No atomics."""
     expert = tl.program_id(0)
     before, own = 0, 0
@@ -53,7 +53,7 @@ def _sort_pairs(weights, experts, tokens, shares, inverse, ends, n, E, K: tl.con
 
 
 @triton.jit
-def _silu_mul(gate_up, shares, out, H, SHARED: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+def _silu_mul(gate_up, shares, out, H, SHARED: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < H
     gate = tl.load(gate_up + row * 2 * H + column, mask=inside).to(tl.float32)
@@ -65,7 +65,7 @@ def _silu_mul(gate_up, shares, out, H, SHARED: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _combine(residual, pairs, inverse, out, D, K: tl.constexpr, ADDED: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+def _combine(residual, pairs, inverse, out, D, K: tl.constexpr, ADDED: tl.constexpr, BLOCK: tl.constexpr):
     token, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < D
     total = tl.zeros((BLOCK,), tl.float32)
@@ -78,7 +78,7 @@ def _combine(residual, pairs, inverse, out, D, K: tl.constexpr, ADDED: tl.conste
 
 
 @triton.jit
-def _norm_rope(x, weight, rope, out, stride, parts, positions, eps, D: tl.constexpr, d: tl.constexpr):  # noqa: N803
+def _norm_rope(x, weight, rope, out, stride, parts, positions, eps, D: tl.constexpr, d: tl.constexpr):
     """One program a (token, part): RMS norm over the width, weight, then rotation of neighboring pairs."""
     token, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     column = tl.arange(0, D)
@@ -93,7 +93,7 @@ def _norm_rope(x, weight, rope, out, stride, parts, positions, eps, D: tl.conste
 
 
 @triton.jit
-def _quick_gelu(x, out, n, BLOCK: tl.constexpr):  # noqa: N803
+def _quick_gelu(x, out, n, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + place, mask=place < n).to(tl.float32)
     tl.store(out + place, (value / (1.0 + tl.exp(-1.702 * value))).to(out.dtype.element_ty), mask=place < n)
@@ -102,8 +102,8 @@ def _quick_gelu(x, out, n, BLOCK: tl.constexpr):  # noqa: N803
 @triton.jit
 def _grouped_mm(
     x, rows, weight, ends, out, E, depth, width, stride_e, stride_k, stride_n,
-    GATHER: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,  # noqa: N803
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,  # noqa: N803
+    GATHER: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Rows grouped by expert, each times its expert's matrix. A program finds its tile from the offsets alone."""
     tile = tl.program_id(1)

@@ -128,7 +128,13 @@ def test_quick_gelu(kernels, seed, dtype, n):
 
 
 @few
-@given(st.integers(0, 99), DTYPES, st.lists(st.sampled_from([0, 1, 15, 33]), min_size=1, max_size=4), st.booleans(), st.booleans())
+@given(
+    st.integers(0, 99),
+    DTYPES,
+    st.lists(st.sampled_from([0, 1, 15, 33]), min_size=1, max_size=4),
+    st.booleans(),
+    st.booleans(),
+)
 def test_grouped_mm(kernels, seed, dtype, counts, gather, turned):
     pairs, depth, width = sum(counts), 40, 72
     x = randn(seed, 30 if gather else pairs, depth).to(dtype)
