@@ -127,7 +127,6 @@ def ceilings(bench: Bench) -> dict[str, float]:
     size = 2**20 if bench.tiny else 2**31
     source, target = bench.randn(size // 4, dtype=torch.float32), torch.empty(size // 4, device=bench.device)
     copy = bench.time(lambda: target.copy_(source))
-    del source, target
     n = 256 if bench.tiny else 8192
     a, b = bench.randn(n, n), bench.randn(n, n)
     product = bench.time(lambda: a @ b)

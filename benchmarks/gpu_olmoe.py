@@ -1,4 +1,4 @@
-"""Part of `benchmarks/gpu.py`: OLMoE in transformers, the language part's shape, with each way it has to run experts."""
+"""Part of `benchmarks/gpu.py`: transformers' OLMoE, of the language part's shape, with each way to run experts."""
 
 import statistics
 import time

@@ -321,7 +321,7 @@ def rollouts(bench: "Bench") -> dict[str, Any]:
 @contextmanager
 def plain() -> Iterator[None]:
     """Without fused operators, router logits rounded."""
-    with mock.patch.object(fused, "available", lambda x: False), mock.patch.object(fused, "router_logits", F.linear):
+    with mock.patch.object(fused, "available", return_value=False), mock.patch.object(fused, "router_logits", F.linear):
         yield
 
 

@@ -92,6 +92,7 @@ class _Calls(TorchFunctionMode):
         if meta and name in _READS_BACK:
             self.ledger.by_op[name] += 1
             self.ledger.syncs += 1
+            self.ledger.copies += name in ("cpu", "numpy")
             return _read_back(name, args[0])
         if meta and name == "scaled_dot_product_attention":
             return self._attention(*args[:4], **kwargs)
@@ -241,10 +242,8 @@ def main() -> None:
     print(f"{'stage':20} operators kernels     GB elementwise GB TFLOP copies syncs")
     for name, call in stages(full_model()).items():
         found = count(call)
-        print(
-            f"{name:20} {found.operators:9} {found.kernels:7} {found.bytes / 1e9:6.2f} {found.elementwise_bytes / 1e9:14.2f} "
-            f"{found.flops / 1e12:5.2f} {found.copies:6} {found.syncs:5}"
-        )
+        sizes = f"{found.bytes / 1e9:6.2f} {found.elementwise_bytes / 1e9:14.2f} {found.flops / 1e12:5.2f}"
+        print(f"{name:20} {found.operators:9} {found.kernels:7} {sizes} {found.copies:6} {found.syncs:5}")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def _launch(name: str) -> Callable[..., Any]:
 
 
 def _route(logits_NE: Tensor, top_k: int, per_token_N: Tensor | None) -> tuple[Tensor, Tensor]:
-    best, experts = logits_NE.float().topk(top_k, -1)
+    experts = logits_NE.float().topk(top_k, -1).indices
     weights = torch.softmax(logits_NE.float(), -1).gather(-1, experts)
     if per_token_N is None:
         return weights, experts.int()

@@ -102,7 +102,7 @@ class VisionBackbone(nn.Module):
     def vit_features(self, crops_NPX: Tensor) -> Tensor:
         """Layer features (N, P, F) of crops (N, P, pixels), zeros for blank ones; crops may still lie on the host.
 
-        Published rule: a crop holding an exact -1.0 anywhere is blank. Trainer's rule: only one that holds nothing else.
+        Published rule: a crop holding an exact -1.0 anywhere is blank. Trainer's rule: one that holds nothing else.
         """
         # Before any cast: in bfloat16 a pixel close to the mark would round to it.
         marked_N = (crops_NPX == PADDED_PIXEL).flatten(1)

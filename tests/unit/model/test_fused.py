@@ -154,7 +154,8 @@ from triton.compiler import ASTSource
 from envs.model import prefill_kernels as kernels
 B, F, I = "*bf16", "*fp32", "*i32"
 cases = [
-    (kernels._route, dict(logits=F, per_token="*i64", weights=F, experts=I, E="i32"), dict(K=8, RAGGED=True, WIDTH=64), 1, 3),
+    (kernels._route, dict(logits=F, per_token="*i64", weights=F, experts=I, E="i32"),
+     dict(K=8, RAGGED=True, WIDTH=64), 1, 3),
     (kernels._sort_pairs, dict(weights=F, experts=I, tokens=I, shares=F, inverse=I, ends=I, n="i32", E="i32"),
      dict(K=8, BLOCK=4096), 8, 3),
     (kernels._silu_mul, dict(gate_up=B, shares=F, out=B, H="i32"), dict(SHARED=True, BLOCK=1024), 4, 3),
@@ -173,13 +174,17 @@ arch, shared, bad = int(sys.argv[1]), int(sys.argv[2]), False
 for kernel, signature, constants, warps, stages in cases:
     names = {**signature, **dict.fromkeys(constants, "constexpr")}
     aligned = [["tt.divisibility", 16]]
-    attributes = {(i,): aligned for i, n in enumerate(kernel.arg_names) if names[n].startswith("*") or n in ("depth", "width", "stride_e", "stride_n", "D", "H", "stride")}
+    even = ("depth", "width", "stride_e", "stride_n", "D", "H", "stride")
+    attributes = {
+        (i,): aligned for i, n in enumerate(kernel.arg_names) if names[n].startswith("*") or n in even
+    }
     constexprs = dict(constants)
     if "stride_k" in signature:
         names["stride_k"] = "constexpr"; constexprs["stride_k"] = 1
         attributes = {k: v for k, v in attributes.items() if kernel.arg_names[k[0]] != "stride_k"}
     source = ASTSource(kernel, names, constexprs=constexprs, attrs=attributes)
-    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages})
+    options = {"num_warps": warps, "num_stages": stages}
+    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     assert done.asm["cubin"], kernel
     import tempfile, subprocess, pathlib
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
