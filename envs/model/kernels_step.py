@@ -45,7 +45,9 @@ class KernelStep:
         config, device = language.config, language.wte.device
         self.language, self.cell, self.tuning = language, cell, tuning or Tuning()
         self.width, self.head = config.d_model, config.head_dim
-        self.pdl = self.tuning.pdl and device.type == "cuda" and torch.cuda.get_device_capability(device) >= _PDL_CAPABILITY
+        self.pdl = (
+            self.tuning.pdl and device.type == "cuda" and torch.cuda.get_device_capability(device) >= _PDL_CAPABILITY
+        )
         width, heads, experts, hidden = config.d_model, config.n_heads, config.n_experts, config.expert_hidden
         tuned = self.tuning
 
