@@ -84,6 +84,7 @@ class WorldConfig:
 
     model: str = "embedded"
     revision: str | None = None
+    blank_crops: str | None = None
     importance: str | None = None
     device: str = "auto"
     dtype: str = "float32"
@@ -142,6 +143,7 @@ class WorldConfig:
         return _engine(
             self.model,
             self.revision,
+            self.blank_crops,
             read_importance(self.model, self.importance),
             self.device,
             self.dtype,
@@ -202,6 +204,7 @@ _measured = lru_cache(maxsize=2)(MeasuredClock)
 def _engine(
     model: str,
     revision: str | None,
+    blank_crops: str | None,
     importance: tuple[float, ...],
     device: str,
     dtype: str,
@@ -217,7 +220,7 @@ def _engine(
 
     place = resolve_device(device)
     return RolloutEngine(
-        AdaptiveMolmoE.from_pretrained(model, device=place, dtype=DTYPES[dtype], revision=revision),
+        AdaptiveMolmoE.from_pretrained(model, place, DTYPES[dtype], revision, blank_crops),
         MolmoEProcessor.from_pretrained(model, revision),
         store=None if store is None else OutcomeStore(store, store_bytes),
         importance=importance,

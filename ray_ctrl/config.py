@@ -34,6 +34,11 @@ class ModelConfig(Section):
         pattern=r"^[\w./-]+$",
         description="Commit, branch or tag of a hub id; `null` takes its newest.",
     )
+    blank_crops: Literal["published", "trainer"] = Field(
+        default="published",
+        description="Image crops that give the model nothing: `published` those with a pixel of exactly -1.0, as in the "
+        "released code (1 % of crops of photos), `trainer` padding alone, as in the code that trained the weights.",
+    )
     importance: str | None = Field(
         default=None,
         min_length=1,

@@ -111,6 +111,7 @@ def world_config(config: Config, split: str, table: Path | None, budgets: Budget
     return WorldConfig(
         model=model.name,
         revision=model.revision,
+        blank_crops=model.blank_crops,
         importance=model.importance,
         device=model.device,
         dtype=model.dtype,

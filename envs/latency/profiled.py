@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
 
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
@@ -126,5 +125,8 @@ def _fit(stage: str, cells: Sequence[Cell]) -> tuple[float, ...]:
         return (float(np.median(times)),)
     floor = np.array([_FLOOR * cell.median.total for cell in cells])
     scale = 1.0 / np.maximum(times, floor)
+    # Here, as scipy takes time to load and whoever only runs the model needs none of it.
+    from scipy.optimize import nnls
+
     costs, _ = nnls(rows * scale[:, None], times * scale)
     return tuple(map(float, costs))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ _FIXED_VISION: Mapping[str, tuple[Any, ...]] = {
     "image_mlp_activations": ("quick_gelu",),
     "image_model_type": ("openai",),
 }
+
+BLANK_CROPS = ("published", "trainer")
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,11 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class MolmoEConfig:
-    """Shape of a MolmoE. Field names are ours, values those of the published `config.json`."""
+    """Shape of a MolmoE. Field names are ours, values those of the published `config.json`.
+
+    `blank_crops` names the crops that give no image features: "published" those with a single exact -1.0 in them, as in
+    the released code, "trainer" those of nothing but -1.0 (padding), as in the code that trained the weights.
+    """
 
     d_model: int
     n_heads: int
@@ -114,6 +120,7 @@ class MolmoEConfig:
     max_crops: int
     overlap_margins: tuple[int, int]
     vision: VisionConfig
+    blank_crops: str = BLANK_CROPS[0]
 
     @property
     def head_dim(self) -> int:
@@ -171,7 +178,7 @@ class MolmoEConfig:
             max_crops=read.count("max_crops"),
             overlap_margins=read.pair("overlap_margins"),
             vision=_vision(read),
-        )
+        ).with_blank_crops(published.get("blank_crops", BLANK_CROPS[0]))
         if config.n_layers != MODEL_BLOCKS:
             raise read.error("n_layers", f"{MODEL_BLOCKS}, because execution plans name {MODEL_BLOCKS} blocks")
         if read.count("moe_top_k") != max(TOP_KS):
@@ -181,6 +188,16 @@ class MolmoEConfig:
         if d_model % n_heads or config.head_dim % 2:
             raise read.error("n_heads", f"a divisor of d_model ({d_model}) that leaves an even head width")
         return config
+
+    def with_blank_crops(self, rule: str) -> "MolmoEConfig":
+        """The same shape under another rule for blank crops.
+
+        Raises:
+            UserError: a rule that does not exist.
+        """
+        if rule not in BLANK_CROPS:
+            raise UserError(f"blank_crops is {rule!r}: choose one of {', '.join(BLANK_CROPS)}")
+        return replace(self, blank_crops=rule)
 
     def to_published(self) -> dict[str, Any]:
         """The same shape under the published keys, ready for `config.json`."""
@@ -199,8 +216,11 @@ class MolmoEConfig:
             "image_patch_size": vision.patch_size,
             "image_pos_patch_size": vision.patch_size,
         }
+        # Only where it differs, so that the fingerprint of the published rule stays what it was.
+        rule = {} if self.blank_crops == BLANK_CROPS[0] else {"blank_crops": self.blank_crops}
         return {
             **{key: values[0] for key, values in _FIXED.items()},
+            **rule,
             "architectures": ["OLMoForCausalLM"],
             "additional_vocab_size": self.additional_vocab_size,
             "crop_mode": "overlap-and-resize-c2",

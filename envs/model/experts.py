@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs.errors import UserError
+from envs.model import fused
 from envs.model.device_indices import DeviceIndices
 
 KERNELS = ("auto", "dense", "grouped")
@@ -90,8 +91,9 @@ def mixture(
     down_EHD: Tensor,
     top_k: int | TopK,
     kernel: str = "auto",
+    residual_ND: Tensor | None = None,
 ) -> Tensor:
-    """Weighted sum (N, D) of each token's experts, `down(silu(gate) * up)`.
+    """Weighted sum (N, D) of each token's experts, `down(silu(gate) * up)`, added to `residual_ND` where given.
 
     Args:
         x_ND: tokens.
@@ -101,6 +103,31 @@ def mixture(
         top_k: experts per token, 4 to 8, alike or per token.
         kernel: "dense", "grouped", or "auto" to choose by size.
     """
+    if (kernel := _choose(kernel, x_ND, gate_up_EGD, down_EHD)) != "fused":
+        mixed = _by_torch(x_ND, logits_NE, gate_up_EGD, down_EHD, top_k, kernel)
+        return mixed if residual_ND is None else residual_ND + mixed
+    return _fused(x_ND, logits_NE, gate_up_EGD, down_EHD, top_k, residual_ND)
+
+
+def _by_torch(
+    x_ND: Tensor,
+    logits_NE: Tensor,
+    gate_up_EGD: Tensor,
+    down_EHD: Tensor,
+    top_k: int | TopK,
+    kernel: str,
+) -> Tensor:
+    if kernel == "dense":
+        return _dense(x_ND, *route(logits_NE, top_k), gate_up_EGD, down_EHD)
+    weights = (gate_up_EGD, down_EHD)
+    if x_ND.device.type != "cpu" or len(x_ND) <= _CHUNK_TOKENS:
+        return _grouped(x_ND, logits_NE, *weights, top_k)
+    parts = zip(x_ND.split(_CHUNK_TOKENS), logits_NE.split(_CHUNK_TOKENS), _split(top_k, len(x_ND)), strict=True)
+    return torch.cat([_grouped(x, logits, *weights, k) for x, logits, k in parts])
+
+
+def _choose(kernel: str, x_ND: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor) -> str:
+    """Dense, grouped, or fused: grouped without the glue, where there are kernels for it."""
     if kernel not in KERNELS:
         raise UserError(f"experts kernel {kernel!r} is not allowed: choose one of {', '.join(KERNELS)}")
     if kernel != "dense" and not _aligned(x_ND, down_EHD):
@@ -113,13 +140,7 @@ def mixture(
     if kernel == "auto":
         small = len(x_ND) <= _DENSE_TOKENS and gate_up_EGD.numel() + down_EHD.numel() <= _DENSE_WEIGHTS
         kernel = "dense" if small else "grouped"
-    if kernel == "dense":
-        return _dense(x_ND, *route(logits_NE, top_k), gate_up_EGD, down_EHD)
-    weights = (gate_up_EGD, down_EHD)
-    if x_ND.device.type != "cpu" or len(x_ND) <= _CHUNK_TOKENS:
-        return _grouped(x_ND, logits_NE, *weights, top_k)
-    parts = zip(x_ND.split(_CHUNK_TOKENS), logits_NE.split(_CHUNK_TOKENS), _split(top_k, len(x_ND)), strict=True)
-    return torch.cat([_grouped(x, logits, *weights, k) for x, logits, k in parts])
+    return "fused" if kernel == "grouped" and fused.available(x_ND) else kernel
 
 
 def _aligned(x_ND: Tensor, down_EHD: Tensor) -> bool:
@@ -170,3 +191,22 @@ def _grouped(x_ND: Tensor, logits_NE: Tensor, gate_up_EGD: Tensor, down_EHD: Ten
     # Elsewhere adding at repeated places is not reproducible: back to token order, then one sum.
     results = pairs_D.new_zeros(n * k, pairs_D.shape[1]).index_copy(0, order, pairs_D)
     return results.view(n, k, -1).sum(1)
+
+
+def _fused(
+    x_ND: Tensor,
+    logits_NE: Tensor,
+    gate_up_EGD: Tensor,
+    down_EHD: Tensor,
+    top_k: int | TopK,
+    residual_ND: Tensor | None,
+) -> Tensor:
+    """As `_grouped`, in one kernel each: route, sort, gather, product, silu, product, combine."""
+    alike = isinstance(top_k, int)
+    most, pairs = (top_k, top_k * len(x_ND)) if isinstance(top_k, int) else (top_k.maximum, top_k.pairs)
+    weights_NK, experts_NK = fused.route(logits_NE, most, None if alike else top_k.per_token)
+    tokens, shares, inverse, ends = fused.sort_pairs(weights_NK, experts_NK, len(gate_up_EGD), pairs)
+    gate_up = fused.grouped_product(x_ND, gate_up_EGD.transpose(1, 2), ends, tokens, pairs)
+    inner = fused.silu_mul(gate_up, shares)
+    out: Tensor = fused.combine(fused.grouped_product(inner, down_EHD, ends, None, pairs), inverse, residual_ND)
+    return out

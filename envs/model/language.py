@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from envs.knobs import INSERTIONS, ExecutionPlan
+from envs.model import fused
 from envs.model.config import MolmoEConfig
 from envs.model.device_indices import on_device
 from envs.model.execution_tree import FULL_TOP_K, per_row
@@ -40,7 +41,7 @@ class Block(nn.Module):
         r, t, width = x_RTD.shape
         normed = F.rms_norm(x_RTD, (width,), self.attn_norm, self.eps)
         qkv = F.linear(normed, self.qkv).view(r, t, 3, width)
-        qk = _rotate(self._norm_heads(qkv[:, :, :2], self.qk_norm), rope)
+        qk = self._norm_rotate(qkv[:, :, :2], self.qk_norm, rope)
         return qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2].view(r, t, self.heads, -1)
 
     def project_last(
@@ -50,14 +51,20 @@ class Block(nn.Module):
         r, t, width = x_RTD.shape
         normed = F.rms_norm(x_RTD, (width,), self.attn_norm, self.eps)
         kv = F.linear(normed, self.qkv[width:]).view(r, t, 2, width)
-        key = _rotate(self._norm_heads(kv[:, :, :1], self.qk_norm[1]), rope)
+        key = self._norm_rotate(kv[:, :, :1], self.qk_norm[1:], rope)
         query = F.linear(F.rms_norm(last_R1D, (width,), self.attn_norm, self.eps), self.qkv[:width])
-        query = _rotate(self._norm_heads(query.unsqueeze(2), self.qk_norm[0]), last_rope)
+        query = self._norm_rotate(query.unsqueeze(2), self.qk_norm[:1], last_rope)
         return query[:, :, 0], key[:, :, 0], kv[:, :, 1].view(r, t, self.heads, -1)
 
-    def _norm_heads(self, x_RTND: Tensor, weight: Tensor) -> Tensor:
-        normed = F.rms_norm(x_RTND, x_RTND.shape[-1:], None, self.eps) * weight
-        return normed.view(*normed.shape[:3], self.heads, -1)
+    def _norm_rotate(self, x_RTND: Tensor, weight_ND: Tensor, rope: Tensor) -> Tensor:
+        """Norm and rotary positions of N projections side by side: (R, T, N, H, d)."""
+        r, t, parts, width = x_RTND.shape
+        if fused.available(x_RTND) and width & (width - 1) == 0:
+            turns = torch.view_as_real(rope).reshape(-1, width // self.heads // 2, 2)
+            normed = fused.norm_rope(x_RTND.flatten(0, 1), weight_ND, turns, self.eps)
+            return normed.view(r, t, parts, self.heads, -1)
+        normed = F.rms_norm(x_RTND, (width,), None, self.eps) * weight_ND
+        return _rotate(normed.view(r, t, parts, self.heads, -1), rope)
 
     def finish(self, x_RTD: Tensor, mixed_RHTd: Tensor, top_k: int | TopK, kernel: str) -> Tensor:
         """Output projection, then the mixture of experts, each added to its input."""
@@ -66,8 +73,8 @@ class Block(nn.Module):
         # A plain sum keeps the residual stream in its own dtype under autocast.
         x_ND = x_RTD.reshape(-1, shape[-1]) + F.linear(mixed, self.attn_out)
         normed = F.rms_norm(x_ND, shape[-1:], self.ff_norm, self.eps)
-        logits = F.linear(normed, self.router)
-        return (x_ND + mixture(normed, logits, self.gate_up, self.down, top_k, kernel)).view(shape)
+        logits = fused.router_logits(normed, self.router)
+        return mixture(normed, logits, self.gate_up, self.down, top_k, kernel, residual_ND=x_ND).view(shape)
 
     def forward(
         self, x_RTD: Tensor, rope: Tensor, mask: Tensor | None, top_k: int | TopK, kernel: str

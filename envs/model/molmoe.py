@@ -46,14 +46,19 @@ class AdaptiveMolmoE(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
+        blank_crops: str | None = None,
     ) -> "AdaptiveMolmoE":
         """Read a checkpoint in the published layout: a folder, a hub id, or "embedded". In eval mode, frozen.
+
+        Args:
+            blank_crops: which crops count as empty, see `MolmoEConfig`; as the checkpoint says where None.
 
         Raises:
             UserError: nothing there, or files that are corrupt or do not fit each other.
         """
         folder = resolve_folder(path_or_id, revision)
         config = MolmoEConfig.from_pretrained(folder)
+        config = config if blank_crops is None else config.with_blank_crops(blank_crops)
         with torch.device("meta"):
             model = cls(config)
         model = model.to(dtype).to_empty(device=_device(device))
@@ -102,7 +107,8 @@ class AdaptiveMolmoE(nn.Module):
 
     def encode_images(self, images: Tensor, image_masks: Tensor | None = None) -> Tensor:
         """Image tokens (N, crops, tokens a crop, D) of images (N, crops, patches, pixels)."""
-        return self.vision(images.to(self.device), None if image_masks is None else image_masks.to(self.device))
+        encoded: Tensor = self.vision(images, image_masks)
+        return encoded
 
     def embed(self, inputs: Mapping[str, Tensor], image_features: Tensor | None = None) -> Tensor:
         """Embeddings (B, T, D): words, plus image tokens added at `image_input_idx` (negative indices are dropped).

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from envs.model import fused
 from envs.model.config import MolmoEConfig, VisionConfig
 
 PADDED_PIXEL = -1.0
@@ -34,6 +35,8 @@ class VitBlock(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value)
         x_NPW = x_NPW + self.out(mixed.transpose(1, 2).reshape(n, p, -1))
         inner = self.w1(self.ffn_norm(x_NPW))
+        if fused.available(inner):
+            return x_NPW + self.w2(fused.quick_gelu(inner))
         return x_NPW + self.w2(inner * torch.sigmoid(1.702 * inner))
 
 
@@ -89,6 +92,7 @@ class VisionBackbone(nn.Module):
     def __init__(self, config: MolmoEConfig) -> None:
         super().__init__()
         self.config = config.vision
+        self.blank_crops = config.blank_crops
         self.encoder = ImageEncoder(config.vision)
         self.pad_embed = nn.Parameter(torch.zeros(2, config.vision.feature_dim))
         self.pooling = AttentionPooling(config.vision)
@@ -96,17 +100,25 @@ class VisionBackbone(nn.Module):
         self.projector_out = nn.Linear(config.projector_hidden, config.d_model, bias=False)
 
     def vit_features(self, crops_NPX: Tensor) -> Tensor:
-        """Layer features (N, P, F) of crops (N, P, pixels). A crop holding an exact -1.0 is padding and gives zeros."""
+        """Layer features (N, P, F) of crops (N, P, pixels), zeros for blank ones; crops may still lie on the host.
+
+        Published rule: a crop holding an exact -1.0 anywhere is blank. Trainer's rule: one that holds nothing else.
+        """
         # Before any cast: in bfloat16 a pixel close to the mark would round to it.
-        real_N = (crops_NPX != PADDED_PIXEL).flatten(1).all(1)
-        crops_NPX = crops_NPX.to(self.pad_embed.dtype)
-        if bool(real_N.all()):
+        marked_N = (crops_NPX == PADDED_PIXEL).flatten(1)
+        blank_N = marked_N.all(1) if self.blank_crops == "trainer" else marked_N.any(1)
+        crops_NPX = to_device(crops_NPX, self.pad_embed.device, self.pad_embed.dtype)
+        if blank_N.device.type != "cpu":
+            # Reading the mask back would wait for the device: encode blanks too, then drop them.
+            return self.encoder(crops_NPX).masked_fill(blank_N[:, None, None], 0.0)
+        if not bool(blank_N.any()):
             return self.encoder(crops_NPX)
         shape = (*crops_NPX.shape[:2], self.config.feature_dim)
-        if not bool(real_N.any()):
+        if bool(blank_N.all()):
             return crops_NPX.new_zeros(shape)
-        encoded = self.encoder(crops_NPX[real_N])
-        return encoded.new_zeros(shape).index_put((real_N.nonzero().squeeze(1),), encoded)
+        places = (~blank_N).nonzero().squeeze(1).to(crops_NPX.device)
+        encoded = self.encoder(crops_NPX[places])
+        return encoded.new_zeros(shape).index_put((places,), encoded)
 
     def pool(self, features_NPF: Tensor) -> Tensor:
         """Image tokens (N, tokens, D) from layer features (N, P, F) of N crops."""
@@ -128,7 +140,15 @@ class VisionBackbone(nn.Module):
         """
         features = self.vit_features(images_NCPX.flatten(0, 1))
         if image_masks_NCP is not None:
-            masks = image_masks_NCP.flatten(0, 1).unsqueeze(-1)
+            masks = to_device(image_masks_NCP, features.device).flatten(0, 1).unsqueeze(-1)
             empty, partial = masks == 0, (masks < 1) & (masks != 0)
             features = features + self.pad_embed[0] * empty + self.pad_embed[1] * partial
         return self.pool(features).view(*images_NCPX.shape[:2], self.config.tokens, -1)
+
+
+def to_device(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """`x` there and in `dtype`: cast before it crosses the bus, from pinned memory, without waiting for the device."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device, dtype)
+    staged = torch.empty(x.shape, dtype=dtype or x.dtype, pin_memory=True).copy_(x)
+    return staged.to(device, non_blocking=True)

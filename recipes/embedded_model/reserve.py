@@ -35,13 +35,21 @@ def reserve_learns(first: int) -> Iterator[None]:
 
 
 def _mixture(
-    first: int, x_ND: Tensor, logits_NE: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor, top_k: int | TopK, _: str
+    first: int,
+    x_ND: Tensor,
+    logits_NE: Tensor,
+    gate_up_EGD: Tensor,
+    down_EHD: Tensor,
+    top_k: int | TopK,
+    kernel: str,
+    residual_ND: Tensor | None = None,
 ) -> Tensor:
     """The package's `mixture` in two parts: weights of a token's first experts are constants, the others learn."""
     weights_NK, experts_NK = route(logits_NE, top_k)
     leading = torch.arange(weights_NK.shape[1], device=x_ND.device) < first
     fixed = _weighted_sum(x_ND, weights_NK * leading, experts_NK, gate_up_EGD.detach(), down_EHD.detach())
-    return fixed + _weighted_sum(x_ND, weights_NK * ~leading, experts_NK, gate_up_EGD, down_EHD)
+    mixed = fixed + _weighted_sum(x_ND, weights_NK * ~leading, experts_NK, gate_up_EGD, down_EHD)
+    return mixed if residual_ND is None else residual_ND + mixed
 
 
 def _weighted_sum(

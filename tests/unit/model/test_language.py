@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
-from envs.model import AdaptiveMolmoE
+from envs.model import AdaptiveMolmoE, MolmoEConfig
 from envs.model.decode import DecodeBatch
 from envs.model.execution_tree import build_execution_tree
 
@@ -250,3 +250,21 @@ def test_padded_crops_cost_nothing_and_give_zeros(model, inputs):
     assert sizes == [int((~padded).sum())]
     assert features[padded].abs().max() == 0
     assert model.vision.vit_features(torch.full_like(crops[:2], -1.0)).abs().max() == 0
+
+
+def test_the_trainers_rule_drops_padding_alone(model, inputs):
+    crops = inputs["images"].flatten(0, 1)[:2].clone()
+    crops[crops == -1] = 0.5
+    crops[0, 3, 7] = -1.0
+    published = model.vision.vit_features(crops)
+    assert published[0].abs().max() == 0
+    other = AdaptiveMolmoE.from_pretrained(GOLDEN, blank_crops="trainer")
+    assert other.fingerprint != model.fingerprint
+    assert MolmoEConfig.from_published(other.config.to_published()).blank_crops == "trainer"
+    found = other.vision.vit_features(crops)
+    assert found[0].abs().max() > 0
+    assert torch.equal(found[1], model.vision.vit_features(crops[1:])[0])
+    crops[0] = -1.0
+    assert other.vision.vit_features(crops)[0].abs().max() == 0
+    with pytest.raises(UserError, match=r"'both'.*published, trainer"):
+        AdaptiveMolmoE.from_pretrained(GOLDEN, blank_crops="both")
