@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from cluster.resources import ResourcePlan, machine_cpus, shortfall
+from envs.errors import UserError
 
 # Read by Ray when its processes start; set before ray.init, and only where the user has not.
 QUIET_ENVIRONMENT = {
@@ -28,7 +29,7 @@ QUIET_ENVIRONMENT = {
 }
 
 
-class ConnectError(Exception):
+class ConnectError(UserError):
     """Ray cannot be reached or cannot hold the run; the message is one line."""
 
 

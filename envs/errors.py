@@ -16,3 +16,8 @@ class UserError(Exception):
     def message(self) -> str:
         """The one-line explanation."""
         return str(self.args[0])
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type's name if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -22,6 +22,7 @@ from envs.latency import (
     ProfileTable,
     RooflineClock,
 )
+from envs.model.device import resolve_device
 from envs.model.importance import read_importance
 from envs.reward import RewardConfig
 from envs.tasks.sample import Sample
@@ -173,23 +174,6 @@ class WorldConfig:
                     "budgets.high_ms"
                 )
         return BudgetDistribution.over(low, high, self.held_out_bands, self.price_bins)
-
-
-def resolve_device(device: str) -> torch.device:
-    """The torch device behind a name; `auto` is the GPU where this process was given one, else the CPU.
-
-    Raises:
-        UserError: a device that this process does not have.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {device!r} cannot be used ({reason}): choose `auto` or `cpu`") from None
-    return found
 
 
 # One measured clock per engine: its reference latency is measured once and stays put.

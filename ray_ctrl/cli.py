@@ -375,8 +375,6 @@ def _known(error: Exception) -> int | None:
     cause = getattr(error, "cause", None)
     if isinstance(cause, UserError):  # raised on a Ray worker, wrapped on the way here
         return _complain(cause.message, error)
-    if type(error).__name__ == "ConnectError":
-        return _complain(str(error), error)
     return None
 
 

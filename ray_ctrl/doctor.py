@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from envs.errors import UserError
+from envs.errors import UserError, first_line
 from ray_ctrl.config import Config
 from ray_ctrl.console import console
 from ray_ctrl.feasibility import plan_layout
@@ -98,10 +98,8 @@ def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Find
         seen, _, fix = error.message.rpartition(": ")
         yield Finding(name, "wrong", seen or error.message, fix if seen else "see the message")
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        yield Finding(
-            name, "wrong", f"the check broke: {type(error).__name__}: {reason}", "report this with its output"
-        )
+        seen = f"the check broke: {type(error).__name__}: {first_line(error)}"
+        yield Finding(name, "wrong", seen, "report this with its output")
 
 
 def _show(finding: Finding) -> None:
@@ -188,7 +186,7 @@ def devices(config: Config) -> Iterator[Finding]:
     import torch
 
     from cluster.resources import machine_cpus
-    from envs.world import resolve_device
+    from envs.model.device import resolve_device
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cpus = machine_cpus()
@@ -314,8 +312,8 @@ def _existing_parent(path: Path) -> Path:
 
 def model(config: Config) -> Iterator[Finding]:
     """The checkpoint can be found, its headers fit, and it fits the memory of the device."""
+    from envs.model.device import resolve_device
     from envs.model.inspect import inspect_model
-    from envs.world import resolve_device
 
     summary = inspect_model(config.model.name)
     if summary.problems:

@@ -12,6 +12,7 @@ import numpy as np
 
 from envs.engine import Outcome
 from envs.errors import UserError
+from envs.files import atomic_write, write_json
 from envs.latency import is_measuring
 from envs.world import World
 from policies.baselines import Baseline, FixedKnobs, LookupKnobs, RandomKnobs
@@ -23,7 +24,7 @@ from ray_ctrl.feasibility import plan_layout
 from ray_ctrl.plots import accuracy_over_budget, latency_over_budget
 from ray_ctrl.provenance import provenance
 from ray_ctrl.report import Rollouts
-from ray_ctrl.runs import RunFolder, choose, free_folder, newest_runs, removed_if_vain, write_json, write_text
+from ray_ctrl.runs import RunFolder, choose, free_folder, newest_runs, removed_if_vain
 from ray_ctrl.setting import Setting, check_importance, open_setting
 from ray_ctrl.settings import parse, with_overrides
 from ray_ctrl.steering import shown_budget
@@ -259,9 +260,9 @@ def write_report(methods: Sequence[Rollouts], out: Path) -> dict[str, Any]:
         f"{within:.3f} within a request"
     )
 
-    write_text(out / "table.csv", report.to_csv([line for name in lines for line in lines[name]] + overall))
-    write_text(out / "rollouts.csv", report.rollouts_csv(methods))
-    write_text(out / "table.md", _page(origin, budget_rows, method_rows, correlation, len(chosen)))
+    atomic_write(out / "table.csv", report.to_csv([line for name in lines for line in lines[name]] + overall))
+    atomic_write(out / "rollouts.csv", report.rollouts_csv(methods))
+    atomic_write(out / "table.md", _page(origin, budget_rows, method_rows, correlation, len(chosen)))
     summary = {
         "methods": {line.method: asdict(line) for line in overall},
         "per_budget": {name: [asdict(line) for line in some] for name, some in lines.items()},

@@ -11,6 +11,7 @@ from typing import Any
 
 from envs.budgets import BudgetDistribution, budget_range
 from envs.errors import UserError
+from envs.files import write_json
 from envs.knobs import MAX_DROPPED, ExecutionPlan, KnobSpace
 from envs.latency import Identity, ProfiledClock, ProfileTable, profile
 from envs.latency.profiler import GOOD_FIT
@@ -22,7 +23,6 @@ from policies.controller import Controller
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted
 from ray_ctrl.provenance import hardware, versions
-from ray_ctrl.runs import write_json
 from ray_ctrl.steering import Steering
 
 TABLE_FILE = "profile.json"

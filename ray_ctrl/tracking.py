@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from envs.errors import UserError
-from ray_ctrl.runs import write_json
+from envs.files import write_json
 
 FILE = "tracking.json"
 FORM = r"^(mlflow|wandb):\S+$"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from envs.errors import UserError
+from envs.files import atomic_folder
 from ray_ctrl.config import Config, RewardConfig
 from ray_ctrl.console import console, iteration_line, progress_bar
 from ray_ctrl.feasibility import Layout, check_inputs, check_machine, plan_layout
@@ -192,14 +193,8 @@ def export_controller(folder: RunFolder) -> Checkpoint:
     chosen = choose(folder.checkpoints())
     if chosen is None:
         raise UserError(f"run {folder.root} has no good checkpoint: resume it with --resume")
-    aside, before = folder.root / ".controller", folder.root / ".controller-before"
-    for old in (aside, before):
-        shutil.rmtree(old, ignore_errors=True)
-    shutil.copytree(chosen.path / "controller", aside)
-    if folder.controller.exists():
-        folder.controller.rename(before)
-    aside.rename(folder.controller)
-    shutil.rmtree(before, ignore_errors=True)
+    with atomic_folder(folder.controller) as temporary:
+        shutil.copytree(chosen.path / "controller", temporary, dirs_exist_ok=True)
     learning_curve(folder.metrics(), folder.root / "learning_curve.png")
     return chosen
 
@@ -310,7 +305,7 @@ class Trainer:
         latest = self.folder.latest()
         done = latest.iteration if latest else 0
         if latest is not None:
-            restore_checkpoint(self.algorithm, latest.path / "algorithm")
+            restore_checkpoint(self.algorithm, latest.path)
             console.print(f"resumed after iteration {done}")
         self.folder.set_aside_after(done)
         self.folder.cut_metrics(done)
@@ -350,10 +345,10 @@ class Trainer:
     def _checkpoint(self, row: Metrics) -> None:
         score, error = row.get("validation/score"), row.get("validation/score_error", 0.0)
 
-        def write(aside: Path) -> None:
-            self.algorithm.save_to_path((aside / "algorithm").absolute())
+        def write(folder: Path) -> None:
+            self.algorithm.save_to_path(folder.absolute())
             metadata = self.setting.metadata() | {"iteration": self.done, "validation_score": score}
-            self.algorithm.controller().save(aside / "controller", metadata)
+            self.algorithm.controller().save(folder / "controller", metadata)
 
         self.folder.save_checkpoint(self.done, score, write, score_error=error)
         self.folder.prune(self.config.run.keep_checkpoints)

@@ -15,7 +15,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
-from envs.errors import UserError
+from envs.errors import UserError, first_line
 from envs.tasks.rows import FIELDS
 from envs.tasks.scan import Table
 from envs.tasks.table import OWN, DataSet, HubSplit
@@ -136,7 +136,7 @@ def read_hub(source: HubSplit, split: str | None, entry: DataSet, revision: str 
         with _bars_on_terminals():
             rows = load_dataset(source.repo, source.config, split=source.split, revision=revision)
     except Exception as error:  # HTTP, cache, schema and naming errors share no base class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"cannot fetch {source}: {reason}; check the name and the network, or give a local folder as name=PATH"
         ) from None
@@ -165,7 +165,7 @@ def hub_splits(repo: str, revision: str | None = None) -> dict[str, HubSplit]:
     try:
         names = get_dataset_split_names(repo, revision=revision)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"{repo} is no local path, and no data set of that name was found on the hub: {reason}"
         ) from None
@@ -192,7 +192,7 @@ def _read_parquet(file: Path, folder: Path, entry: DataSet) -> Iterator[Record]:
         with _bars_on_terminals():
             rows = Dataset.from_parquet(str(file), keep_in_memory=False)
     except Exception as error:  # Arrow and datasets raise many kinds for a damaged file
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise UserError(f"cannot read {file}: {reason}; give a whole parquet file") from None
     stat = file.stat()
     key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from envs.errors import UserError
+from envs.files import atomic_write, write_json
 from ray_ctrl.console import console, table
 from ray_ctrl.provenance import provenance
-from ray_ctrl.runs import RunFolder, free_folder, write_json, write_text
+from ray_ctrl.runs import RunFolder, free_folder
 from ray_ctrl.settings import with_overrides
 from ray_ctrl.stopping import Stopper, telling
 from ray_ctrl.tune.sweep import Sweep, dump, load_sweep
@@ -100,7 +101,7 @@ def _run(sweep: Sweep, root: Path, resume: bool) -> None:
     else:
         root.mkdir(parents=True, exist_ok=True)
         sweep = prepare(sweep, root)
-        write_text(root / "sweep.yaml", dump(sweep))
+        atomic_write(root / "sweep.yaml", dump(sweep))
     runners = sweep.base.runners
     group = trial_resources(sweep.base)
     with connect(runners.address, needed(totals(group)), timeout_s=runners.connect_timeout_s) as there:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_ctrl.runs import Checkpoint, RunFolder, write_json, write_text
+from envs.files import atomic_folder, atomic_write, write_json
+from ray_ctrl.runs import Checkpoint, RunFolder
 
 ORIGIN = "origin.json"
 ADOPTED = "adopted.json"
@@ -69,13 +70,11 @@ def adopt(folder: RunFolder, trial: str, place: Path) -> int:
     for path in checkpoints.glob("iteration_*"):
         if int(path.name.removeprefix("iteration_")) >= new:
             shutil.rmtree(path)
-    aside = checkpoints / f".writing_{origin['folder']}"
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(place / origin["folder"], aside)
-    aside.rename(checkpoints / origin["folder"])
+    with atomic_folder(checkpoints / origin["folder"]) as temporary:
+        shutil.copytree(place / origin["folder"], temporary, dirs_exist_ok=True)
     theirs = RunFolder(folder.root.parent / origin["trial"]).metrics()
     rows = [*own, *(row for row in theirs if reached < row["iteration"] <= new)]
-    write_text(folder.root / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    atomic_write(folder.root / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_json(folder.root / ADOPTED, origin | {"before": before})
     return new
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from ray import tune
 
+from envs.files import atomic_write
 from ray_ctrl.config import Config
-from ray_ctrl.runs import RunFolder, write_text
+from ray_ctrl.runs import RunFolder
 from ray_ctrl.setting import BUDGETS_FILE, TABLE_FILE, open_setting
 from ray_ctrl.settings import to_yaml
 from ray_ctrl.tune.lineage import adopt, pack
@@ -47,7 +48,7 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
         with given.as_directory() as place:
             told = adopt(folder, trial, Path(place))
     if folder.config != config:  # PBT changed it, or the resumed sweep
-        write_text(folder.root / "config.yaml", to_yaml(config))
+        atomic_write(folder.root / "config.yaml", to_yaml(config))
     trainer = Trainer(config, folder, open_setting(config).with_clock(folder.root), plan_layout(config))
     try:
         # The last iteration before a crash or an interruption may never have reached Tune; what it knows does no harm.

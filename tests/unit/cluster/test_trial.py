@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from ray_ctrl.runs import RunFolder, write_text
+from envs.files import atomic_write
+from ray_ctrl.runs import RunFolder
 from ray_ctrl.settings import load_config, to_yaml
 from ray_ctrl.tune.lineage import adopt, pack, stretches
 from ray_ctrl.tune.summary import read_results, write_summary
@@ -60,7 +61,7 @@ def test_adopting_replaces_what_comes_after_and_keeps_what_was_reached_before(tm
     assert named(poor) == {1: "poor 1", 2: "best 2"}
     assert [(row["iteration"], row[METRIC]) for row in poor.metrics()] == [(1, 0.5), (2, 0.6)]
     # The best is the origin's where it came from there, and has the settings that led to it.
-    write_text(poor.root / "config.yaml", to_yaml(load_config("smoke", None, ["grpo.lr=0.02"])))
+    atomic_write(poor.root / "config.yaml", to_yaml(load_config("smoke", None, ["grpo.lr=0.02"])))
     results = {result.trial: result for result in read_results(sweep(), tmp_path, {})}
     assert (results["poor"].best, results["poor"].chosen) == ((1, 0.5), {"grpo.lr": 0.001})
     go_on(poor, 3, 0.7)

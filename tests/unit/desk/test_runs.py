@@ -121,7 +121,7 @@ def test_latest_falls_back_over_damage(tmp_path: Path) -> None:
     later = run.save_checkpoint(4, 0.5, _write)
     assert run.latest() == later
     (later.path / "algorithm" / "weights.bin").write_bytes(b"\x01" * 64)
-    with pytest.warns(UserWarning, match=r"weights\.bin is damaged"):
+    with pytest.warns(UserWarning, match=r"weights\.bin is corrupt"):
         latest = run.latest()
     assert latest is not None
     assert latest.iteration == 2
@@ -152,13 +152,13 @@ def test_failed_write_leaves_earlier_checkpoints_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No space left on device"):
         run.save_checkpoint(4, None, full)
     assert [c.iteration for c in run.checkpoints()] == [2]
-    assert not list((run.root / "checkpoints").glob(".writing_*"))
+    assert not list((run.root / "checkpoints").glob(".*"))
 
 
 def test_half_written_folder_of_a_killed_process_is_not_a_checkpoint(tmp_path: Path) -> None:
     run = _run(tmp_path)
     run.save_checkpoint(2, None, _write)
-    _half = run.root / "checkpoints" / ".writing_000004"
+    _half = run.root / "checkpoints" / ".iteration_000004.partial-1"
     _half.mkdir()
     _write(_half)
     assert [c.iteration for c in run.checkpoints()] == [2]

@@ -7,8 +7,9 @@ import torch
 
 from envs.budgets import BudgetDistribution
 from envs.errors import UserError
+from envs.model.device import resolve_device
 from envs.reward import RewardConfig
-from envs.world import WorldConfig, resolve_device
+from envs.world import WorldConfig
 
 
 @pytest.mark.parametrize(
