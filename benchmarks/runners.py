@@ -17,11 +17,11 @@ import numpy as np
 import ray
 
 from cluster.connect import connect
-from ray_ctrl.building import build_algorithm
-from ray_ctrl.feasibility import plan_layout
+from ray_ctrl.load_config import load_config
+from ray_ctrl.preflight import plan_layout
 from ray_ctrl.provenance import hardware
-from ray_ctrl.setting import open_setting
-from ray_ctrl.settings import load_config
+from ray_ctrl.rllib_setup import build_algorithm
+from ray_ctrl.run_context import open_setting
 
 CONTEXTS = 4  # of the evaluation runners, which stay idle
 

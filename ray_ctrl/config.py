@@ -1,8 +1,8 @@
 """Every setting of a run, with its one default, its unit, its range and what it is for.
 
-Frozen pydantic models that refuse unknown keys. `ray_ctrl.settings` reads presets, files and
+Frozen pydantic models that refuse unknown keys. `ray_ctrl.load_config` reads presets, files and
 overrides into `Config`;
-`ray_ctrl.feasibility` checks what spans several fields. `docs/config.md` is generated from the
+`ray_ctrl.preflight` checks what spans several fields. `docs/config.md` is generated from the
 descriptions here.
 """
 

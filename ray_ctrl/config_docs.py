@@ -6,7 +6,7 @@ from typing import get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ray_ctrl.settings import SECTIONS, presets
+from ray_ctrl.load_config import SECTIONS, presets
 
 INTRO = """# Configuration
 

@@ -21,10 +21,10 @@ import numpy as np
 from envs.errors import UserError
 from envs.files import atomic_write, write_json
 from ray_ctrl.console import console, table
+from ray_ctrl.load_config import with_overrides
 from ray_ctrl.provenance import provenance
-from ray_ctrl.runs import RunFolder, free_folder
-from ray_ctrl.settings import with_overrides
-from ray_ctrl.stopping import Stopper, telling
+from ray_ctrl.run_folder import RunFolder, free_folder
+from ray_ctrl.signals import Stopper, telling
 from ray_ctrl.tune.sweep import Sweep, dump, load_sweep
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _resume(root: Path) -> str:
 
 def prepare(sweep: Sweep, root: Path) -> Sweep:
     """The sweep with its shared store, and with the device profiled and the budgets computed once for all trials."""
-    from ray_ctrl.setting import open_setting
+    from ray_ctrl.run_context import open_setting
 
     given: list[str] = []
     if sweep.file.share_store and sweep.base.store.path is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.files import atomic_folder, atomic_write, write_json
-from ray_ctrl.runs import Checkpoint, RunFolder
+from ray_ctrl.run_folder import Checkpoint, RunFolder
 
 ORIGIN = "origin.json"
 ADOPTED = "adopted.json"

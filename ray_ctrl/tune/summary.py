@@ -12,7 +12,7 @@ import numpy as np
 
 from envs.errors import UserError
 from envs.files import atomic_folder, atomic_write, write_json
-from ray_ctrl.runs import Checkpoint, RunFolder
+from ray_ctrl.run_folder import Checkpoint, RunFolder
 from ray_ctrl.tune.lineage import stretches
 from ray_ctrl.tune.sweep import Sweep
 from ray_ctrl.tune.trial import TRIALS

@@ -15,9 +15,9 @@ from ray import tune
 
 from envs.files import atomic_write
 from ray_ctrl.config import Config
-from ray_ctrl.runs import RunFolder
-from ray_ctrl.setting import BUDGETS_FILE, TABLE_FILE, open_setting
-from ray_ctrl.settings import to_yaml
+from ray_ctrl.load_config import to_yaml
+from ray_ctrl.run_context import BUDGETS_FILE, TABLE_FILE, open_setting
+from ray_ctrl.run_folder import RunFolder
 from ray_ctrl.tune.lineage import adopt, pack
 
 TRIALS = "trials"
@@ -35,8 +35,8 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
         root: the sweep's folder, seen by all nodes.
     """
     from cluster.connect import hush
-    from ray_ctrl.feasibility import plan_layout
-    from ray_ctrl.train import Trainer
+    from ray_ctrl.commands.train import Trainer
+    from ray_ctrl.preflight import plan_layout
 
     hush()
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(END_TIMEOUT_S))

@@ -9,7 +9,7 @@ import pytest
 from conftest import fine, finish, refused, snapshot, stable_metrics, start
 from PIL import Image
 
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
 
 CONFIG = load_config("smoke")
 

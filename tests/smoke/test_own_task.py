@@ -14,7 +14,7 @@ from conftest import fine, refused
 from PIL import Image
 
 from envs.tasks.scenes import load_scenes
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
 
 CONFIG = load_config("smoke")
 ANNOTATORS = 10

@@ -10,9 +10,8 @@ from envs.files import atomic_file, atomic_folder, atomic_write, integrity_error
 def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     atomic_write(target, "old")
-    with pytest.raises(RuntimeError), atomic_file(target) as temporary:
-        temporary.write_text("new")
-        raise RuntimeError
+    with pytest.raises(OSError, match="full"):
+        _write_and_fail(target)
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     atomic_write(target, b"new")
@@ -58,3 +57,9 @@ def test_every_change_is_found(tmp_path: Path, change, words) -> None:
     assert integrity_error(tmp_path) is None
     change(tmp_path)
     assert words in str(integrity_error(tmp_path))
+
+
+def _write_and_fail(target: Path) -> None:
+    with atomic_file(target) as temporary:
+        temporary.write_text("new")
+        raise OSError("full")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ray_ctrl import doctor
-from ray_ctrl.doctor import Finding
-from ray_ctrl.settings import load_config
+from ray_ctrl.commands import doctor
+from ray_ctrl.commands.doctor import Finding
+from ray_ctrl.load_config import load_config
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -12,7 +12,7 @@ from ray.job_submission import JobStatus
 from cluster import jobs
 from cluster.connect import ConnectError
 from envs.errors import UserError
-from ray_ctrl.submit import Request, make_job, run
+from ray_ctrl.commands.submit import Request, make_job, run
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = "http://127.0.0.1:8265"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from envs.errors import UserError
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
 from ray_ctrl.tracking import Gauges, open_tracker
 
 SETTINGS = {"grpo": {"lr": 0.001}, "run": {"seed": 3}}

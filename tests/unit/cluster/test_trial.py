@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from envs.files import atomic_write
-from ray_ctrl.runs import RunFolder
-from ray_ctrl.settings import load_config, to_yaml
+from ray_ctrl.load_config import load_config, to_yaml
+from ray_ctrl.run_folder import RunFolder
 from ray_ctrl.tune.lineage import adopt, pack, stretches
 from ray_ctrl.tune.summary import read_results, write_summary
 from ray_ctrl.tune.sweep import Sweep, make_sweep
@@ -110,7 +110,7 @@ def test_a_process_that_ends_a_trial_slowly_still_takes_the_next(
     from ray.train._internal import storage as storing
     from ray.tune.trainable.function_trainable import wrap_function
 
-    from ray_ctrl import train
+    from ray_ctrl.commands import train
     from ray_ctrl.tune import trial
 
     class Slow(SimpleNamespace):
@@ -152,7 +152,7 @@ def test_what_tune_may_have_missed_is_told_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: int | None, reports: list[int]
 ) -> None:
     """An iteration that was written down, but not reported before the interruption."""
-    from ray_ctrl import train
+    from ray_ctrl.commands import train
     from ray_ctrl.tune import trial
 
     folder = run(tmp_path, "me", {1: 0.1, 2: 0.2}, lr=0.01)
@@ -182,7 +182,7 @@ def test_what_tune_may_have_missed_is_told_again(
 
 def test_an_interruption_before_tune_listens_is_passed_on_later() -> None:
     """SIGUSR1 would end the process as long as Tune has no handler for it."""
-    from ray_ctrl.stopping import Stopper
+    from ray_ctrl.signals import Stopper
     from ray_ctrl.tune import _tune_signal_kept
     from ray_ctrl.tune.progress import Progress
 

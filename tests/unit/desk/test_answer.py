@@ -16,9 +16,9 @@ from envs.knobs import Knobs
 from envs.latency import LatencyRecord
 from envs.tasks.sample import Sample
 from policies.controller import Controller
-from ray_ctrl import answer
+from ray_ctrl.commands import answer
 from ray_ctrl.config import Config
-from ray_ctrl.steering import Steering, shown_budget
+from ray_ctrl.serving import Steering, shown_budget
 
 TRAINED = BudgetDistribution.over(20.0, 60.0)
 METADATA = {"budgets": asdict(TRAINED), "reference_ms": 80.0}

@@ -7,8 +7,8 @@ import pytest
 
 from envs.budgets import BudgetDistribution
 from policies.grpo.algorithm import GRPOConfig
-from ray_ctrl import building
-from ray_ctrl.settings import load_config
+from ray_ctrl import rllib_setup as building
+from ray_ctrl.load_config import load_config
 
 
 @pytest.fixture

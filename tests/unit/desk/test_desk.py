@@ -10,10 +10,11 @@ import pytest
 from cluster.connect import ConnectError
 from envs.budgets import BudgetDistribution
 from envs.errors import UserError
-from ray_ctrl import cli, console, evaluate, train
+from ray_ctrl import cli, console
+from ray_ctrl.commands import evaluate, train
 from ray_ctrl.config import Config, RewardConfig
-from ray_ctrl.runs import RunFolder, free_folder
-from ray_ctrl.settings import load_config, with_overrides
+from ray_ctrl.load_config import load_config, with_overrides
+from ray_ctrl.run_folder import RunFolder, free_folder
 
 
 class _Wrapped(Exception):
@@ -197,7 +198,7 @@ def test_all_plans_run_ahead_where_training_asks_for_no_others(
 
     space = SimpleNamespace(distinct=("dear", "cheap"), plan=lambda knobs: f"{knobs} plan")
     world = SimpleNamespace(samples=range(6), space=space, engine=SimpleNamespace(outcomes=outcomes))
-    monkeypatch.setattr("ray_ctrl.evaluate.LOOKUP_BATCH", 4)  # two samples a batch
+    monkeypatch.setattr("ray_ctrl.commands.evaluate.LOOKUP_BATCH", 4)  # two samples a batch
     settings = {"task.train_samples": 6, "evaluation.lookup_samples": 6} | changes
     config = with_overrides(Config(), [f"{key}={value}" for key, value in settings.items()])
     train._run_ahead(config, SimpleNamespace(build=lambda split: world))

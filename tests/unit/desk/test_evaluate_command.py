@@ -11,10 +11,10 @@ import pytest
 from envs.budgets import BudgetDistribution
 from envs.errors import UserError
 from policies.controller import Controller
-from ray_ctrl import evaluate
+from ray_ctrl.commands import evaluate
 from ray_ctrl.config import Config
-from ray_ctrl.runs import RunFolder, newest_run
-from ray_ctrl.settings import with_overrides
+from ray_ctrl.load_config import with_overrides
+from ray_ctrl.run_folder import RunFolder, newest_run
 
 OURS, ITS = "the evaluation's folder", "the run's folder"
 
@@ -144,7 +144,7 @@ def test_only_the_controller_is_shown_other_budgets_than_it_is_judged_by(
     monkeypatch.setattr(evaluate, "write_report", lambda methods, out: {})
     monkeypatch.setattr(evaluate.Rollouts, "of", lambda name, rows: None)
     monkeypatch.setattr("policies.grpo.evaluation.evaluate_contexts", evaluate_contexts)
-    monkeypatch.setattr("ray_ctrl.building.build_evaluator", lambda *given: SimpleNamespace(stop=lambda: None))
+    monkeypatch.setattr("ray_ctrl.rllib_setup.build_evaluator", lambda *given: SimpleNamespace(stop=lambda: None))
     evaluate.evaluate_setting(setting, tmp_path, tmp_path / "out")
     low, middle, high = trained.held_out()
     assert asked == {

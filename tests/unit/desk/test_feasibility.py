@@ -4,13 +4,13 @@ import pytest
 
 from cluster.resources import resource_plan, shortfall
 from envs.errors import UserError
-from ray_ctrl.feasibility import check_machine, plan_layout
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
+from ray_ctrl.preflight import check_machine, plan_layout
 
 
 @pytest.fixture(autouse=True)
 def _two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray_ctrl.feasibility.machine_cpus", lambda: 2)
+    monkeypatch.setattr("ray_ctrl.preflight.machine_cpus", lambda: 2)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
@@ -58,10 +58,10 @@ def test_the_full_size_preset_needs_one_gpu_for_each_runner(monkeypatch: pytest.
     assert (one.resources.gpus, eight.resources.gpus, eight.resources.cpus) == (0, 8, 32)
     assert one.envs == 512
     assert eight.envs == 64
-    monkeypatch.setattr("ray_ctrl.feasibility._cuda_devices", lambda: 0)
+    monkeypatch.setattr("ray_ctrl.preflight._cuda_devices", lambda: 0)
     with pytest.raises(UserError, match="needs a GPU for the driver"):
         check_machine(config, one)
-    monkeypatch.setattr("ray_ctrl.feasibility._cuda_devices", lambda: 1)
+    monkeypatch.setattr("ray_ctrl.preflight._cuda_devices", lambda: 1)
     check_machine(config, one)
     with pytest.raises(UserError, match="8 GPUs wanted, 1 there"):
         check_machine(several, eight)

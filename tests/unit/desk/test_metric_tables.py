@@ -14,7 +14,7 @@ from policies.grpo.algorithm import GRPO
 from policies.grpo.prices import Prices, PriceSettings
 from policies.grpo.rounds import COUNTS
 from policies.grpo.runner import Rollouts
-from ray_ctrl import train
+from ray_ctrl.commands import train
 from ray_ctrl.config import RewardConfig
 
 DOCS = Path(__file__).parents[3] / "docs"

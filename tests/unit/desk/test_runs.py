@@ -10,8 +10,8 @@ import pytest
 from envs.errors import UserError
 from ray_ctrl.cli import main
 from ray_ctrl.config import Config
-from ray_ctrl.runs import RunFolder, choose, newest_run
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
+from ray_ctrl.run_folder import RunFolder, choose, newest_run
 from ray_ctrl.tune.trial import open_folder
 
 

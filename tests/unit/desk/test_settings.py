@@ -8,9 +8,9 @@ import yaml
 from envs.errors import UserError
 from ray_ctrl import config_docs
 from ray_ctrl.config import Config
-from ray_ctrl.feasibility import plan_layout
-from ray_ctrl.setting import doubt
-from ray_ctrl.settings import anchored, load_config, presets, to_yaml, valid_keys
+from ray_ctrl.load_config import anchored, load_config, presets, to_yaml, valid_keys
+from ray_ctrl.preflight import plan_layout
+from ray_ctrl.run_context import doubt
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "config.md"
 
@@ -24,7 +24,7 @@ def test_every_preset_parses_and_laptop_is_the_default() -> None:
 
 @pytest.mark.parametrize("name", ["laptop", "smoke"])
 def test_presets_for_two_cores_are_feasible(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray_ctrl.feasibility.machine_cpus", lambda: 2)
+    monkeypatch.setattr("ray_ctrl.preflight.machine_cpus", lambda: 2)
     assert plan_layout(load_config(name)).resources.cpus <= 2
 
 

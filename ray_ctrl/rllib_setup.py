@@ -12,7 +12,7 @@ from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from policies.controller import Controller
 from policies.grpo.algorithm import GRPO, GRPOConfig
 from policies.grpo.prices import PriceSettings
-from ray_ctrl.setting import Setting
+from ray_ctrl.run_context import Setting
 
 ENVIRONMENT = "ray_ctrl_adaptive_vqa"
 EVALUATION_ENVS = 256

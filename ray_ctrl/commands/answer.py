@@ -15,11 +15,11 @@ from envs.knobs import TIERS, Knobs, KnobSpace
 from envs.latency import Identity, LatencyRecord, MeasuredClock
 from envs.tasks.sample import FileImage, Sample, content_id
 from policies.controller import Controller
+from ray_ctrl.commands.evaluate import controller_config, find_controller, newest_controller
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, table
-from ray_ctrl.evaluate import controller_config, find_controller, newest_controller
-from ray_ctrl.setting import check_importance, world_config
-from ray_ctrl.steering import Steering, shown_budget
+from ray_ctrl.run_context import check_importance, world_config
+from ray_ctrl.serving import Steering, shown_budget
 
 RUNS = Path("runs")
 

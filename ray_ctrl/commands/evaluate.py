@@ -20,14 +20,14 @@ from policies.controller import Controller
 from ray_ctrl import report
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted, table
-from ray_ctrl.feasibility import plan_layout
+from ray_ctrl.load_config import parse, with_overrides
 from ray_ctrl.plots import accuracy_over_budget, latency_over_budget
+from ray_ctrl.preflight import plan_layout
 from ray_ctrl.provenance import provenance
 from ray_ctrl.report import Rollouts
-from ray_ctrl.runs import RunFolder, choose, free_folder, newest_runs, removed_if_vain
-from ray_ctrl.setting import Setting, check_importance, open_setting
-from ray_ctrl.settings import parse, with_overrides
-from ray_ctrl.steering import shown_budget
+from ray_ctrl.run_context import Setting, check_importance, open_setting
+from ray_ctrl.run_folder import RunFolder, choose, free_folder, newest_runs, removed_if_vain
+from ray_ctrl.serving import shown_budget
 
 LOOKUP_BATCH = 1024  # larger ones are no faster, and progress is seen only between two
 STATIC_SHARE = 0.9  # of the budget, for plans chosen from a profile and then measured: room for the device's noise
@@ -156,7 +156,7 @@ def load_controller(folder: Path, setting: Setting) -> tuple[Controller, dict[st
 def evaluate_setting(setting: Setting, folder: Path, out: Path) -> dict[str, Any]:
     """Evaluates inside a running Ray; writes tables and pictures to `out`, returns the summary."""
     from policies.grpo.evaluation import evaluate_contexts
-    from ray_ctrl.building import build_evaluator
+    from ray_ctrl.rllib_setup import build_evaluator
 
     budgets = setting.budgets.held_out()
     world = setting.build("test")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from envs.errors import UserError
 from ray_ctrl.console import console
-from ray_ctrl.setting import measure_table, open_setting
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
+from ray_ctrl.run_context import measure_table, open_setting
 
 
 def run(preset: str, config_file: Path | None, overrides: Sequence[str], out: Path) -> None:

@@ -15,10 +15,10 @@ from envs.errors import UserError
 from envs.files import atomic_folder
 from ray_ctrl.config import Config, RewardConfig
 from ray_ctrl.console import console, iteration_line, progress_bar
-from ray_ctrl.feasibility import Layout, check_inputs, check_machine, plan_layout
-from ray_ctrl.runs import Checkpoint, Metrics, RunFolder, choose, free_folder, newest_run, removed_if_vain
-from ray_ctrl.settings import anchored, load_config, to_yaml
-from ray_ctrl.stopping import Stopper, telling
+from ray_ctrl.load_config import anchored, load_config, to_yaml
+from ray_ctrl.preflight import Layout, check_inputs, check_machine, plan_layout
+from ray_ctrl.run_folder import Checkpoint, Metrics, RunFolder, choose, free_folder, newest_run, removed_if_vain
+from ray_ctrl.signals import Stopper, telling
 from ray_ctrl.tracking import Gauges, open_tracker
 
 VALIDATION_BUDGETS = 4
@@ -121,8 +121,8 @@ def _show_plan(config: Config, layout: Layout) -> None:
 
 def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None) -> None:
     from cluster.connect import connect
-    from ray_ctrl.evaluate import evaluate_setting
-    from ray_ctrl.setting import open_setting
+    from ray_ctrl.commands.evaluate import evaluate_setting
+    from ray_ctrl.run_context import open_setting
 
     started = time.monotonic()
     runners = config.runners
@@ -155,7 +155,7 @@ def _run_ahead(config: Config, setting: Any) -> None:
     covered = config.evaluation.lookup_samples >= config.task.train_samples
     if not covered or config.runners.count or config.clock.kind == "measured":
         return
-    from ray_ctrl.evaluate import run_all_plans
+    from ray_ctrl.commands.evaluate import run_all_plans
 
     world = setting.build("train")
     for _ in run_all_plans(world, list(world.samples)):
@@ -219,7 +219,7 @@ class Trainer:
         self._build()
 
     def _build(self) -> None:
-        from ray_ctrl.building import build_algorithm
+        from ray_ctrl.rllib_setup import build_algorithm
 
         self.algorithm = build_algorithm(self.setting, self.layout.envs, len(self.contexts))
         self.done = self._restore()

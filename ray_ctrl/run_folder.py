@@ -19,8 +19,8 @@ from typing import Any
 from envs.errors import UserError
 from envs.files import atomic_folder, atomic_write, integrity_error, remove_partial, write_json, write_manifest
 from ray_ctrl.config import Config
+from ray_ctrl.load_config import load_config, to_yaml
 from ray_ctrl.provenance import provenance
-from ray_ctrl.settings import load_config, to_yaml
 
 FORMAT_VERSION = 1
 Metrics = dict[str, Any]

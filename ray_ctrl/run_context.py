@@ -23,7 +23,7 @@ from policies.controller import Controller
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted
 from ray_ctrl.provenance import hardware, versions
-from ray_ctrl.steering import Steering
+from ray_ctrl.serving import Steering
 
 TABLE_FILE = "profile.json"
 BUDGETS_FILE = "budgets.json"

@@ -9,7 +9,7 @@ from envs.model.checkpoint import check_revision
 from envs.model.importance import read_scores, removal_order
 from envs.model.inspect import describe, inspect_model
 from ray_ctrl.console import console
-from ray_ctrl.runs import RunFolder, choose
+from ray_ctrl.run_folder import RunFolder, choose
 
 
 def run(path: Path, revision: str | None = None) -> None:

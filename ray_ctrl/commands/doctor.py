@@ -18,8 +18,8 @@ from typing import Any, Literal
 from envs.errors import UserError, first_line
 from ray_ctrl.config import Config
 from ray_ctrl.console import console
-from ray_ctrl.feasibility import plan_layout
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
+from ray_ctrl.preflight import plan_layout
 
 GIB = 2**30
 LEAST_DISK = GIB
@@ -156,7 +156,7 @@ def requirements() -> list[str]:
     """
     import tomllib
 
-    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    project = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if project.is_file():
         return list(tomllib.loads(project.read_text("utf-8"))["project"]["dependencies"])
     try:
@@ -170,7 +170,7 @@ def origins() -> Iterator[Finding]:
     from cluster.origin import wrong_origin
 
     problem = wrong_origin()
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if problem is None:
         yield Finding("origins", "ok", f"envs, policies, cluster and ray_ctrl come from {root}")
     else:

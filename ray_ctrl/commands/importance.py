@@ -22,9 +22,9 @@ from envs.model.importance import (
 from envs.tasks import load_task
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted, table
+from ray_ctrl.load_config import load_config
 from ray_ctrl.provenance import provenance
-from ray_ctrl.setting import world_config
-from ray_ctrl.settings import load_config
+from ray_ctrl.run_context import world_config
 
 SPLITS = ("train", "validation")
 
