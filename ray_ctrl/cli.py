@@ -137,7 +137,7 @@ def profile(
 ) -> None:
     """Measure this device with real requests, for the profiled clock.
 
-    `ray-ctrl train` does this by itself where it has no table; use the file with `clock.table=FILE`.
+    `ray-ctrl train` does this by itself where it has no table; use the file with `latency.profile=FILE`.
     """
     from ray_ctrl.commands import profile as room
 

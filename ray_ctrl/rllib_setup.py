@@ -42,22 +42,22 @@ def build_algorithm(setting: Setting, envs: int, contexts: int) -> GRPO:
     )
     settings.training(
         group_size=grpo.group_size,
-        groups_per_iteration=grpo.groups,
-        divide_by_spread=grpo.divide_by_spread,
-        drop_equal_groups=grpo.drop_equal_groups,
+        groups_per_iteration=grpo.groups_per_iteration,
+        divide_by_spread=grpo.normalize_by_std,
+        drop_equal_groups=grpo.skip_uniform_groups,
         clip_low=grpo.clip_low,
         clip_high=grpo.clip_high,
-        kl_coeff=grpo.kl_weight,
-        reference_interval=grpo.reference_every,
-        entropy_coeff=grpo.entropy_weight,
-        entropy_rounds=config.run.iterations if grpo.entropy_decay else 0,
-        max_staleness=grpo.max_staleness,
-        ratio_max=grpo.ratio_max,
-        prices=price_settings(setting) if config.reward.mode == "constrained" else None,
-        average=grpo.average,
+        kl_coeff=grpo.kl_coef,
+        reference_interval=grpo.reference_interval,
+        entropy_coeff=grpo.entropy_coef,
+        entropy_rounds=config.run.iterations if grpo.anneal_entropy else 0,
+        max_staleness=grpo.max_policy_lag,
+        ratio_max=grpo.dual_clip,
+        prices=price_settings(setting) if config.reward.mode == "lagrangian" else None,
+        average=grpo.ema_decay,
         lr=grpo.lr,
         num_epochs=grpo.epochs,
-        minibatch_size=grpo.minibatch,
+        minibatch_size=grpo.minibatch_size,
         grad_clip=grpo.max_grad_norm,
     )
     return settings.build_algo()
@@ -84,15 +84,15 @@ def price_settings(setting: Setting) -> PriceSettings:
     config, budgets = setting.config, setting.budgets
     reward = config.reward
     low, high = (math.log(ms / setting.reference_ms) for ms in (budgets.low_ms, budgets.high_ms))
-    edges = np.linspace(low, high, config.budgets.price_bins + 1)[1:-1]
+    edges = np.linspace(low, high, config.budgets.penalty_bins + 1)[1:-1]
     return PriceSettings(
         edges=tuple(float(edge) for edge in edges),
-        target=reward.violation_target,
-        step=reward.price_step,
-        initial=min(reward.price_initial, reward.price_max),
-        maximum=reward.price_max,
-        memory=reward.price_memory,
-        utilisation=reward.utilisation,
+        target=reward.max_violation_rate,
+        step=reward.penalty_lr,
+        initial=min(reward.penalty_init, reward.penalty_max),
+        maximum=reward.penalty_max,
+        memory=reward.penalty_smoothing,
+        utilisation=reward.budget_use_bonus,
     )
 
 
@@ -114,7 +114,7 @@ def _common(setting: Setting, split: str, contexts: int) -> GRPOConfig:
     )
     settings.evaluation(
         evaluation_interval=None,
-        evaluation_num_env_runners=runners.evaluation,
+        evaluation_num_env_runners=runners.eval_runners,
         evaluation_sample_timeout_s=runners.sample_timeout_s,
         evaluation_config={
             "env_config": {"world": setting.world(split), "group_size": 1, "seed": config.run.seed},

@@ -55,7 +55,7 @@ class RunFolder:
         from envs.model.importance import read_importance
 
         cls.refuse(root)
-        importance = read_importance(config.model.name, config.model.importance)
+        importance = read_importance(config.model.name, config.model.block_importance)
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -99,12 +99,12 @@ class RunFolder:
 
         model = self.config.model
         began = json.loads((self.root / "run.json").read_text("utf-8")).get("importance")
-        now = read_importance(model.name, model.importance)
+        now = read_importance(model.name, model.block_importance)
         if began is None or tuple(began) == now:
             return
         block = next(block for block, (old, new) in enumerate(zip(began, now, strict=True)) if old != new)
         beside = importance_path(model.name)
-        source = model.importance or (beside if beside.is_file() else "the published scores")
+        source = model.block_importance or (beside if beside.is_file() else "the published scores")
         raise UserError(
             f"block importance cannot change when a run is resumed: in {source} the score of block {block} is "
             f"{now[block]}, and {self.root} began with {began[block]}; put the scores back that its run.json "

@@ -1,4 +1,4 @@
-"""Experiment trackers by one setting, `run.track`, through Ray's own integrations; and Ray's Prometheus endpoint.
+"""Experiment trackers by one setting, `run.tracker`, through Ray's own integrations; and Ray's Prometheus endpoint.
 
 `mlflow:URI` (a server, `sqlite:///FILE` or `file:///FOLDER`) or `wandb:PROJECT`. A resumed run continues its
 entry; iterations done again after a crash are logged again.
@@ -45,11 +45,13 @@ def open_tracker(track: str | None, settings: Mapping[str, Any], folder: Path) -
     except ImportError as error:
         package = "mlflow-skinny" if kind == "mlflow" else "wandb"
         raise UserError(
-            f"run.track = {track!r} needs a package that is not there ({error}): pip install {package}"
+            f"run.tracker = {track!r} needs a package that is not there ({error}): pip install {package}"
         ) from None
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"run.track = {track!r} cannot be used ({reason}): check it, or set run.track=null") from error
+        raise UserError(
+            f"run.tracker = {track!r} cannot be used ({reason}): check it, or set run.tracker=null"
+        ) from error
 
 
 class Gauges:

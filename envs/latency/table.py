@@ -122,7 +122,7 @@ class ProfileTable:
         if difference is not None:
             raise UserError(
                 f"the profile table was measured elsewhere ({difference} here): measure this device with `ray-ctrl "
-                f"profile`, or leave it to the run (clock.table=null)"
+                f"profile`, or leave it to the run (latency.profile=null)"
             )
 
     def save(self, path: str | Path) -> None:

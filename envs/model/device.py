@@ -1,4 +1,4 @@
-"""The torch device behind a name."""
+"""The torch device and number format behind their names."""
 
 import torch
 
@@ -19,4 +19,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)
         raise UserError(f"device {str(device)!r} cannot be used ({reason}): choose `auto` or `cpu`") from None
+    return found
+
+
+def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """The number format of that name; None is bfloat16 on a GPU and float32 elsewhere."""
+    name = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    found: torch.dtype = getattr(torch, name)
     return found

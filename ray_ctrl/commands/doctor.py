@@ -312,7 +312,7 @@ def _existing_parent(path: Path) -> Path:
 
 def model(config: Config) -> Iterator[Finding]:
     """The checkpoint can be found, its headers fit, and it fits the memory of the device."""
-    from envs.model.device import resolve_device
+    from envs.model.device import resolve_device, resolve_dtype
     from envs.model.inspect import inspect_model
 
     summary = inspect_model(config.model.name)
@@ -322,8 +322,9 @@ def model(config: Config) -> Iterator[Finding]:
         )
         return
     seen = f"{config.model.name}: {summary.parameters / 1e6:.1f} million parameters"
-    kind = resolve_device(config.model.device).type
-    needs = [n for n in summary.needs if n.dtype == config.model.dtype and n.device.name.startswith(kind)]
+    device = resolve_device(config.model.device)
+    kind, dtype = device.type, str(resolve_dtype(config.model.dtype, device)).removeprefix("torch.")
+    needs = [n for n in summary.needs if n.dtype == dtype and n.device.name.startswith(kind)]
     short = [n for n in needs if not n.fits]
     if needs and len(short) == len(needs):
         need = short[0]
@@ -338,7 +339,7 @@ def task(config: Config) -> Iterator[Finding]:
     from envs.tasks import load_task
 
     for split in ("train", "validation", "test"):
-        samples = load_task(config.task.name, split, 1, config.task.seed)
+        samples = load_task(config.task.name, split, 1, config.task.seed, on_broken=config.task.on_invalid_row)
         if not samples:
             raise UserError(f"task {config.task.name!r} has no samples in split {split}: choose another task")
         if samples[0].image is not None:

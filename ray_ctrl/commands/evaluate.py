@@ -44,7 +44,7 @@ def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
     folder, home = find_controller(path)
     stored = controller_config(Controller.load(folder)[1], folder)
     config = with_overrides(stored, overrides)
-    layout = plan_layout(with_overrides(config, ["grpo.max_staleness=0"]))  # nothing is learnt here
+    layout = plan_layout(with_overrides(config, ["grpo.max_policy_lag=0"]))  # nothing is learnt here
     out = _fresh(out) if out else free_folder(home / "evaluation")
     if folder.parent != home and (home / "run.json").is_file():
         console.print(f"the run has exported no controller yet: {folder} is evaluated", markup=False)
@@ -62,7 +62,7 @@ def _with_clock(setting: Setting, stored: Config, home: Path, out: Path) -> Sett
     of_run = (home / "run.json").is_file() and not changed
     if of_run and _same_budgets(stored, config):
         return setting.with_clock(home)
-    if changed and stored.clock.kind == config.clock.kind == "profiled":
+    if changed and stored.latency.source == config.latency.source == "profiled":
         console.print(f"the run's profile is not used, settings differ: {', '.join(changed)}", markup=False)
     out.mkdir(parents=True)
     with removed_if_vain(out, (UserError, KeyboardInterrupt)):
@@ -74,8 +74,8 @@ def _changed(stored: Config, config: Config) -> list[str]:
 
     The kind `measured` is no change from `profiled`: what was profiled is what is measured.
     """
-    keys = [("clock", key) for key in type(config.clock).model_fields]
-    keys += [("task", key) for key in ("name", "seed", "on_broken")]
+    keys = [("latency", key) for key in type(config.latency).model_fields]
+    keys += [("task", key) for key in ("name", "seed", "on_invalid_row")]
     found = []
     for section, key in keys:
         was, now = (getattr(getattr(some, section), key) for some in (stored, config))

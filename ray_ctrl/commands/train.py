@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from envs.config import RewardSettings
 from envs.errors import UserError
 from envs.files import atomic_folder
-from ray_ctrl.config import Config, RewardConfig
+from ray_ctrl.config import Config
 from ray_ctrl.console import console, iteration_line, progress_bar
-from ray_ctrl.load_config import anchored, load_config, to_yaml
+from ray_ctrl.load_config import load_config, to_yaml
 from ray_ctrl.preflight import Layout, check_inputs, check_machine, plan_layout
 from ray_ctrl.run_folder import Checkpoint, Metrics, RunFolder, choose, free_folder, newest_run, removed_if_vain
 from ray_ctrl.signals import Stopper, telling
@@ -28,7 +29,7 @@ RESUMABLE = (
     "run.checkpoint_every",
     "run.keep_checkpoints",
     "run.tensorboard",
-    "run.track",
+    "run.tracker",
     "run.prometheus",
     "runners.",
 )
@@ -61,7 +62,7 @@ def run(
     folder = _find(run_dir, preset, config_file, overrides) if resume else None
     if folder is not None:
         folder.check_importance()
-    config = resumed_config(folder, overrides) if folder else anchored(load_config(preset, config_file, overrides))
+    config = resumed_config(folder, overrides) if folder else load_config(preset, config_file, overrides)
     layout = plan_layout(config, here=not dry_run)
     if dry_run:
         _show_plan(config, layout)
@@ -110,10 +111,10 @@ def _new_root(config: Config) -> Path:
 def _show_plan(config: Config, layout: Layout) -> None:
     """The dry run: resolved settings and who holds which resources."""
     console.print(to_yaml(config), markup=False)
-    rollouts = config.grpo.group_size * config.grpo.groups
+    rollouts = config.grpo.group_size * config.grpo.groups_per_iteration
     console.print(
-        f"# each iteration: {config.grpo.groups} groups of {config.grpo.group_size} = {rollouts} rollouts, "
-        f"in vectors of {layout.envs} environments, {layout.rounds} round(s)"
+        f"# each iteration: {config.grpo.groups_per_iteration} groups of {config.grpo.group_size} = {rollouts} "
+        f"rollouts, in vectors of {layout.envs} environments, {layout.rounds} round(s)"
     )
     for line in layout.resources.lines():
         console.print(f"# {line}", markup=False)
@@ -153,7 +154,7 @@ def _run_ahead(config: Config, setting: Any) -> None:
     runners, which share that work, nor under a measured clock, which reuses nothing.
     """
     covered = config.evaluation.lookup_samples >= config.task.train_samples
-    if not covered or config.runners.count or config.clock.kind == "measured":
+    if not covered or config.runners.count or config.latency.source == "measured":
         return
     from ray_ctrl.commands.evaluate import run_all_plans
 
@@ -210,7 +211,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         run = self.config.run
-        tracker = open_tracker(run.track, self.config.model_dump(mode="json"), self.folder.root)
+        tracker = open_tracker(run.tracker, self.config.model_dump(mode="json"), self.folder.root)
         gauges = Gauges(self.folder.root.name) if run.prometheus else None
         self.trackers = [found for found in (tracker, gauges) if found is not None]
         self.contexts = validation_contexts(len(self.setting.build("validation").samples), self.setting.budgets)
@@ -354,10 +355,10 @@ class Trainer:
         self.folder.prune(self.config.run.keep_checkpoints)
 
 
-def validation_score(rows: Sequence[Mapping[str, float]], settings: RewardConfig) -> float:
+def validation_score(rows: Sequence[Mapping[str, float]], settings: RewardSettings) -> float:
     """What checkpoints are chosen by, the aim of the training: higher is better.
 
-    Mode `fixed`: mean reward. Mode `constrained`: mean accuracy less the highest price times the violation rate beyond
+    Mode `fixed`: mean reward. Mode `lagrangian`: mean accuracy less the highest price times the violation rate beyond
     the target, mean over budgets. A rate counts as beyond it from one standard error on: without that margin chance
     overruns of a policy that meets the target cost more than accuracy brings, and timid early checkpoints win. The
     reward at fixed prices would not do either: it goes on paying for every millisecond below the budget.
@@ -370,14 +371,14 @@ def validation_score(rows: Sequence[Mapping[str, float]], settings: RewardConfig
     late: dict[float, list[bool]] = {}
     for row in rows:
         late.setdefault(row["budget_ms"], []).append(row["latency_ms"] > row["budget_ms"])
-    target = settings.violation_target
+    target = settings.max_violation_rate
     excess = [
         max(0.0, float(np.mean(some)) - target - math.sqrt(target * (1 - target) / len(some))) for some in late.values()
     ]
-    return float(np.mean([row["accuracy"] for row in rows]) - settings.price_max * np.mean(excess))
+    return float(np.mean([row["accuracy"] for row in rows]) - settings.penalty_max * np.mean(excess))
 
 
-def validation_error(rows: Sequence[Mapping[str, float]], settings: RewardConfig) -> float:
+def validation_error(rows: Sequence[Mapping[str, float]], settings: RewardSettings) -> float:
     """Standard error of the score's mean reward or accuracy over samples, each of them seen under every budget."""
     key = "reward" if settings.mode == "fixed" else "accuracy"
     sample_of = np.arange(len(rows)) // VALIDATION_BUDGETS

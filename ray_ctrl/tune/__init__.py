@@ -134,7 +134,7 @@ def prepare(sweep: Sweep, root: Path) -> Sweep:
     if sweep.shares_budgets:
         setting = open_setting(base).with_clock(root)
         if setting.table is not None:
-            base = with_overrides(base, [f"clock.table={setting.table.absolute()}"])
+            base = with_overrides(base, [f"latency.profile={setting.table.absolute()}"])
     judged = [item.key for item in sweep.space if item.key.startswith("reward.")]
     if judged and sweep.file.metric in ("validation/reward", "validation/score"):
         console.print(

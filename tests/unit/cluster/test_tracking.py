@@ -1,4 +1,4 @@
-"""`run.track`: rows reach MLflow's local store once, a resumed run goes on in its entry, errors are told.
+"""`run.tracker`: rows reach MLflow's local store once, a resumed run goes on in its entry, errors are told.
 `run.prometheus`: the names under which numbers are seen.
 """
 
@@ -47,20 +47,20 @@ def test_mlflow_keeps_rows_and_settings_over_a_resume(tmp_path: Path, monkeypatc
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed here")
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"run.track = 'wandb:me' needs a package.*pip install wandb"):
+    with pytest.raises(UserError, match=r"run.tracker = 'wandb:me' needs a package.*pip install wandb"):
         open_tracker("wandb:me", SETTINGS, tmp_path)
 
 
 def test_an_unreachable_tracker_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
-    with pytest.raises(UserError, match=r"cannot be used.*run.track=null") as caught:
+    with pytest.raises(UserError, match=r"cannot be used.*run.tracker=null") as caught:
         open_tracker("mlflow:nonsense://x", SETTINGS, tmp_path)
     assert "\n" not in caught.value.message
 
 
 def test_other_trackers_are_refused() -> None:
-    with pytest.raises(UserError, match=r"run.track = 'comet:x' is not allowed"):
-        load_config("smoke", overrides=["run.track=comet:x"])
+    with pytest.raises(UserError, match=r"run.tracker = 'comet:x' is not allowed"):
+        load_config("smoke", overrides=["run.tracker=comet:x"])
 
 
 def test_prometheus_sees_numbers_under_the_names_in_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:

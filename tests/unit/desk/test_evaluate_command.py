@@ -47,13 +47,13 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     [
         ([], ITS, ITS, ""),
         (["task.test_samples=9", "store.path=other.sqlite"], ITS, ITS, ""),
-        (["clock.kind=measured"], ITS, ITS, ""),
-        (["budgets.low=1.2"], OURS, ITS, ""),
+        (["latency.source=measured"], ITS, ITS, ""),
+        (["budgets.low_factor=1.2"], OURS, ITS, ""),
         (["task.train_samples=9"], OURS, ITS, ""),
         (["model.threads=2"], OURS, ITS, ""),
         (["task.seed=1"], OURS, OURS, "the run's profile is not used, settings differ: task.seed"),
-        (["clock.table=given.json", "task.name=mine"], OURS, OURS, "settings differ: clock.table, task.name"),
-        (["clock.kind=roofline"], OURS, OURS, ""),
+        (["latency.profile=given.json", "task.name=mine"], OURS, OURS, "settings differ: latency.profile, task.name"),
+        (["latency.source=roofline"], OURS, OURS, ""),
     ],
 )
 def test_a_runs_profile_is_used_as_long_as_it_holds(
@@ -87,7 +87,7 @@ def test_a_folder_made_for_nothing_is_taken_away(
 
     monkeypatch.setattr(evaluate, "open_setting", lambda config: SimpleNamespace(config=config, with_clock=fail))
     before = sorted(run.root.iterdir())
-    for overrides in ([], ["budgets.low=1.2"]):
+    for overrides in ([], ["budgets.low_factor=1.2"]):
         with pytest.raises(type(error)):
             evaluate.run(run.root, overrides, None)
         assert sorted(run.root.iterdir()) == before
@@ -102,7 +102,7 @@ def test_what_was_made_stays_where_the_evaluation_itself_is_interrupted(
 
     monkeypatch.setattr(evaluate, "evaluate_setting", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.run(run.root, ["budgets.low=1.2"], None)
+        evaluate.run(run.root, ["budgets.low_factor=1.2"], None)
     assert (run.root / "evaluation/table.csv").is_file()
 
 
@@ -121,8 +121,8 @@ def test_a_newer_run_without_a_controller_is_no_place_to_take_one_from(run: RunF
 
 
 def test_measuring_what_was_computed_is_a_change() -> None:
-    stored = with_overrides(Config(), ["clock.kind=roofline"])
-    assert evaluate._changed(stored, with_overrides(stored, ["clock.kind=measured"])) == ["clock.kind"]
+    stored = with_overrides(Config(), ["latency.source=roofline"])
+    assert evaluate._changed(stored, with_overrides(stored, ["latency.source=measured"])) == ["latency.source"]
     assert evaluate._changed(stored, stored) == []
 
 

@@ -47,7 +47,7 @@ def test_a_full_size_model_is_compared_with_the_published_scores(tmp_path: Path)
         run([f"model.name={tmp_path}"])
     again = run([f"model.name={tmp_path}"], tmp_path / "other.json")
     assert "in use: blocks 15, 14, 13, 12 first; rank correlation over blocks 1 to 15 1.000" in again
-    assert f"use it with model.importance={tmp_path / 'other.json'}" in again.replace("\n", "")
+    assert f"use it with model.block_importance={tmp_path / 'other.json'}" in again.replace("\n", "")
 
 
 @pytest.mark.usefixtures("measured")

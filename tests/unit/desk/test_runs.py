@@ -52,7 +52,7 @@ def test_block_importance_that_changed_is_refused_on_resume(tmp_path: Path, caps
     file = tmp_path / "importance.json"
     scores = [block / 10 for block in range(16)]
     _scores(file, scores)
-    run = RunFolder.create(tmp_path / "run", load_config("smoke", None, [f"model.importance={file}"]))
+    run = RunFolder.create(tmp_path / "run", load_config("smoke", None, [f"model.block_importance={file}"]))
     file.write_text(json.dumps({"importance": scores, "task": "scenes"}, indent=4), encoding="utf-8")
     run.check_importance()  # the same scores, however they are written
     _scores(file, [*scores[:3], 0.35, *scores[4:]])
@@ -80,12 +80,12 @@ def test_a_sweep_with_a_trial_of_other_block_importance_is_refused(
 ) -> None:
     file = tmp_path / "importance.json"
     _scores(file, range(16))
-    sweep = {"preset": "smoke", "trials": 1, "set": {"model.importance": str(file)}}
+    sweep = {"preset": "smoke", "trials": 1, "set": {"model.block_importance": str(file)}}
     sweep["space"] = {"grpo.lr": {"log_uniform": [1e-4, 1e-1]}}
     root = tmp_path / "sweep"
     root.mkdir()
     (root / "sweep.yaml").write_text(json.dumps(sweep), encoding="utf-8")
-    config = load_config("smoke", None, [f"model.importance={file}"])
+    config = load_config("smoke", None, [f"model.block_importance={file}"])
     open_folder(root, "one", config, share=False)
     _scores(file, range(1, 17))
     with pytest.raises(UserError, match="block importance cannot change"):
