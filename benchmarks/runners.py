@@ -17,18 +17,18 @@ import numpy as np
 import ray
 
 from cluster.connect import connect
-from ray_ctrl.building import build_algorithm
-from ray_ctrl.feasibility import plan_layout
+from ray_ctrl.load_config import load_config
+from ray_ctrl.preflight import plan_layout
 from ray_ctrl.provenance import hardware
-from ray_ctrl.setting import open_setting
-from ray_ctrl.settings import load_config
+from ray_ctrl.rllib_setup import build_algorithm
+from ray_ctrl.run_context import open_setting
 
 CONTEXTS = 4  # of the evaluation runners, which stay idle
 
 
 def build(overrides: Sequence[str]) -> Any:
     """The training algorithm of the shipped preset, on the roofline clock (which measures nothing by itself)."""
-    config = load_config("laptop", None, ["clock.kind=roofline", "store.path=null", "runners.cpus=0.5", *overrides])
+    config = load_config("laptop", None, ["latency.source=roofline", "store.path=null", "runners.cpus=0.5", *overrides])
     setting = open_setting(config).with_clock(Path(tempfile.mkdtemp()))
     return build_algorithm(setting, plan_layout(config).envs, CONTEXTS)
 
@@ -46,7 +46,11 @@ def sampling(algorithm: Any, rounds: int) -> list[float]:
 
 def compare_runners(args: argparse.Namespace) -> None:
     """One against two runners, in turns, on samples of their own."""
-    given = [f"grpo.groups={args.groups}", f"task.train_samples={args.groups * (args.rounds + 1)}", *args.overrides]
+    given = [
+        f"grpo.groups_per_iteration={args.groups}",
+        f"task.train_samples={args.groups * (args.rounds + 1)}",
+        *args.overrides,
+    ]
     algorithms = {count: build([*given, f"runners.count={count}"]) for count in (1, 2)}
     speeds: dict[int, list[float]] = {count: [] for count in algorithms}
     for algorithm in algorithms.values():
@@ -65,11 +69,16 @@ def compare_runners(args: argparse.Namespace) -> None:
 
 def compare_modes(args: argparse.Namespace) -> None:
     """An iteration with rollouts and learning in turns, then overlapping, then in turns again; one runner."""
-    given = [f"grpo.groups={args.groups}", f"task.train_samples={args.groups}", "runners.count=1", *args.overrides]
+    given = [
+        f"grpo.groups_per_iteration={args.groups}",
+        f"task.train_samples={args.groups}",
+        "runners.count=1",
+        *args.overrides,
+    ]
     seconds: dict[int, list[float]] = {0: [], 1: []}
     rows: dict[int, list[dict[str, float]]] = {0: [], 1: []}
     for staleness in (0, 1, 0, 1):
-        algorithm = build([*given, f"grpo.max_staleness={staleness}"])
+        algorithm = build([*given, f"grpo.max_policy_lag={staleness}"])
         for iteration in range(args.iterations + 2):
             started = time.perf_counter()
             row = algorithm.train()["grpo"]

@@ -20,7 +20,7 @@ from envs.errors import UserError
 from envs.knobs import BLOCK_COUNTS, HEAD_SIZES, INSERTIONS, TIERS, TOP_KS
 from envs.latency_token import budget_level
 from envs.rollout import Finished, finish
-from envs.world import World, WorldConfig
+from envs.world import EnvConfig, World
 
 Array = npt.NDArray[Any]
 Observation = dict[str, Array]
@@ -40,7 +40,7 @@ class AdaptiveVQAVectorEnv(VectorEnv):
 
     Args:
         config: a plain mapping, as Ray hands it to a worker, with
-            `world`: a `World`, a `WorldConfig`, or a function of no arguments that makes a world;
+            `world`: a `World`, a `EnvConfig`, or a function of no arguments that makes a world;
             `num_envs`: 1 or more (default 1);
             `group_size`: environments per context, a divisor of `num_envs` (default 1);
             `seed`: of the training schedule (default 0);
@@ -344,10 +344,10 @@ def observation_space(d_model: int) -> gym.spaces.Dict:
     )
 
 
-def _world(given: World | WorldConfig | Callable[[], World]) -> World:
+def _world(given: World | EnvConfig | Callable[[], World]) -> World:
     if isinstance(given, World):
         return given
-    return given.build() if isinstance(given, WorldConfig) else given()
+    return given.build() if isinstance(given, EnvConfig) else given()
 
 
 def _infos(finished: Finished) -> dict[str, Any]:

@@ -1,17 +1,26 @@
 """Everything an environment needs, built: model and engine, samples, clock, budgets, reward, knobs.
 
-A `World` holds a live model and stays in its process. A `WorldConfig` is small and picklable: it travels to an env
+A `World` holds a live model and stays in its process. An `EnvConfig` is small and picklable: it travels to an env
 runner and builds the world there.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Final, Literal
+from typing import Any
 
 import torch
 
 from envs.budgets import BudgetDistribution, budget_range
+from envs.config import (
+    BudgetSettings,
+    LatencySettings,
+    ModelSettings,
+    RewardSettings,
+    Section,
+    StoreSettings,
+    TaskSettings,
+)
 from envs.data.sample import Sample
 from envs.errors import UserError
 from envs.knobs import KnobSpace
@@ -23,11 +32,9 @@ from envs.latency import (
     ProfileTable,
     RooflineClock,
 )
+from envs.model.device import resolve_device, resolve_dtype
 from envs.model.importance import read_importance
 from envs.reward import RewardConfig
-
-CLOCKS: Final = ("profiled", "roofline", "measured")
-DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -56,69 +63,28 @@ class World:
         return int(self.engine.model.config.d_model)
 
 
-@dataclass(frozen=True)
-class WorldConfig:
-    """How to build a world.
+class EnvConfig(Section):
+    """Everything an env runner needs to build its environments: small and picklable.
 
     Attributes:
-        model: `embedded`, a hub id or a checkpoint folder.
-        revision: commit, branch or tag of a hub id; None takes the newest.
-        importance: file of block importance; None takes what lies beside the weights, else the published scores.
-        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `auto` takes the GPU this process was given.
-        dtype: `float32`, `bfloat16` or `float16`.
-        threads: CPU threads of this process; None leaves them alone.
-        max_new_tokens: longest answer.
-        batch_tokens: most prompt tokens in a batch; None lets the engine choose.
-        encoder_seed: of the latency token's encoder.
-        store: the outcome store, as the engine takes it; None keeps outcomes in memory.
-        store_bytes: bound of its file; None for none.
-        task, split, limit, task_seed, on_broken: the samples, as `envs.data.load_task` takes them.
-        clock: `profiled`, `roofline` or `measured`.
-        clock_device: of the roofline clock.
-        table: file of the profile table, needed by the profiled clock.
-        reward: weights at fixed prices.
-        budgets: None computes the device's range over this world's samples with `held_out_bands`.
-        budget_low, budget_high: factors on the ends of that range.
-        budget_low_ms, budget_high_ms: ends in ms instead, whatever the device; None takes the range's.
+        split: train, validation or test.
+        distribution: budgets; None computes the device's range over this split's samples.
     """
 
-    model: str = "embedded"
-    revision: str | None = None
-    blank_crops: str | None = None
-    importance: str | None = None
-    device: str = "auto"
-    dtype: str = "float32"
-    threads: int | None = None
-    max_new_tokens: int = 64
-    batch_tokens: int | None = None
-    encoder_seed: int = 0
-    store: str | None = None
-    store_bytes: int | None = None
-    task: str = "scenes"
+    model: ModelSettings = ModelSettings()
+    task: TaskSettings = TaskSettings()
+    latency: LatencySettings = LatencySettings()
+    store: StoreSettings = StoreSettings()
+    budgets: BudgetSettings = BudgetSettings()
+    reward: RewardSettings = RewardSettings()
     split: str = "train"
-    limit: int | None = None
-    task_seed: int = 0
-    on_broken: Literal["refuse", "skip"] = "refuse"
-    clock: str = "roofline"
-    clock_device: str = "laptop-2-core"
-    table: str | None = None
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    budgets: BudgetDistribution | None = None
-    held_out_bands: int = 3
-    budget_low: float = 1.0
-    budget_high: float = 1.0
-    budget_low_ms: float | None = None
-    budget_high_ms: float | None = None
+    distribution: BudgetDistribution | None = None
 
-    def __post_init__(self) -> None:
-        if self.clock not in CLOCKS:
-            raise UserError(f"clock {self.clock!r} is not known: choose one of {', '.join(CLOCKS)}")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype {self.dtype!r} is not known: choose one of {', '.join(DTYPES)}")
-        if self.clock == "profiled" and self.table is None:
+    def model_post_init(self, context: Any) -> None:
+        if self.latency.source == "profiled" and self.latency.profile is None:
             raise UserError(
-                "the profiled clock needs a profile table: measure one with `ray-ctrl profile`, or choose clock "
-                "roofline or measured"
+                "the profiled latency source needs a profile: measure one with `ray-ctrl profile`, or choose "
+                "latency.source=roofline or measured"
             )
 
     def build(self) -> World:
@@ -129,71 +95,46 @@ class WorldConfig:
         """
         from envs.data import load_task
 
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.model.threads)
         engine = self.build_engine()
-        samples = load_task(self.task, self.split, self.limit, self.task_seed, on_broken=self.on_broken)
+        task = self.task
+        limit = {"train": task.train_samples, "validation": task.validation_samples, "test": task.test_samples}
+        samples = load_task(task.name, self.split, limit[self.split], task.seed, on_broken=task.on_invalid_row)
         space = KnobSpace(engine.importance)
         clock = self.build_clock(engine)
-        budgets = self.budgets or self._budgets(engine, clock, space, samples)
-        return World(engine, samples, clock, budgets, self.reward, space)
+        budgets = self.distribution or self._budgets(engine, clock, space, samples)
+        return World(engine, samples, clock, budgets, RewardConfig(), space)
 
     def build_engine(self) -> Any:
         """The engine alone; equal settings share one engine in a process."""
-        return _engine(
-            self.model,
-            self.revision,
-            self.blank_crops,
-            read_importance(self.model, self.importance),
-            self.device,
-            self.dtype,
-            self.max_new_tokens,
-            self.batch_tokens,
-            self.encoder_seed,
-            self.store,
-            self.store_bytes,
-        )
+        model = self.model
+        importance = read_importance(model.name, model.block_importance)
+        return _engine(model, self.store, importance, resolve_device(model.device))
 
     def build_clock(self, engine: Any) -> Clock | MeasuringClock:
         """The clock alone."""
-        if self.clock == "roofline":
-            return RooflineClock(engine.model.config, self.clock_device)
-        if self.clock == "measured":
+        if self.latency.source == "roofline":
+            return RooflineClock(engine.model.config, self.latency.device)
+        if self.latency.source == "measured":
             return _measured(engine)
-        return ProfiledClock.for_engine(ProfileTable.load(self.table or ""), engine)
+        return ProfiledClock.for_engine(ProfileTable.load(self.latency.profile or ""), engine)
 
     def _budgets(
         self, engine: Any, clock: Clock | MeasuringClock, space: KnobSpace, samples: Sequence[Sample]
     ) -> BudgetDistribution:
-        low, high = self.budget_low_ms, self.budget_high_ms
+        settings = self.budgets
+        low, high = settings.low_ms, settings.high_ms
         if low is None or high is None:
             least, most = budget_range(engine, clock, space, samples)
-            low = least * self.budget_low if low is None else low
-            high = most * self.budget_high if high is None else high
+            low = least * settings.low_factor if low is None else low
+            high = most * settings.high_factor if high is None else high
             if low >= high:
                 raise UserError(
                     f"a budget range of {low:.1f} to {high:.1f} ms is empty or inverted: this device's own is "
-                    f"{least:.1f} to {most:.1f} ms; change budgets.low or budgets.high, or set both budgets.low_ms and "
-                    "budgets.high_ms"
+                    f"{least:.1f} to {most:.1f} ms; change budgets.low_factor or budgets.high_factor, or set both "
+                    "budgets.low_ms and budgets.high_ms"
                 )
-        return BudgetDistribution.over(low, high, self.held_out_bands)
-
-
-def resolve_device(device: str) -> torch.device:
-    """The torch device behind a name; `auto` is the GPU where this process was given one, else the CPU.
-
-    Raises:
-        UserError: a device that this process does not have.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {device!r} cannot be used ({reason}): choose `auto` or `cpu`") from None
-    return found
+        return BudgetDistribution.over(low, high, settings.held_out_bands)
 
 
 # One measured clock per engine: its reference latency is measured once and stays put.
@@ -201,30 +142,19 @@ _measured = lru_cache(maxsize=2)(MeasuredClock)
 
 
 @lru_cache(maxsize=2)
-def _engine(
-    model: str,
-    revision: str | None,
-    blank_crops: str | None,
-    importance: tuple[float, ...],
-    device: str,
-    dtype: str,
-    max_new_tokens: int,
-    batch_tokens: int | None,
-    encoder_seed: int,
-    store: str | None,
-    store_bytes: int | None,
-) -> Any:
+def _engine(settings: ModelSettings, store: StoreSettings, importance: tuple[float, ...], device: torch.device) -> Any:
+    """The engine of a process; importance and device are part of the key, as files and Ray may change both."""
     from envs.engine import OutcomeStore, RolloutEngine
     from envs.model import AdaptiveMolmoE
     from envs.processing import MolmoEProcessor
 
-    place = resolve_device(device)
+    dtype = resolve_dtype(settings.dtype, device)
     return RolloutEngine(
-        AdaptiveMolmoE.from_pretrained(model, place, DTYPES[dtype], revision, blank_crops),
-        MolmoEProcessor.from_pretrained(model, revision),
-        store=None if store is None else OutcomeStore(store, store_bytes),
+        AdaptiveMolmoE.from_pretrained(settings.name, device, dtype, settings.revision, settings.blank_crops),
+        MolmoEProcessor.from_pretrained(settings.name, settings.revision),
+        store=None if store.path is None else OutcomeStore(store.path, int(store.max_gb * 1e9)),
         importance=importance,
-        encoder_seed=encoder_seed,
-        max_new_tokens=max_new_tokens,
-        batch_tokens=batch_tokens,
+        encoder_seed=settings.latency_token_seed,
+        max_new_tokens=settings.max_new_tokens,
+        batch_tokens=settings.batch_tokens,
     )

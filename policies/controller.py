@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +13,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from envs.errors import UserError
+from envs.errors import UserError, first_line
+from envs.files import atomic_folder
 from policies.budget_feature import budget_feature
 from policies.distribution import KnobDistribution, mask_logits
 from policies.stage1 import HIDDEN, Stage1
@@ -61,7 +61,7 @@ class Controller(nn.Module):
         return KnobDistribution(self(obs)).argmax()
 
     def save(self, folder: str | os.PathLike[str], metadata: Mapping[str, Any], *, overwrite: bool = False) -> Path:
-        """Export to `folder` as safetensors + JSON, written aside and renamed, so a reader sees all of it or none.
+        """Export to `folder` as safetensors + JSON, which readers see completely or not at all.
 
         Args:
             metadata: JSON-able facts about the run; `fingerprint` names the model the controller was trained on.
@@ -81,15 +81,11 @@ class Controller(nn.Module):
             "sha256": hashlib.sha256(weights).hexdigest(),
             "metadata": dict(metadata),
         }
-        aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            (aside / WEIGHTS_FILE).write_bytes(weights)
-            (aside / CARD_FILE).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
-            _swap_in(aside, target)
+            with atomic_folder(target) as temporary:
+                (temporary / WEIGHTS_FILE).write_bytes(weights)
+                (temporary / CARD_FILE).write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
             raise UserError(f"controller could not be written to {target}: {error.strerror or error}") from error
         return target
 
@@ -132,18 +128,8 @@ class Controller(nn.Module):
         try:
             controller.load_state_dict(load_tensors(weights))
         except (SafetensorError, RuntimeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{source / WEIGHTS_FILE} does not hold this controller: {reason}") from error
+            raise UserError(f"{source / WEIGHTS_FILE} does not contain this controller: {first_line(error)}") from error
         return controller.eval(), card["metadata"]
-
-
-def _swap_in(aside: Path, target: Path) -> None:
-    """Rename `aside` to `target`; an older export is moved out of the way first and removed last."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
-        os.replace(target, old)
-    os.replace(aside, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _read(path: Path) -> bytes:

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from envs.errors import UserError
-from ray_ctrl.stopping import Interrupted, Stopper
+from ray_ctrl.signals import Interrupted, Stopper
 
 
 class Commands(TyperGroup):
@@ -97,7 +97,7 @@ def train(
     leaves; a second one, or one before the first iteration or in the evaluation, leaves at once.
     `--resume` goes on from there.
     """
-    from ray_ctrl import train as room
+    from ray_ctrl.commands import train as room
 
     given = _given(overrides, seed, task)
     room.run(preset, config, given, run_dir=run_dir, resume=resume, dry_run=dry_run)
@@ -121,7 +121,7 @@ def evaluate(
     Prints the table and saves it as CSV, Markdown and JSON, with two pictures. Settings are those
     of the run; overrides change them for this evaluation.
     """
-    from ray_ctrl import evaluate as room
+    from ray_ctrl.commands import evaluate as room
 
     room.run(path, _given(overrides, None, task), out)
 
@@ -137,9 +137,9 @@ def profile(
 ) -> None:
     """Measure this device with real requests, for the profiled clock.
 
-    `ray-ctrl train` does this by itself where it has no table; use the file with `clock.table=FILE`.
+    `ray-ctrl train` does this by itself where it has no table; use the file with `latency.profile=FILE`.
     """
-    from ray_ctrl import profile as room
+    from ray_ctrl.commands import profile as room
 
     room.run(preset, config, _given(overrides, seed, task), out)
 
@@ -165,7 +165,7 @@ def importance(
     The least important blocks are the first that a controller leaves out. Prints the scores beside those in use
     and, for MolmoE-1B, the published ones; an existing file is never overwritten.
     """
-    from ray_ctrl import importance as room
+    from ray_ctrl.commands import importance as room
 
     given = _given(overrides, None, task)
     room.run(preset, config, given, samples=samples, split=split, by=by, out=out)
@@ -186,7 +186,7 @@ def answer(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Answer one question within a budget; shows the setting chosen, the answer and stage times."""
-    from ray_ctrl import answer as room
+    from ray_ctrl.commands import answer as room
 
     room.run(image, question, budget_ms, controller, repeats=repeats, as_json=as_json)
 
@@ -204,7 +204,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Say what a run folder, a controller, a profile table, block importance or a model holds."""
-    from ray_ctrl import inspect as room
+    from ray_ctrl.commands import inspect as room
 
     room.run(path, revision)
 
@@ -221,7 +221,7 @@ def doctor(
 
     Exit status 1 where something is wrong.
     """
-    from ray_ctrl import doctor as room
+    from ray_ctrl.commands import doctor as room
 
     raise typer.Exit(room.run(preset, config, overrides or [], quick=quick, as_json=as_json))
 
@@ -259,7 +259,7 @@ def submit(
     `ray-ctrl submit -- --preset smoke` does what `ray job submit --working-dir . -- python train.py --preset smoke`
     does, with authentication, interpreter and run folder set.
     """
-    from ray_ctrl import submit as room
+    from ray_ctrl.commands import submit as room
 
     request = room.Request(
         arguments or [], command, address, working_dir, python, auth, runtime_env, env or [], cpus, gpus,
@@ -294,7 +294,7 @@ StorePath = Annotated[Path, typer.Argument(help="File of the store.")]
 @store_app.command("inspect")
 def store_inspect(path: StorePath) -> None:
     """Say how much a store holds, and under which settings it was computed."""
-    from ray_ctrl import store as room
+    from ray_ctrl.commands import store as room
 
     room.inspect(path)
 
@@ -306,7 +306,7 @@ def store_prune(
     unused_days: Annotated[float | None, typer.Option(help="Delete what was unused for so many days.", min=0)] = None,
 ) -> None:
     """Delete entries unused for long, then the longest unused until the store is small enough."""
-    from ray_ctrl import store as room
+    from ray_ctrl.commands import store as room
 
     room.prune(path, max_gb, unused_days)
 
@@ -318,7 +318,7 @@ def store_export(
     table: Annotated[str, typer.Option(help="outcomes or latency_tokens.")] = "outcomes",
 ) -> None:
     """Write a table of the store as Parquet."""
-    from ray_ctrl import store as room
+    from ray_ctrl.commands import store as room
 
     room.export(path, out, table)
 
@@ -375,8 +375,6 @@ def _known(error: Exception) -> int | None:
     cause = getattr(error, "cause", None)
     if isinstance(cause, UserError):  # raised on a Ray worker, wrapped on the way here
         return _complain(cause.message, error)
-    if type(error).__name__ == "ConnectError":
-        return _complain(str(error), error)
     return None
 
 

@@ -1,22 +1,21 @@
 """`docs/config.md` from the models: `python -m ray_ctrl.config_docs > docs/config.md`."""
 
+import inspect
 import json
 from typing import get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ray_ctrl.settings import SECTIONS, presets
+from ray_ctrl.load_config import SECTIONS, describe, presets
 
 INTRO = """# Configuration
 
-Generated from `ray_ctrl/config.py` by `python -m ray_ctrl.config_docs`; a test keeps it current.
+Generated from the sections of `ray_ctrl/config.py` by `python -m ray_ctrl.config_docs`; a test keeps it current.
 
-Values are laid over one another: defaults, then `--preset` ({presets}), then `--config FILE`
-(YAML),
-then overrides on the command line such as `grpo.lr=3e-4`. Unknown keys are errors that name the
-nearest
-valid one. `--dry-run` prints the result and writes nothing.
+Values are laid over one another: defaults, then `--preset` ({presets}), then `--config FILE` (YAML), then overrides on
+the command line such as `grpo.lr=3e-4`. Unknown keys are errors that name the nearest valid one; relative paths become
+absolute when they are read. `--dry-run` prints the result and writes nothing.
 """
 
 
@@ -28,11 +27,11 @@ def render() -> str:
 
 
 def _section(name: str, section: type[BaseModel]) -> str:
-    lines = [f"## {name}", "", (section.__doc__ or "").strip(), ""]
+    lines = [f"## {name}", "", inspect.cleandoc(section.__doc__ or ""), ""]
     lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     for key, field in section.model_fields.items():
         default = json.dumps(field.default)
-        meaning = (field.description or "").replace("|", "\\|")
+        meaning = describe(field).replace("|", "\\|")
         lines.append(f"| `{name}.{key}` | {_type(field)} | `{default}` | {meaning} |")
     return "\n".join(lines) + "\n"
 

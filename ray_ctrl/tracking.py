@@ -1,4 +1,4 @@
-"""Experiment trackers by one setting, `run.track`, through Ray's own integrations; and Ray's Prometheus endpoint.
+"""Experiment trackers by one setting, `run.tracker`, through Ray's own integrations; and Ray's Prometheus endpoint.
 
 `mlflow:URI` (a server or `sqlite:///FILE`) or `wandb:PROJECT`. A resumed run continues its entry. Iterations done again
 after a crash have the numbers they had before, and a tracker that has them already is not sent them twice.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from envs.errors import UserError, first_line
-from ray_ctrl.runs import write_json
+from envs.files import write_json
 
 FILE = "tracking.json"
 
@@ -44,11 +44,11 @@ def open_tracker(track: str | None, settings: Mapping[str, Any], folder: Path) -
     except ImportError as error:
         package = "mlflow-skinny" if kind == "mlflow" else "wandb"
         raise UserError(
-            f"run.track = {track!r} needs a package that is not there ({error}): pip install {package}"
+            f"run.tracker = {track!r} needs a package that is not there ({error}): pip install {package}"
         ) from None
     except Exception as error:
         raise UserError(
-            f"run.track = {track!r} cannot be used ({first_line(error)}): check it, or set run.track=null"
+            f"run.tracker = {track!r} cannot be used ({first_line(error)}): check it, or set run.tracker=null"
         ) from error
 
 

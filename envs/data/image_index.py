@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from envs.data.sample import ImageRef
 from envs.errors import UserError
+from envs.files import atomic_write
 from envs.processing.images import open_image, oriented_size, read_image
 
 
@@ -146,10 +148,6 @@ def _read_cache(path: Path) -> dict[str, Scan]:
 
 def _write_cache(path: Path, scans: Mapping[str, Scan]) -> None:
     content = {stamp: [s.digest, s.width, s.height, s.error] for stamp, s in scans.items()}
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with suppress(OSError):  # a cache that cannot be kept only costs time
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(content), encoding="utf-8")
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)  # a cache that cannot be kept only costs time
+        atomic_write(path, json.dumps(content))

@@ -47,12 +47,42 @@ def parse_tasks(text: str) -> tuple[Part, ...]:
     whole = text.strip()
     if not whole:
         raise UserError("no task given: give scenes, a data set's name, a path or a mix of these")
-    if _exists(whole) and whole != SCENES and not is_data_set(whole):
+    if _names_path(whole):
         return (Part(_where(whole, OWN.name), None),)
     name, equals, path = whole.partition("=")
     if equals and _exists(path.strip()) and not _WEIGHT.fullmatch(name):
         return (_part(whole),)
     return tuple(_part(part) for part in re.split(r"[+,]", whole))
+
+
+def absolute_task(text: str) -> str:
+    """The task with the paths in it that exist as absolute ones, so that processes in other folders find them."""
+    whole = text.strip()
+    if _names_path(whole):
+        return _absolute(whole)
+    name, equals, path = whole.partition("=")
+    if equals and _exists(path.strip()) and not _WEIGHT.fullmatch(name):
+        return f"{name}={_absolute(path)}"
+    if re.search(r"[+,]", str(Path.cwd())):  # in a mix they would separate parts
+        return whole
+    return "".join(_absolute_part(piece) for piece in re.split(r"([+,])", whole))
+
+
+def _absolute_part(text: str) -> str:
+    weighted = _WEIGHT.fullmatch(text)
+    start = weighted.start(2) if weighted else 0
+    label, equals, where = text[start:].rpartition("=")
+    if (equals and _exists(where.strip())) or (not equals and _names_path(where.strip())):
+        return f"{text[:start]}{label}{equals}{_absolute(where)}"
+    return text
+
+
+def _names_path(where: str) -> bool:
+    return _exists(where) and where != SCENES and not is_data_set(where)
+
+
+def _absolute(where: str) -> str:
+    return str(Path(where.strip()).expanduser().absolute())
 
 
 def _part(text: str) -> Part:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from envs.errors import UserError
+from envs.files import atomic_file
 
 FORMAT_VERSION: Final = 1
 BUSY_SECONDS: Final = 60.0
@@ -313,13 +314,11 @@ def export_parquet(store: OutcomeStore, path: str | Path, table: str = "outcomes
     if target.exists():
         raise UserError(f"{target} exists already: choose another file")
     rows = list(store.rows(table))
-    aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        parquet.write_table(arrow.Table.from_pylist(rows), aside)
-        aside.replace(target)
+        with atomic_file(target) as temporary:
+            parquet.write_table(arrow.Table.from_pylist(rows), temporary)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UserError(f"cannot write {target}: {error.strerror or error}") from None
     return len(rows)
 

@@ -5,7 +5,6 @@ that device's.
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from envs.errors import UserError
+from envs.files import atomic_write
 from envs.knobs import ExecutionPlan
 from envs.latency.record import LatencyRecord, RequestShape
 
@@ -107,25 +107,14 @@ class ProfileTable:
         if difference is not None:
             raise UserError(
                 f"the profile table was measured elsewhere ({difference} here): measure this device with `ray-ctrl "
-                f"profile`, or leave it to the run (clock.table=null)"
+                f"profile`, or leave it to the run (latency.profile=null)"
             )
 
     def save(self, path: str | Path) -> None:
-        """Write JSON to `path`: written aside, then renamed, so that a reader never sees half a table."""
+        """Write JSON to `path`, which readers see completely or not at all."""
         target = Path(path)
-        body = {"format_version": FORMAT_VERSION, **asdict(self)}
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(body, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(aside).chmod(0o644)
-            Path(aside).replace(target)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
+        atomic_write(target, json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> "ProfileTable":

@@ -7,7 +7,7 @@ tensor at a time, and exporting copies out of them, bit for bit.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from envs.errors import UserError
+from envs.errors import UserError, first_line
 from envs.model.config import MolmoEConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -180,8 +180,8 @@ def check_name(path_or_id: str | Path) -> None:
         raise UserError(f"no model folder {path_or_id}: give an existing folder, a hub id, or 'embedded'")
 
 
-def resolve_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """A local folder for a folder, "embedded", or a hub id (fetched at `revision`, without code files).
+def resolve_folder(path_or_id: str | Path, revision: str | None = None, files: Sequence[str] = _HUB_FILES) -> Path:
+    """A local folder for a folder, "embedded", or a hub id (of which `files` are fetched at `revision`).
 
     Raises:
         UserError: there is no such folder, the hub has or gives nothing of that name, or a folder's revision is asked.
@@ -198,9 +198,9 @@ def resolve_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the hub client raises many unrelated kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         at = f" at revision {revision}" if revision else ""
         raise UserError(
             f"cannot fetch {path_or_id}{at} from the hub ({reason}): check the name and the network"

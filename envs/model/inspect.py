@@ -14,12 +14,11 @@ from typing import Final
 
 import torch
 
-from envs.errors import UserError
+from envs.errors import UserError, first_line
 from envs.knobs import BLOCK_COUNTS, INSERTIONS, TIER_CROPS, TOP_KS, KnobSpace
-from envs.model.checkpoint import slots, weight_files
+from envs.model.checkpoint import resolve_folder, slots, weight_files
 from envs.model.config import MolmoEConfig
 from envs.model.importance import read_importance
-from envs.model.model_folder import small_files
 from envs.model.sizes import (
     DTYPE_BYTES,
     longest_prompt,
@@ -132,7 +131,7 @@ def inspect_model(
         UserError: no such model, or a config or header that cannot be read. Weights that do not fit
             the config are no error here but `problems`.
     """
-    folder = small_files(path_or_id, revision, ("*.json",))
+    folder = resolve_folder(path_or_id, revision, ("*.json",))
     config = MolmoEConfig.from_pretrained(folder)
     tensors, problems = _headers(str(path_or_id), folder, revision)
     tokens = {tier: longest_prompt(config, tier) for tier in TIER_CROPS}
@@ -210,7 +209,7 @@ def _hub_headers(source: str, revision: str | None) -> dict[str, TensorHeader]:
     try:
         found = HfApi().get_safetensors_metadata(source, revision=revision)
     except Exception as error:  # HTTP, format and naming errors share no base class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"cannot read the weights' headers of {source} on the hub: {reason}") from None
     return {
         key: TensorHeader(name, str(tensor.dtype), tuple(tensor.shape))

@@ -8,8 +8,8 @@ import triton
 from torch import Tensor
 
 from envs.model import kernels
+from envs.model.execution_tree import FULL_TOP_K
 from envs.model.language import Block, Language
-from envs.model.schedule import FULL_TOP_K
 
 _PDL_CAPABILITY = (9, 0)
 

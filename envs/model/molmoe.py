@@ -13,6 +13,7 @@ from envs.knobs import ExecutionPlan
 from envs.model.checkpoint import load_weights, published_state_dict, resolve_folder, save_weights
 from envs.model.config import MolmoEConfig
 from envs.model.decode import DecodeBatch
+from envs.model.device import resolve_device
 from envs.model.execution_tree import per_row
 from envs.model.language import Language
 from envs.model.vision import VisionBackbone
@@ -61,7 +62,7 @@ class AdaptiveMolmoE(nn.Module):
         config = config if blank_crops is None else config.with_blank_crops(blank_crops)
         with torch.device("meta"):
             model = cls(config)
-        model = model.to(dtype).to_empty(device=_device(device))
+        model = model.to(dtype).to_empty(device=resolve_device(device))
         load_weights(folder, config, dict(model.named_parameters()))
         return model.eval().requires_grad_(False)
 
@@ -234,16 +235,6 @@ def _checked(plan: Plans, lengths: Sequence[int]) -> Plans:
     if not isinstance(plan, ExecutionPlan) and len(plan) != len(lengths):
         raise UserError(f"{len(plan)} plans for a batch of {len(lengths)}: give one plan, or one per row")
     return plan
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {str(device)!r} cannot be used ({reason}): try 'cpu', 'cuda' or 'mps'") from None
-    return found
 
 
 def _deviation(name: str, parameter: Tensor, config: MolmoEConfig) -> float:

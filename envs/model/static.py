@@ -15,9 +15,9 @@ from torch import Tensor
 
 from envs.errors import UserError
 from envs.knobs import MODEL_BLOCKS
+from envs.model.execution_tree import FULL_TOP_K
 from envs.model.experts import TopK
 from envs.model.language import Block, Language, Prefilled, attend
-from envs.model.execution_tree import FULL_TOP_K
 
 if TYPE_CHECKING:
     from envs.model.kernels_step import Tuning

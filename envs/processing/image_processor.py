@@ -118,6 +118,11 @@ class ImageGeometry:
         """Patches along a side that a crop adds to its neighbours."""
         return self.patches - sum(self.margins)
 
+    def token_grid(self, tiling: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens that a grid of crops becomes after pooling."""
+        rows, columns = ((n * self.window + sum(self.margins)) // self.pool for n in tiling)
+        return rows, columns
+
     @property
     def tokens_per_crop(self) -> int:
         return self.tokens[0] * self.tokens[1]
@@ -164,7 +169,7 @@ class ImageLayout:
 
 def make_layout(geometry: ImageGeometry, tiling: tuple[int, int], ids: tuple[int, int, int, int]) -> ImageLayout:
     """Layout of one tiling; `ids` are the start, end, patch and column token."""
-    rows, columns = ((n * geometry.window + sum(geometry.margins)) // geometry.pool for n in tiling)
+    rows, columns = geometry.token_grid(tiling)
     tokens_h, tokens_w = geometry.tokens
     crop_y, grid_y = _owned(geometry, tiling[0])
     crop_x, grid_x = _owned(geometry, tiling[1])
@@ -213,7 +218,7 @@ def _view(rows: int, columns: int, ids: tuple[int, int, int, int]) -> npt.NDArra
 
 def image_token_count(geometry: ImageGeometry, tiling: tuple[int, int]) -> int:
     """Tokens of an image in the prompt, start, end and column tokens included."""
-    rows, columns = ((n * geometry.window + sum(geometry.margins)) // geometry.pool for n in tiling)
+    rows, columns = geometry.token_grid(tiling)
     return geometry.tokens[0] * (geometry.tokens[1] + 1) + rows * (columns + 1) + 4
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from envs.errors import UserError
 from envs.knobs import TIER_CROPS, TIERS
-from envs.model.model_folder import small_files
+from envs.model.checkpoint import resolve_folder
 from envs.processing.image_processor import (
     ImageGeometry,
     ImageLayout,
@@ -275,8 +275,8 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def processor_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """Local folder holding the processor's files; see `small_files`."""
-    return small_files(path_or_id, revision, (CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, MODEL_CONFIG_FILE))
+    """Local folder with the processor's files."""
+    return resolve_folder(path_or_id, revision, (CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, MODEL_CONFIG_FILE))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

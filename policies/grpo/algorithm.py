@@ -26,8 +26,8 @@ from envs.errors import UserError
 from policies.controller import Controller
 from policies.grpo import checkpoint
 from policies.grpo.advantages import GroupAdvantages, group_advantages
+from policies.grpo.algorithm_config import GRPOConfig
 from policies.grpo.averaging import Average, Weights
-from policies.grpo.config import GRPOConfig
 from policies.grpo.evaluation import EvaluationRequest, Row
 from policies.grpo.learner import ENTROPY_SHARES, WEIGHTS, answering, each_learner, learner_errors
 from policies.grpo.metrics import learner_metrics, rollout_metrics

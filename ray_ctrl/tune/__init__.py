@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from envs.errors import UserError
+from envs.files import atomic_write, write_json
 from ray_ctrl.console import console, table
+from ray_ctrl.load_config import with_overrides
 from ray_ctrl.provenance import provenance
-from ray_ctrl.runs import RunFolder, free_folder, write_json, write_text
-from ray_ctrl.settings import with_overrides
-from ray_ctrl.stopping import Stopper, telling
+from ray_ctrl.run_folder import RunFolder, free_folder
+from ray_ctrl.signals import Stopper, telling
 from ray_ctrl.tune.sweep import Sweep, dump, load_sweep
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _run(sweep: Sweep, root: Path, resume: bool) -> None:
     else:
         root.mkdir(parents=True, exist_ok=True)
         sweep = prepare(sweep, root)
-        write_text(root / "sweep.yaml", dump(sweep))
+        atomic_write(root / "sweep.yaml", dump(sweep))
     sweep = with_shared_store(sweep, root)
     runners = sweep.base.runners
     group = trial_resources(sweep.base)
@@ -144,13 +145,13 @@ def prepare(sweep: Sweep, root: Path) -> Sweep:
 
     Nothing in the sweep returned names the folder itself, so that it may be moved.
     """
-    from ray_ctrl.setting import open_setting
+    from ray_ctrl.run_context import open_setting
 
     base = sweep.base
     if sweep.shares_budgets:
         table = open_setting(with_shared_store(sweep, root).base).with_clock(root).table
         if table is not None and not table.absolute().is_relative_to(root):
-            base = with_overrides(base, [f"clock.table={table.absolute()}"])
+            base = with_overrides(base, [f"latency.profile={table.absolute()}"])
     judged = [item.key for item in sweep.space if item.key.startswith("reward.")]
     if judged and sweep.file.metric in ("validation/reward", "validation/score"):
         console.print(

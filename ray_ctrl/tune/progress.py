@@ -8,8 +8,8 @@ from typing import Any
 
 from ray import tune
 
+from envs.files import write_json
 from ray_ctrl.console import console
-from ray_ctrl.runs import write_json
 from ray_ctrl.tune.sweep import Sweep
 
 DONE = ("TERMINATED", "ERROR")

@@ -9,7 +9,7 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
-from ray_ctrl.runs import RunFolder
+from ray_ctrl.run_folder import RunFolder
 from ray_ctrl.tune.sweep import Sweep
 from ray_ctrl.tune.trial import TRIALS
 

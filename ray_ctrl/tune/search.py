@@ -10,7 +10,7 @@ from ray.tune import PlacementGroupFactory
 
 from cluster.resources import ResourcePlan
 from ray_ctrl.config import Config
-from ray_ctrl.feasibility import plan_layout
+from ray_ctrl.preflight import plan_layout
 from ray_ctrl.tune.sweep import Range, Sweep
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from envs.errors import UserError
-from ray_ctrl.runs import Checkpoint, RunFolder, write_json, write_text
+from envs.files import atomic_folder, atomic_write, write_json
+from ray_ctrl.run_folder import Checkpoint, RunFolder
 from ray_ctrl.tune.sweep import Sweep
 from ray_ctrl.tune.trial import TRIALS
 
@@ -70,11 +71,8 @@ def export_winner(winner: Result, root: Path) -> Checkpoint:
     found = [c for c in RunFolder.open(winner.path).checkpoints() if c.iteration == winner.best[0]]
     if not found:
         raise UserError(f"checkpoint {winner.best[0]} of trial {winner.trial} is gone: resume the sweep with --resume")
-    aside = root / ".controller"
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(found[0].path / "controller", aside)
-    shutil.rmtree(root / "controller", ignore_errors=True)
-    aside.rename(root / "controller")
+    with atomic_folder(root / "controller") as temporary:
+        shutil.copytree(found[0].path / "controller", temporary, dirs_exist_ok=True)
     return found[0]
 
 
@@ -102,11 +100,11 @@ def write_summary(sweep: Sweep, results: Sequence[Result], root: Path, provenanc
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([header, *table])
-    write_text(root / "summary.csv", text.getvalue())
+    atomic_write(root / "summary.csv", text.getvalue())
     lines = ["| " + " | ".join(row) + " |" for row in [header, *table]]
     lines.insert(1, "|" + "---|" * len(header))
     origin = f"`{provenance['command']}` on {provenance['hardware']}; {sweep.file.metric}, {sweep.file.mode}imum.\n\n"
-    write_text(root / "summary.md", origin + "\n".join(lines) + "\n")
+    atomic_write(root / "summary.md", origin + "\n".join(lines) + "\n")
     entries = [
         {"trial": r.trial, "settings": dict(r.chosen), "best": r.best, "iterations": r.iterations, "status": r.status}
         for r in results

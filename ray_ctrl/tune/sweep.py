@@ -15,11 +15,11 @@ from pydantic import Field, ValidationError
 
 from envs.errors import UserError
 from ray_ctrl.config import Config, Flag, Int, Section
-from ray_ctrl.settings import load_config, to_yaml, valid_keys, with_overrides
+from ray_ctrl.load_config import load_config, to_yaml, valid_keys, with_overrides
 
 KINDS = ("uniform", "log_uniform", "int", "log_int", "choice", "grid")
 # Trials that differ here are judged by different budgets or a different scale.
-JUDGES = ("reward.", "budgets.", "clock.", "model.", "task.")
+JUDGES = ("reward.", "budgets.", "latency.", "model.", "task.")
 
 
 class AshaSettings(Section):
@@ -192,7 +192,7 @@ def _number(value: Any) -> Any:
 
 def _check(sweep: Sweep) -> None:
     """What spans several keys, and every corner of the space against the configuration."""
-    from ray_ctrl.feasibility import plan_layout
+    from ray_ctrl.preflight import plan_layout
 
     file, space = sweep.file, sweep.space
     if not space:

@@ -12,11 +12,12 @@ from typing import Any
 
 from ray import tune
 
+from envs.files import atomic_write
 from envs.latency import ProfiledClock, ProfileTable
 from ray_ctrl.config import Config
-from ray_ctrl.runs import RunFolder, write_text
-from ray_ctrl.setting import BUDGETS_FILE, TABLE_FILE, open_setting
-from ray_ctrl.settings import to_yaml
+from ray_ctrl.load_config import to_yaml
+from ray_ctrl.run_context import BUDGETS_FILE, TABLE_FILE, open_setting
+from ray_ctrl.run_folder import RunFolder
 
 TRIALS = "trials"
 # Tune hands a trial's process to the next trial, and gives the one before 2 s to end in it. On a busy machine, or with
@@ -33,8 +34,8 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
         root: the sweep's folder, seen by all nodes.
     """
     from cluster.connect import silence_ray_warnings
-    from ray_ctrl.feasibility import plan_layout
-    from ray_ctrl.train import Trainer
+    from ray_ctrl.commands.train import Trainer
+    from ray_ctrl.preflight import plan_layout
 
     silence_ray_warnings()
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(END_TIMEOUT_S))
@@ -42,7 +43,7 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
     config = sweep.config(chosen)
     folder = open_folder(Path(root), trial, config, share=sweep.shares_budgets)
     if folder.config != config:  # the resumed sweep changed it
-        write_text(folder.root / "config.yaml", to_yaml(config))
+        atomic_write(folder.root / "config.yaml", to_yaml(config))
     setting = open_setting(config)
     if (table := Path(root) / TABLE_FILE).is_file() and sweep.shares_budgets:
         # All trials are judged by one profile: a node that it does not hold for is refused, not profiled anew.

@@ -9,7 +9,7 @@ import pytest
 from conftest import fine, finish, refused, snapshot, stable_metrics, start
 from PIL import Image
 
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
 
 CONFIG = load_config("smoke")
 
@@ -52,7 +52,7 @@ def test_the_console_is_quiet_and_has_one_line_an_iteration(trained: Path) -> No
 
 def test_every_context_is_evaluated_once_at_any_number_of_runners(trained: Path, tmp_path: Path) -> None:
     before = snapshot(trained)
-    fine("evaluate", trained, "runners.evaluation=2", "--out", tmp_path / "two")
+    fine("evaluate", trained, "runners.eval_runners=2", "--out", tmp_path / "two")
     ours, theirs = _rows(trained / "evaluation/rollouts.csv"), _rows(tmp_path / "two/rollouts.csv")
     assert ours == theirs
     pairs = [(r["sample"], r["budget_ms"]) for r in theirs if r["method"] == "controller"]
@@ -129,15 +129,20 @@ def test_train_py_takes_the_same_arguments(tmp_path: Path) -> None:
 
 def test_profile_writes_a_table_that_training_takes(tmp_path: Path) -> None:
     table = tmp_path / "table.json"
-    fine("profile", "-p", "smoke", "clock.profile_samples=2", "clock.profile_repeats=1", "--out", table)
+    fine("profile", "-p", "smoke", "latency.profile_samples=2", "latency.profile_repeats=1", "--out", table)
     assert "reference" in fine("inspect", table).out
     assert "exists already" in refused("profile", "-p", "smoke", "--out", table)
     run = tmp_path / "run"
-    settings = ["clock.kind=profiled", f"clock.table={table}", "run.iterations=1", "evaluation.lookup_samples=0"]
+    settings = [
+        "latency.source=profiled",
+        f"latency.profile={table}",
+        "run.iterations=1",
+        "evaluation.lookup_samples=0",
+    ]
     fine("train", "-p", "smoke", *settings, "--run-dir", run)
     summary = json.loads((run / "evaluation/summary.json").read_text("utf-8"))
     assert set(summary["methods"]) == {"controller", "random knobs", "full plan", "cheapest plan"}
-    measured = ["clock.kind=measured", "task.test_samples=1", "evaluation.lookup_samples=2"]
+    measured = ["latency.source=measured", "task.test_samples=1", "evaluation.lookup_samples=2"]
     fine("evaluate", run, *measured, "--out", tmp_path / "measured")
     there = json.loads((tmp_path / "measured/summary.json").read_text("utf-8"))
     assert set(there["methods"]) == {*summary["methods"], "static plan at 90%"}

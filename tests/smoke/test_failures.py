@@ -341,7 +341,7 @@ def test_drivers_killed_within_a_step_go_on_with_new_processes(nodes: Nodes, tmp
     """Runners and a learner on other nodes; what they held dies with the driver, and a checkpoint half written."""
     for _ in range(2):
         nodes.add(cpus=2)
-    settings = ("runners.count=2", "runners.learners=1", "grpo.max_staleness=1")
+    settings = ("runners.count=2", "runners.learners=1", "grpo.max_policy_lag=1")
     settings = (*settings, f"runners.address={nodes.cluster.address}")
     alone = tmp_path / "alone"
     done = finish(start([*TRAIN, *settings, "--run-dir", alone]), LIMIT_S)

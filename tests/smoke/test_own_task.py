@@ -14,7 +14,7 @@ from conftest import fine, refused
 from PIL import Image
 
 from envs.data.scenes import load_scenes
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
 
 CONFIG = load_config("smoke")
 ANNOTATORS = 10
@@ -118,10 +118,10 @@ def test_importance_is_measured_on_it_and_used(run: Path, textvqa: Path, tmp_pat
     assert "exists already" in refused(*arguments), "the embedded model comes with its own"
     assert "test samples choose nothing" in refused("importance", "--split", "test", "--out", tmp_path / "other.json")
     assert "no local folder" in refused("importance", "model.name=someone/model")
-    assert "no file of block importance" in refused("evaluate", run, "model.importance=/no/such.json")
+    assert "no file of block importance" in refused("evaluate", run, "model.block_importance=/no/such.json")
 
     # A controller's block counts stand for other blocks under other scores.
     content["importance"][1:] = [-score for score in content["importance"][1:]]
     file.write_text(json.dumps(content), encoding="utf-8")
-    message = refused("evaluate", run, f"model.importance={file}", "--out", tmp_path / "evaluation")
+    message = refused("evaluate", run, f"model.block_importance={file}", "--out", tmp_path / "evaluation")
     assert "trained with another block importance" in message

@@ -14,7 +14,7 @@ from ray.job_submission import JobStatus
 from cluster import jobs
 from cluster.connect import ConnectError
 from envs.errors import UserError
-from ray_ctrl.submit import Request, make_job, run
+from ray_ctrl.commands.submit import Request, make_job, run
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = "http://127.0.0.1:8265"
@@ -64,7 +64,7 @@ def test_interpreter_run_folder_and_authentication_are_set() -> None:
         (["--run-dir", "runs/a"], "runs/a is relative"),
         (["--run-dir=runs/a"], "runs/a is relative"),
         (["run.folder=/shared", "store.path=store/x.sqlite"], "store/x.sqlite is relative"),
-        (["run.folder=/shared", "clock.folder=profiles"], "profiles is relative"),
+        (["run.folder=/shared", "latency.profile_dir=profiles"], "profiles is relative"),
     ],
 )
 def test_output_that_would_be_lost_is_refused(arguments: list[str], words: str) -> None:

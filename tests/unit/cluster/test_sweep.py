@@ -62,7 +62,7 @@ def test_a_grid_counts_its_own_trials() -> None:
         ({"space": {"grpo.lr": {"choice": [0.1, 0.1]}}}, "each value once"),
         ({"space": {"grpo.lr": {"uniform": [0.1, 2.0]}}}, "grpo.lr = 2.0 is not allowed"),
         ({"space": {"grpo.group_size": {"choice": [4, 1]}}}, "grpo.group_size = 1"),
-        ({"space": {"runners.envs": {"choice": [4, 6]}}}, "does not divide"),
+        ({"space": {"runners.envs_per_runner": {"choice": [4, 6]}}}, "does not divide"),
         ({"search": "grid"}, "grid takes grids alone"),
         ({"search": "bayesian", "space": {"grpo.epochs": {"grid": [1, 2]}}}, "bayesian takes no grid"),
         ({"search": "grid", "trials": 5, "space": {"grpo.epochs": {"grid": [1, 2]}}}, "not the size of the grid, 2"),
@@ -97,7 +97,7 @@ def test_trials_hold_what_they_need_and_as_many_run_as_fit() -> None:
 def test_trials_share_budgets_unless_the_space_touches_them() -> None:
     assert sweep().shares_budgets
     assert sweep(space={"reward.overrun": {"uniform": [0, 1]}}).shares_budgets
-    assert not sweep(space={"budgets.high": {"uniform": [1.0, 2.0]}}).shares_budgets
+    assert not sweep(space={"budgets.high_factor": {"uniform": [1.0, 2.0]}}).shares_budgets
 
 
 def test_bayesian_search_learns_from_what_it_is_told() -> None:

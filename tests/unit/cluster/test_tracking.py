@@ -1,4 +1,4 @@
-"""`run.track`: rows reach MLflow's local store once, a resumed run goes on in its entry, errors are told.
+"""`run.tracker`: rows reach MLflow's local store once, a resumed run goes on in its entry, errors are told.
 `run.prometheus`: the names under which numbers are seen.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from envs.errors import UserError
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
 from ray_ctrl.tracking import Gauges, open_tracker
 
 SETTINGS = {"grpo": {"lr": 0.001}, "run": {"seed": 3}}
@@ -47,13 +47,13 @@ def test_mlflow_keeps_rows_and_settings_over_a_resume(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed here")
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"run.track = 'wandb:me' needs a package.*pip install wandb"):
+    with pytest.raises(UserError, match=r"run.tracker = 'wandb:me' needs a package.*pip install wandb"):
         open_tracker("wandb:me", SETTINGS, tmp_path)
 
 
 def test_an_unreachable_tracker_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
-    with pytest.raises(UserError, match=r"cannot be used.*run.track=null") as caught:
+    with pytest.raises(UserError, match=r"cannot be used.*run.tracker=null") as caught:
         open_tracker("mlflow:nonsense://x", SETTINGS, tmp_path)
     assert "\n" not in caught.value.message
 
@@ -62,14 +62,14 @@ def test_a_dead_server_is_found_out_in_time(tmp_path: Path, monkeypatch: pytest.
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     begun = time.monotonic()
-    with pytest.raises(UserError, match=r"run.track = 'mlflow:http://127.0.0.1:9' cannot be used"):
+    with pytest.raises(UserError, match=r"run.tracker = 'mlflow:http://127.0.0.1:9' cannot be used"):
         open_tracker("mlflow:http://127.0.0.1:9", SETTINGS, tmp_path)
     assert time.monotonic() - begun < 60
 
 
 def test_other_trackers_are_refused() -> None:
-    with pytest.raises(UserError, match=r"run.track = 'comet:x' is not allowed"):
-        load_config("smoke", overrides=["run.track=comet:x"])
+    with pytest.raises(UserError, match=r"run.tracker = 'comet:x' is not allowed"):
+        load_config("smoke", overrides=["run.tracker=comet:x"])
 
 
 def test_prometheus_sees_numbers_under_the_names_in_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from ray_ctrl.runs import RunFolder, write_text
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
+from ray_ctrl.run_folder import RunFolder, write_text
 from ray_ctrl.tune.summary import read_results, write_summary
 from ray_ctrl.tune.sweep import Sweep, dump, make_sweep
 
@@ -64,7 +64,7 @@ def test_a_process_that_ends_a_trial_slowly_still_takes_the_next(
     from ray.train._internal import storage as storing
     from ray.tune.trainable.function_trainable import wrap_function
 
-    from ray_ctrl import train
+    from ray_ctrl.commands import train
     from ray_ctrl.tune import trial
 
     class Slow(SimpleNamespace):
@@ -103,7 +103,7 @@ def test_a_process_that_ends_a_trial_slowly_still_takes_the_next(
 
 def test_what_tune_may_have_missed_is_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An iteration that was written down, but not reported before the interruption."""
-    from ray_ctrl import train
+    from ray_ctrl.commands import train
     from ray_ctrl.tune import trial
 
     folder = run(tmp_path, "me", {1: 0.1, 2: 0.2}, lr=0.01)
@@ -127,7 +127,7 @@ def test_what_tune_may_have_missed_is_told_again(tmp_path: Path, monkeypatch: py
 
 def test_an_interruption_before_tune_listens_is_passed_on_later() -> None:
     """SIGUSR1 would end the process as long as Tune has no handler for it."""
-    from ray_ctrl.stopping import Stopper
+    from ray_ctrl.signals import Stopper
     from ray_ctrl.tune import _tune_signal_kept
     from ray_ctrl.tune.progress import Progress
 
@@ -191,7 +191,7 @@ def test_a_sweep_names_its_own_folder_nowhere(tmp_path: Path) -> None:
 
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
-    prepared = tune.prepare(sweep(set={"clock.kind": "roofline"}), old)
+    prepared = tune.prepare(sweep(set={"latency.source": "roofline"}), old)
     text = dump(prepared)
     assert str(old) not in text
     assert tune.with_shared_store(prepared, new).base.store.path == str(new / "outcomes.sqlite")

@@ -16,9 +16,9 @@ from envs.errors import UserError
 from envs.knobs import Knobs
 from envs.latency import LatencyRecord
 from policies.controller import Controller
-from ray_ctrl import answer
+from ray_ctrl.commands import answer
 from ray_ctrl.config import Config
-from ray_ctrl.steering import Steering, shown_budget
+from ray_ctrl.serving import Steering, shown_budget
 
 TRAINED = BudgetDistribution.over(20.0, 60.0)
 METADATA = {"budgets": asdict(TRAINED), "reference_ms": 80.0}
@@ -62,7 +62,7 @@ def test_an_answer_is_steered_by_the_budget_shown(
     engine = SimpleNamespace(
         importance=[float(block) for block in range(16)], run_steered=run_steered, text=lambda outcome: "red"
     )
-    monkeypatch.setattr(answer, "world_config", lambda *given: SimpleNamespace(build_engine=lambda: engine))
+    monkeypatch.setattr(answer, "env_config", lambda *given: SimpleNamespace(build_engine=lambda: engine))
     monkeypatch.setattr(answer, "_check_model", lambda *given: None)
     monkeypatch.setattr(answer, "_reference", lambda *given: 80.0)
     with warnings.catch_warnings(record=True) as told:

@@ -7,8 +7,8 @@ import pytest
 
 from envs.budgets import BudgetDistribution
 from policies.grpo.algorithm import GRPOConfig
-from ray_ctrl import building
-from ray_ctrl.settings import load_config
+from ray_ctrl import rllib_setup as building
+from ray_ctrl.load_config import load_config
 
 
 @pytest.fixture
@@ -27,13 +27,13 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_entropy_bonus_falls_over_the_whole_run_or_not_at_all(built: Any) -> None:
-    assert built("grpo.entropy_decay=true", "run.iterations=40").entropy_rounds == 40
-    assert built("grpo.entropy_decay=false", "run.iterations=40").entropy_rounds == 0
+    assert built("grpo.anneal_entropy=true", "run.iterations=40").entropy_rounds == 40
+    assert built("grpo.anneal_entropy=false", "run.iterations=40").entropy_rounds == 0
 
 
 def test_settings_arrive_under_the_names_of_the_algorithm(built: Any) -> None:
     settings = built(
-        "grpo.clip_low=0.1", "grpo.clip_high=0.3", "grpo.kl_weight=0.02", "grpo.entropy_weight=0.07",
+        "grpo.clip_low=0.1", "grpo.clip_high=0.3", "grpo.kl_coef=0.02", "grpo.entropy_coef=0.07",
         "grpo.max_grad_norm=0.6", "grpo.lr=0.0002", "grpo.epochs=3",
     )  # fmt: skip
     assert (settings.clip_low, settings.clip_high, settings.kl_coeff) == (0.1, 0.3, 0.02)
@@ -41,7 +41,7 @@ def test_settings_arrive_under_the_names_of_the_algorithm(built: Any) -> None:
 
 
 def test_prices_exist_only_where_overruns_are_constrained(built: Any) -> None:
-    prices = built("reward.mode=constrained").prices
+    prices = built("reward.mode=lagrangian").prices
     assert prices is not None
-    assert len(prices.edges) + 1 == load_config("smoke").budgets.price_bins
+    assert len(prices.edges) + 1 == load_config("smoke").budgets.penalty_bins
     assert built("reward.mode=fixed").prices is None

@@ -9,11 +9,13 @@ import pytest
 
 from cluster.connect import ConnectError
 from envs.budgets import BudgetDistribution
+from envs.config import RewardSettings
 from envs.errors import UserError
-from ray_ctrl import cli, console, evaluate, train
-from ray_ctrl.config import Config, RewardConfig
-from ray_ctrl.runs import RunFolder, free_folder
-from ray_ctrl.settings import load_config, with_overrides
+from ray_ctrl import cli, console
+from ray_ctrl.commands import evaluate, train
+from ray_ctrl.config import Config
+from ray_ctrl.load_config import load_config, with_overrides
+from ray_ctrl.run_folder import RunFolder, free_folder
 
 
 class _Wrapped(Exception):
@@ -109,8 +111,8 @@ def test_checkpoints_are_chosen_by_what_training_aims_at() -> None:
         {"accuracy": 1.0, "reward": 0.4, "latency_ms": ms, "budget_ms": budget}
         for ms, budget in ((9.0, 10.0), (11.0, 10.0), (9.0, 20.0), (9.0, 20.0))
     ]
-    fixed = RewardConfig(mode="fixed")
-    strict = RewardConfig(mode="constrained", violation_target=0.1, price_max=2.0)
+    fixed = RewardSettings(mode="fixed")
+    strict = RewardSettings(mode="lagrangian", max_violation_rate=0.1, penalty_max=2.0)
     assert train.validation_score(rows, fixed) == pytest.approx(0.4)
     # Half of the requests of one budget in two are late, 0.4 above the target, of which chance may explain a part.
     chance = (0.1 * 0.9 / 2) ** 0.5
@@ -118,7 +120,7 @@ def test_checkpoints_are_chosen_by_what_training_aims_at() -> None:
 
 
 def test_late_answers_that_chance_explains_do_not_count_against_a_checkpoint() -> None:
-    settings = RewardConfig(mode="constrained", violation_target=0.05, price_max=5.0)
+    settings = RewardSettings(mode="lagrangian", max_violation_rate=0.05, penalty_max=5.0)
 
     def score(late: int) -> float:
         rows = [
@@ -136,9 +138,9 @@ def test_the_error_of_a_score_is_that_of_samples_not_of_requests() -> None:
     per_sample = [0.0, 1.0, 1.0, 0.0]
     rows = [{"accuracy": a, "reward": 2 * a} for a in per_sample for _ in range(train.VALIDATION_BUDGETS)]
     spread = np.std(per_sample, ddof=1) / 2
-    assert train.validation_error(rows, RewardConfig(mode="constrained")) == pytest.approx(spread)
-    assert train.validation_error(rows, RewardConfig(mode="fixed")) == pytest.approx(2 * spread)
-    assert train.validation_error(rows[: train.VALIDATION_BUDGETS], RewardConfig()) == 0.0
+    assert train.validation_error(rows, RewardSettings(mode="lagrangian")) == pytest.approx(spread)
+    assert train.validation_error(rows, RewardSettings(mode="fixed")) == pytest.approx(2 * spread)
+    assert train.validation_error(rows[: train.VALIDATION_BUDGETS], RewardSettings()) == 0.0
 
 
 def test_validation_never_sees_a_held_out_budget() -> None:
@@ -183,7 +185,7 @@ def test_finding_a_controller(tmp_path: Path) -> None:
         ({}, 6),
         ({"evaluation.lookup_samples": 5}, 0),
         ({"runners.count": 1}, 0),
-        ({"clock.kind": "measured"}, 0),
+        ({"latency.source": "measured"}, 0),
     ],
 )
 def test_all_plans_run_ahead_where_training_asks_for_no_others(
@@ -197,7 +199,7 @@ def test_all_plans_run_ahead_where_training_asks_for_no_others(
 
     space = SimpleNamespace(distinct=("dear", "cheap"), plan=lambda knobs: f"{knobs} plan")
     world = SimpleNamespace(samples=range(6), space=space, engine=SimpleNamespace(outcomes=outcomes))
-    monkeypatch.setattr("ray_ctrl.evaluate.LOOKUP_BATCH", 4)  # two samples a batch
+    monkeypatch.setattr("ray_ctrl.commands.evaluate.LOOKUP_BATCH", 4)  # two samples a batch
     settings = {"task.train_samples": 6, "evaluation.lookup_samples": 6} | changes
     config = with_overrides(Config(), [f"{key}={value}" for key, value in settings.items()])
     train._run_ahead(config, SimpleNamespace(build=lambda split: world))

@@ -11,10 +11,10 @@ import pytest
 from envs.budgets import BudgetDistribution
 from envs.errors import UserError
 from policies.controller import Controller
-from ray_ctrl import evaluate
+from ray_ctrl.commands import evaluate
 from ray_ctrl.config import Config
-from ray_ctrl.runs import RunFolder, newest_run
-from ray_ctrl.settings import with_overrides
+from ray_ctrl.load_config import with_overrides
+from ray_ctrl.run_folder import RunFolder, newest_run
 
 OURS, ITS = "the evaluation's folder", "the run's folder"
 
@@ -47,13 +47,13 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     [
         ([], ITS, ITS, ""),
         (["task.test_samples=9", "store.path=other.sqlite"], ITS, ITS, ""),
-        (["clock.kind=measured"], ITS, ITS, ""),
-        (["budgets.low=1.2"], OURS, ITS, ""),
+        (["latency.source=measured"], ITS, ITS, ""),
+        (["budgets.low_factor=1.2"], OURS, ITS, ""),
         (["task.train_samples=9"], OURS, ITS, ""),
         (["model.threads=2"], OURS, ITS, ""),
         (["task.seed=1"], OURS, OURS, "the run's profile is not used, settings differ: task.seed"),
-        (["clock.table=given.json", "task.name=mine"], OURS, OURS, "settings differ: clock.table, task.name"),
-        (["clock.kind=roofline"], OURS, OURS, ""),
+        (["latency.profile=given.json", "task.name=mine"], OURS, OURS, "settings differ: latency.profile, task.name"),
+        (["latency.source=roofline"], OURS, OURS, ""),
     ],
 )
 def test_a_runs_profile_is_used_as_long_as_it_holds(
@@ -87,7 +87,7 @@ def test_a_folder_made_for_nothing_is_taken_away(
 
     monkeypatch.setattr(evaluate, "open_setting", lambda config: SimpleNamespace(config=config, with_clock=fail))
     before = sorted(run.root.iterdir())
-    for overrides in ([], ["budgets.low=1.2"]):
+    for overrides in ([], ["budgets.low_factor=1.2"]):
         with pytest.raises(type(error)):
             evaluate.run(run.root, overrides, None)
         assert sorted(run.root.iterdir()) == before
@@ -102,7 +102,7 @@ def test_what_was_made_stays_where_the_evaluation_itself_is_interrupted(
 
     monkeypatch.setattr(evaluate, "evaluate_setting", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.run(run.root, ["budgets.low=1.2"], None)
+        evaluate.run(run.root, ["budgets.low_factor=1.2"], None)
     assert (run.root / "evaluation/table.csv").is_file()
 
 
@@ -121,8 +121,8 @@ def test_a_newer_run_without_a_controller_is_no_place_to_take_one_from(run: RunF
 
 
 def test_measuring_what_was_computed_is_a_change() -> None:
-    stored = with_overrides(Config(), ["clock.kind=roofline"])
-    assert evaluate._changed(stored, with_overrides(stored, ["clock.kind=measured"])) == ["clock.kind"]
+    stored = with_overrides(Config(), ["latency.source=roofline"])
+    assert evaluate._changed(stored, with_overrides(stored, ["latency.source=measured"])) == ["latency.source"]
     assert evaluate._changed(stored, stored) == []
 
 
@@ -144,7 +144,7 @@ def test_only_the_controller_is_shown_other_budgets_than_it_is_judged_by(
     monkeypatch.setattr(evaluate, "write_report", lambda methods, out: {})
     monkeypatch.setattr(evaluate.Rollouts, "of", lambda name, rows: None)
     monkeypatch.setattr("policies.grpo.evaluation.evaluate_contexts", evaluate_contexts)
-    monkeypatch.setattr("ray_ctrl.building.build_evaluator", lambda *given: SimpleNamespace(stop=lambda: None))
+    monkeypatch.setattr("ray_ctrl.rllib_setup.build_evaluator", lambda *given: SimpleNamespace(stop=lambda: None))
     evaluate.evaluate_setting(setting, tmp_path, tmp_path / "out")
     low, middle, high = trained.held_out()
     assert asked == {

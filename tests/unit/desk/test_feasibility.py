@@ -4,13 +4,13 @@ import pytest
 
 from cluster.resources import resource_plan, shortfall
 from envs.errors import UserError
-from ray_ctrl.feasibility import check_machine, plan_layout
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
+from ray_ctrl.preflight import check_machine, plan_layout
 
 
 @pytest.fixture(autouse=True)
 def _two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray_ctrl.feasibility.machine_cpus", lambda: 2)
+    monkeypatch.setattr("ray_ctrl.preflight.machine_cpus", lambda: 2)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
@@ -20,23 +20,23 @@ def test_rollouts_spread_evenly_by_default() -> None:
 
 
 def test_given_vectors_make_rounds() -> None:
-    layout = plan_layout(load_config("smoke", None, ["runners.envs=4", "grpo.groups=6"]))
+    layout = plan_layout(load_config("smoke", None, ["runners.envs_per_runner=4", "grpo.groups_per_iteration=6"]))
     assert (layout.envs, layout.rounds) == (4, 6)
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["runners.envs=6"], "does not divide runners.envs = 6"),
-        (["runners.envs=8", "grpo.groups=5"], "do not fill whole rounds"),
-        (["runners.count=2", "grpo.groups=5"], "multiple of 2"),
+        (["runners.envs_per_runner=6"], "does not divide runners.envs_per_runner = 6"),
+        (["runners.envs_per_runner=8", "grpo.groups_per_iteration=5"], "do not fill whole rounds"),
+        (["runners.count=2", "grpo.groups_per_iteration=5"], "multiple of 2"),
         (["runners.count=4"], "4 CPUs wanted, 2 there"),
         (["runners.count=1", "runners.gpus=0.5"], "GPUs wanted"),
         (["runners.count=1", "model.device=cuda"], r"runners\.gpus = 0"),
         (["runners.count=1", "runners.gpus=1.5"], "whole GPUs"),
         (["runners.count=1", "model.threads=2"], r"more than runners\.cpus"),
-        (["grpo.max_staleness=1"], r"needs env runners of their own, but runners\.count = 0"),
-        (["grpo.max_staleness=1", "runners.count=1", "grpo.ratio_max=1.2"], r"ratio_max = 1\.2 is not allowed"),
+        (["grpo.max_policy_lag=1"], r"needs env runners of their own, but runners\.count = 0"),
+        (["grpo.max_policy_lag=1", "runners.count=1", "grpo.dual_clip=1.2"], r"dual_clip = 1\.2 is not allowed"),
         (["budgets.low_ms=50", "budgets.high_ms=50"], r"budgets\.low_ms = 50 is not below budgets\.high_ms = 50"),
     ],
 )
@@ -52,16 +52,17 @@ def test_a_cluster_is_not_checked_against_this_machine() -> None:
 
 def test_the_full_size_preset_needs_one_gpu_for_each_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("molmoe-1b")
-    assert (config.budgets.low_ms, config.budgets.high_ms) == (170, 380)
+    assert (config.budgets.low_ms, config.budgets.high_ms) == (None, None)
+    assert config.evaluation.lookup_samples == config.task.train_samples
     several = load_config("molmoe-1b", None, ["runners.count=8"])
     one, eight = plan_layout(config, here=False), plan_layout(several, here=False)
     assert (one.resources.gpus, eight.resources.gpus, eight.resources.cpus) == (0, 8, 32)
     assert one.envs == 512
     assert eight.envs == 64
-    monkeypatch.setattr("ray_ctrl.feasibility._cuda_devices", lambda: 0)
+    monkeypatch.setattr("ray_ctrl.preflight._cuda_devices", lambda: 0)
     with pytest.raises(UserError, match="needs a GPU for the driver"):
         check_machine(config, one)
-    monkeypatch.setattr("ray_ctrl.feasibility._cuda_devices", lambda: 1)
+    monkeypatch.setattr("ray_ctrl.preflight._cuda_devices", lambda: 1)
     check_machine(config, one)
     with pytest.raises(UserError, match="8 GPUs wanted, 1 there"):
         check_machine(several, eight)

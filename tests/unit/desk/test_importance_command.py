@@ -10,11 +10,11 @@ from envs.budgets import BudgetDistribution
 from envs.errors import UserError
 from envs.model.config import MolmoEConfig, VisionConfig
 from envs.model.importance import PUBLISHED_IMPORTANCE, Importance
-from ray_ctrl import importance as room
-from ray_ctrl import inspect as inspection
-from ray_ctrl import setting as settings
+from ray_ctrl import run_context as settings
+from ray_ctrl.commands import importance as room
+from ray_ctrl.commands import inspect as inspection
 from ray_ctrl.console import console
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
 
 VISION = VisionConfig(336, 14, 1024, 23, 16, 64, 4096, 1e-5, (-2, -9), (2, 2))
 FULL = MolmoEConfig(2048, 16, 16, 64, 1024, 50280, 50304, 128, 1e-5, 1e4, 4096, 50279, 1, 1024, 12, (4, 4), VISION)
@@ -47,7 +47,7 @@ def test_a_full_size_model_is_compared_with_the_published_scores(tmp_path: Path)
         run([f"model.name={tmp_path}"])
     again = run([f"model.name={tmp_path}"], tmp_path / "other.json")
     assert "in use: blocks 15, 14, 13, 12 first; rank correlation over blocks 1 to 15 1.000" in again
-    assert f"use it with model.importance={tmp_path / 'other.json'}" in again.replace("\n", "")
+    assert f"use it with model.block_importance={tmp_path / 'other.json'}" in again.replace("\n", "")
 
 
 @pytest.mark.usefixtures("measured")

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from envs.config import RewardSettings
 from envs.reward import TERMS
 from policies.distribution import HEADS
 from policies.grpo.algorithm import GRPO
 from policies.grpo.prices import Prices, PriceSettings
 from policies.grpo.rounds import COUNTS
 from policies.grpo.runner import Rollouts
-from ray_ctrl import train
-from ray_ctrl.config import RewardConfig
+from ray_ctrl.commands import train
 
 DOCS = Path(__file__).parents[3] / "docs"
 EDGES = (-0.5,)
@@ -77,7 +77,7 @@ def test_the_columns_of_metrics_jsonl_are_documented(monkeypatch: pytest.MonkeyP
     rows: list[dict[str, Any]] = []
     trainer: Any = SimpleNamespace(
         algorithm=SimpleNamespace(train=lambda: {"grpo": iteration()}, engine_stats=dict),
-        config=SimpleNamespace(reward=RewardConfig()),
+        config=SimpleNamespace(reward=RewardSettings()),
         contexts=[(0, 10.0)],
         done=0,
         folder=SimpleNamespace(append_metrics=rows.append),

@@ -8,9 +8,9 @@ import pytest
 
 from envs.budgets import BudgetDistribution
 from policies.grpo.learner import LearnerDied
-from ray_ctrl import train
-from ray_ctrl.runs import RunFolder
-from ray_ctrl.settings import load_config
+from ray_ctrl.commands import train
+from ray_ctrl.load_config import load_config
+from ray_ctrl.run_folder import RunFolder
 
 LOST = (4, 5)  # iterations in which a learner dies, the first time round
 
@@ -54,7 +54,7 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> train.Trainer:
     lost = list(LOST)
     world = SimpleNamespace(samples=[0])
     setting = SimpleNamespace(build=lambda split: world, budgets=BudgetDistribution.over(10.0, 80.0), metadata=dict)
-    monkeypatch.setattr("ray_ctrl.building.build_algorithm", lambda *given: Algorithm(lost))
+    monkeypatch.setattr("ray_ctrl.rllib_setup.build_algorithm", lambda *given: Algorithm(lost))
     monkeypatch.setattr("policies.grpo.checkpoint.restore_checkpoint", restore)
     monkeypatch.setattr("cluster.connect.wait_for", lambda *given: {})
     layout: Any = SimpleNamespace(envs=4, resources=None)

@@ -10,8 +10,8 @@ import pytest
 from envs.errors import UserError
 from ray_ctrl.cli import main
 from ray_ctrl.config import Config
-from ray_ctrl.runs import RunFolder, choose, newest_run
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
+from ray_ctrl.run_folder import RunFolder, choose, newest_run
 from ray_ctrl.tune.trial import open_folder
 
 
@@ -52,7 +52,7 @@ def test_block_importance_that_changed_is_refused_on_resume(tmp_path: Path, caps
     file = tmp_path / "importance.json"
     scores = [block / 10 for block in range(16)]
     _scores(file, scores)
-    run = RunFolder.create(tmp_path / "run", load_config("smoke", None, [f"model.importance={file}"]))
+    run = RunFolder.create(tmp_path / "run", load_config("smoke", None, [f"model.block_importance={file}"]))
     file.write_text(json.dumps({"importance": scores, "task": "scenes"}, indent=4), encoding="utf-8")
     run.check_importance()  # the same scores, however they are written
     _scores(file, [*scores[:3], 0.35, *scores[4:]])
@@ -80,12 +80,12 @@ def test_a_sweep_with_a_trial_of_other_block_importance_is_refused(
 ) -> None:
     file = tmp_path / "importance.json"
     _scores(file, range(16))
-    sweep = {"preset": "smoke", "trials": 1, "set": {"model.importance": str(file)}}
+    sweep = {"preset": "smoke", "trials": 1, "set": {"model.block_importance": str(file)}}
     sweep["space"] = {"grpo.lr": {"log_uniform": [1e-4, 1e-1]}}
     root = tmp_path / "sweep"
     root.mkdir()
     (root / "sweep.yaml").write_text(json.dumps(sweep), encoding="utf-8")
-    config = load_config("smoke", None, [f"model.importance={file}"])
+    config = load_config("smoke", None, [f"model.block_importance={file}"])
     open_folder(root, "one", config, share=False)
     _scores(file, range(1, 17))
     with pytest.raises(UserError, match="block importance cannot change"):
@@ -121,7 +121,7 @@ def test_latest_falls_back_over_damage(tmp_path: Path) -> None:
     later = run.save_checkpoint(4, 0.5, _write)
     assert run.latest() == later
     (later.path / "algorithm" / "weights.bin").write_bytes(b"\x01" * 64)
-    with pytest.warns(UserWarning, match=r"weights\.bin is damaged"):
+    with pytest.warns(UserWarning, match=r"weights\.bin is corrupt"):
         latest = run.latest()
     assert latest is not None
     assert latest.iteration == 2
@@ -152,13 +152,13 @@ def test_failed_write_leaves_earlier_checkpoints_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No space left on device"):
         run.save_checkpoint(4, None, full)
     assert [c.iteration for c in run.checkpoints()] == [2]
-    assert not list((run.root / "checkpoints").glob(".writing_*"))
+    assert not list((run.root / "checkpoints").glob(".*"))
 
 
 def test_half_written_folder_of_a_killed_process_is_not_a_checkpoint(tmp_path: Path) -> None:
     run = _run(tmp_path)
     run.save_checkpoint(2, None, _write)
-    _half = run.root / "checkpoints" / ".writing_000004"
+    _half = run.root / "checkpoints" / ".iteration_000004.partial-1"
     _half.mkdir()
     _write(_half)
     assert [c.iteration for c in run.checkpoints()] == [2]

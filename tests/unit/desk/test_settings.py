@@ -1,16 +1,27 @@
 """Presets, files and overrides become one checked configuration; mistakes are named."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from envs.errors import UserError
+from policies.grpo.config import GRPOSettings
 from ray_ctrl import config_docs
 from ray_ctrl.config import Config
-from ray_ctrl.feasibility import plan_layout
-from ray_ctrl.setting import doubt
-from ray_ctrl.settings import anchored, load_config, presets, to_yaml, valid_keys
+from ray_ctrl.load_config import (
+    OLD_KEYS,
+    SECTIONS,
+    describe,
+    load_config,
+    presets,
+    to_yaml,
+    valid_keys,
+    with_absolute_paths,
+)
+from ray_ctrl.preflight import plan_layout
+from ray_ctrl.run_context import doubt
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "config.md"
 
@@ -24,29 +35,29 @@ def test_every_preset_parses_and_laptop_is_the_default() -> None:
 
 @pytest.mark.parametrize("name", ["laptop", "smoke"])
 def test_presets_for_two_cores_are_feasible(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray_ctrl.feasibility.machine_cpus", lambda: 2)
+    monkeypatch.setattr("ray_ctrl.preflight.machine_cpus", lambda: 2)
     assert plan_layout(load_config(name)).resources.cpus <= 2
 
 
 def test_overrides_win_over_file_and_file_over_preset(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("grpo: {lr: 5e-4, groups: 8}\nrun:\n", encoding="utf-8")
+    file.write_text("grpo: {lr: 5e-4, groups_per_iteration: 8}\nrun:\n", encoding="utf-8")
     config = load_config("smoke", file, ["grpo.lr=3e-4", "run.name=first"])
     assert config.grpo.lr == 3e-4
-    assert config.grpo.groups == 8
+    assert config.grpo.groups_per_iteration == 8
     assert config.grpo.group_size == load_config("smoke").grpo.group_size
     assert config.run.name == "first"
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    config = load_config("smoke", None, ["grpo.lr=1e-5", "grpo.minibatch=8"])
+    config = load_config("smoke", None, ["grpo.lr=1e-5", "grpo.minibatch_size=8"])
     file = tmp_path / "resolved.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(None, file) == config
 
 
 def test_null_override_takes_a_value_back() -> None:
-    assert load_config("smoke", None, ["grpo.minibatch=8", "grpo.minibatch=null"]).grpo.minibatch is None
+    assert load_config("smoke", None, ["grpo.minibatch_size=8", "grpo.minibatch_size=null"]).grpo.minibatch_size is None
 
 
 @pytest.mark.parametrize(
@@ -59,9 +70,9 @@ def test_null_override_takes_a_value_back() -> None:
         ("grpo.lr=-1", ["grpo.lr = -1", "greater than 0"]),
         ("grpo.lr=.nan", ["grpo.lr = nan", "finite"]),
         ("grpo.lr=fast", ["grpo.lr = 'fast'", "number"]),
-        ("grpo.groups=true", ["grpo.groups = True", "integer"]),
-        ("grpo.groups=2.5", ["grpo.groups = 2.5", "integer"]),
-        ("clock.kind=sundial", ["clock.kind = 'sundial'", "roofline"]),
+        ("grpo.groups_per_iteration=true", ["grpo.groups_per_iteration = True", "integer"]),
+        ("grpo.groups_per_iteration=2.5", ["grpo.groups_per_iteration = 2.5", "integer"]),
+        ("latency.source=sundial", ["latency.source = 'sundial'", "roofline"]),
         ("model.device=tpu", ["model.device = 'tpu'"]),
         ("grpo=3", ["grpo = 3"]),
         ("run.name=../up", ["run.name = '../up'"]),
@@ -111,7 +122,7 @@ def test_docs_page_is_current_and_complete() -> None:
 
 def test_defaults_live_in_the_models_alone() -> None:
     """The laptop preset changes nothing, so that one place holds the defaults."""
-    assert load_config("laptop") == Config()
+    assert load_config("laptop") == with_absolute_paths(Config())
     assert yaml.safe_load(to_yaml(Config()))["grpo"]["lr"] == Config().grpo.lr
 
 
@@ -122,9 +133,71 @@ def test_a_profile_that_does_not_fit_is_doubted_aloud() -> None:
 
 def test_files_named_in_settings_are_found_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    config = load_config("smoke", None, ["clock.table=mine.json", "model.importance=~/scores.json"])
-    moved = anchored(config)
-    assert moved.clock.table == str(tmp_path / "mine.json")
-    assert moved.model.importance == str(Path.home() / "scores.json")
-    assert anchored(moved) == moved
-    assert anchored(Config()) == Config()
+    config = load_config("smoke", None, ["latency.profile=mine.json", "model.block_importance=~/scores.json"])
+    moved = with_absolute_paths(config)
+    assert moved.latency.profile == str(tmp_path / "mine.json")
+    assert moved.model.block_importance == str(Path.home() / "scores.json")
+    assert with_absolute_paths(moved) == moved
+
+
+@pytest.mark.parametrize("text", ["~/runs", "runs", "./runs"])
+def test_every_path_is_absolute_once_settings_are_read(
+    text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "mine.jsonl").touch()
+    paths = ["run.folder", "store.path", "latency.profile", "latency.profile_dir", "model.block_importance"]
+    given = ["model.name=model", "task.name=3*textvqa=mine.jsonl+scenes", *(f"{key}={text}" for key in paths)]
+    read = load_config("smoke", None, given)
+    expected = tmp_path / "home" / "runs" if text == "~/runs" else tmp_path / "runs"
+    for section, _, key in (path.partition(".") for path in paths):
+        assert getattr(getattr(read, section), key) == str(expected)
+    assert read.model.name == str(tmp_path / "model")
+    assert read.task.name == f"3*textvqa={tmp_path / 'mine.jsonl'}+scenes"
+
+
+def test_tasks_that_are_no_paths_stay_as_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "owner").mkdir()
+    for name in ("scenes", "textvqa", "2*scenes+textvqa", "owner/data@main", "none.jsonl"):
+        assert load_config("smoke", None, [f"task.name={name}"]).task.name == name
+
+
+@pytest.mark.parametrize("text", ["010", "001", "0123456", "1e5", "2024-01-01", "no", "0x10", "1_000", "12"])
+def test_text_stays_as_written(text: str, tmp_path: Path) -> None:
+    assert load_config("smoke", None, [f"run.name={text}"]).run.name == text
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"model: {{revision: {text}}}\nrun.name: {text}\n", encoding="utf-8")
+    read = load_config("smoke", file)
+    assert (read.model.revision, read.run.name) == (text, text)
+    file.write_text(to_yaml(read), encoding="utf-8")
+    assert load_config(None, file) == read
+
+
+@pytest.mark.parametrize("text", ["grpo: {lr: 1}\ngrpo: {epochs: 1}\n", "grpo:\n  lr: 1\n  lr: 2\n"])
+def test_a_repeated_key_is_an_error(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"mine\.yaml.*is given twice"):
+        load_config("smoke", file)
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_KEYS.items())
+def test_an_old_key_names_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(UserError, match=f"'{re.escape(old)}'.*'{re.escape(new)}' now"):
+        load_config("smoke", None, [f"{old}=1"])
+    assert new in valid_keys()
+
+
+def test_ranges_are_generated_from_the_fields() -> None:
+    fields = Config.model_fields["model"].annotation.model_fields | GRPOSettings.model_fields
+    assert describe(fields["threads"]).endswith(" 1 to 256.")
+    assert describe(fields["batch_tokens"]).endswith(" 64 or more.")
+    assert describe(fields["lr"]).endswith(" Above 0 to 1.")
+    assert describe(fields["ema_decay"]).endswith(" 0 to below 1.")
+    for model in SECTIONS.values():
+        for field in model.model_fields.values():
+            assert not re.search(r"(or more|\d to \d+|Above \d.*)\.$", field.description or "")

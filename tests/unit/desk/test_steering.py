@@ -13,7 +13,7 @@ from envs.knobs import KnobSpace
 from envs.reward import RewardConfig
 from envs.world import World
 from policies.controller import Controller
-from ray_ctrl.steering import Steering
+from ray_ctrl.serving import Steering
 
 WIDTH = 8
 SPACE = KnobSpace([1.0 - 0.05 * block for block in range(16)])

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from envs.errors import UserError
-from ray_ctrl import cli, evaluate, train
+from ray_ctrl import cli
+from ray_ctrl.commands import evaluate, train
 from ray_ctrl.config import Config
-from ray_ctrl.runs import RunFolder
-from ray_ctrl.stopping import Interrupted, Stopper
+from ray_ctrl.run_folder import RunFolder
+from ray_ctrl.signals import Interrupted, Stopper
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -132,13 +133,13 @@ def test_wherever_training_is_interrupted_it_says_how_to_go_on(
         return last or not stopper.requested
 
     trainer = SimpleNamespace(setting=None, train=loop_patiently, stop=lambda: None)
-    monkeypatch.setattr("ray_ctrl.setting.open_setting", lambda config: None)
+    monkeypatch.setattr("ray_ctrl.run_context.open_setting", lambda config: None)
     monkeypatch.setattr("cluster.connect.connect", lambda *given, **more: nullcontext())
     monkeypatch.setattr(train, "_begin", lambda *given: (folder, trainer))
     monkeypatch.setattr(train, "_run_ahead", ahead)
     monkeypatch.setattr(train, "export_controller", lambda folder: SimpleNamespace(iteration=3))
     monkeypatch.setattr(train, "free_folder", lambda path: path)
-    monkeypatch.setattr("ray_ctrl.evaluate.evaluate_setting", judging)
+    monkeypatch.setattr("ray_ctrl.commands.evaluate.evaluate_setting", judging)
     layout: Any = SimpleNamespace(resources=None)
     if hint is None:
         train._train(Config(), layout, Path("RUN"), None)

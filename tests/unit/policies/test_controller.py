@@ -96,7 +96,7 @@ def test_damaged_exports_are_refused(tmp_path: Path, file: str, damage: str) -> 
         ({"format_version": 2}, "format version 2"),
         ({"format_version": None}, "format version None"),
         ({"d_model": "six"}, "d_model"),
-        ({"d_model": 7}, "does not hold this controller"),
+        ({"d_model": 7}, "does not contain this controller"),
         ({"hidden": -1}, "hidden"),
         ({"metadata": []}, "metadata"),
         ({"sha256": "0"}, "corrupt"),

@@ -13,8 +13,8 @@ from envs.errors import UserError
 from envs.knobs import KnobSpace
 from policies.distribution import LOGITS_WIDTH, KnobDistribution, mask_logits
 from policies.grpo.advantages import complete_groups, group_advantages
+from policies.grpo.algorithm_config import GRPOConfig
 from policies.grpo.averaging import Average
-from policies.grpo.config import GRPOConfig
 from policies.grpo.losses import LossInputs, LossSettings, clipped_surrogate, grpo_loss, kl_estimate
 from policies.grpo.minibatches import minibatches
 from policies.grpo.prices import FLOOR, Prices, PriceSettings, overrun_cost

@@ -11,6 +11,7 @@ from world_double import PUBLISHED_IMPORTANCE
 
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution, budget_range
+from envs.config import LatencySettings, ModelSettings, StoreSettings, TaskSettings
 from envs.data.scenes import load_scenes
 from envs.engine import RolloutEngine
 from envs.errors import UserError
@@ -22,7 +23,7 @@ from envs.model import AdaptiveMolmoE
 from envs.model.config import MolmoEConfig
 from envs.processing import MolmoEProcessor
 from envs.reward import RewardConfig
-from envs.world import World, WorldConfig
+from envs.world import EnvConfig, World
 from recipes.embedded_model.shape import write_files
 
 
@@ -148,7 +149,13 @@ def test_the_device_range_spans_what_the_knobs_span(world):
 
 def test_a_world_is_built_from_its_settings(engine, model_folder, tmp_path):
     engine.model.save_pretrained(model_folder)
-    settings = WorldConfig(model=str(model_folder), device="cpu", split="validation", limit=6, max_new_tokens=2)
+    settings = EnvConfig(
+        model=ModelSettings(name=str(model_folder), device="cpu", max_new_tokens=2),
+        task=TaskSettings(validation_samples=6),
+        latency=LatencySettings(source="roofline"),
+        store=StoreSettings(path=None),
+        split="validation",
+    )
     world = settings.build()
     assert len(world.samples) == 6
     assert world.d_model == 64
@@ -159,8 +166,12 @@ def test_a_world_is_built_from_its_settings(engine, model_folder, tmp_path):
     if len(table.cells) < 8:
         table = replace(table, cells=table.cells * 4)
     table.save(tmp_path / "table.json")
-    profiled = replace(settings, clock="profiled", table=str(tmp_path / "table.json"), budgets=world.budgets)
-    assert isinstance(profiled.build().clock, ProfiledClock)
+
+    def profiled(file: str) -> EnvConfig:
+        latency = LatencySettings(source="profiled", profile=str(tmp_path / file))
+        return settings.model_copy(update={"latency": latency, "distribution": world.budgets})
+
+    assert isinstance(profiled("table.json").build().clock, ProfiledClock)
     replace(table, identity=replace(table.identity, threads=99)).save(tmp_path / "other.json")
     with pytest.raises(UserError, match="threads: 99 against 1"):
-        replace(profiled, table=str(tmp_path / "other.json")).build()
+        profiled("other.json").build()

@@ -6,44 +6,44 @@ import pytest
 import torch
 
 from envs.budgets import BudgetDistribution
+from envs.config import BudgetSettings, LatencySettings
 from envs.errors import UserError
-from envs.reward import RewardConfig
-from envs.world import WorldConfig, resolve_device
+from envs.model.device import resolve_device, resolve_dtype
+from envs.world import EnvConfig
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"clock": "sundial"}, "'sundial'.*profiled, roofline, measured"),
-        ({"dtype": "float8"}, "'float8'.*float32"),
-        ({"clock": "profiled"}, "needs a profile table"),
-    ],
-)
-def test_bad_settings_are_named(settings, named):
-    with pytest.raises(UserError, match=named):
-        WorldConfig(**settings)
+def test_the_profiled_source_needs_a_profile():
+    with pytest.raises(UserError, match="needs a profile"):
+        EnvConfig(latency=LatencySettings(source="profiled"))
+
+
+def _config(**budgets):
+    return EnvConfig(latency=LatencySettings(source="roofline"), budgets=BudgetSettings(**budgets))
 
 
 def test_settings_travel_to_workers():
-    config = WorldConfig(
-        limit=7, reward=RewardConfig(overrun=3.0), budgets=BudgetDistribution.over(5.0, 50.0), threads=2
-    )
+    config = EnvConfig(latency=LatencySettings(source="roofline"), distribution=BudgetDistribution.over(5.0, 50.0))
     copy = pickle.loads(pickle.dumps(config))
     assert copy == config
-    assert copy.budgets.held_out() == config.budgets.held_out()
+    assert copy.distribution.held_out() == config.distribution.held_out()
 
 
 def test_budgets_in_ms_hold_on_any_device():
-    both = WorldConfig(budget_low_ms=170, budget_high_ms=380)
-    found = both._budgets(None, None, None, ())
+    found = _config(low_ms=170, high_ms=380)._budgets(None, None, None, ())
     assert (found.low_ms, found.high_ms) == (170, 380)
 
 
 def test_one_end_in_ms_leaves_the_other_to_the_device(monkeypatch):
     monkeypatch.setattr("envs.world.budget_range", lambda *_: (20.0, 80.0))
-    low = WorldConfig(budget_low_ms=30, budget_high=2.0)._budgets(None, None, None, ())
-    high = WorldConfig(budget_high_ms=60, budget_low=1.5)._budgets(None, None, None, ())
+    low = _config(low_ms=30, high_factor=2.0)._budgets(None, None, None, ())
+    high = _config(high_ms=60, low_factor=1.5)._budgets(None, None, None, ())
     assert (low.low_ms, low.high_ms, high.low_ms, high.high_ms) == (30, 160, 30, 60)
+
+
+def test_the_number_format_follows_the_device():
+    assert resolve_dtype(None, torch.device("cpu")) == torch.float32
+    assert resolve_dtype(None, torch.device("cuda")) == torch.bfloat16
+    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", ""])

@@ -46,7 +46,7 @@ def plan_layout(config: Config, *, here: bool = True) -> Layout:
         learners=runners.learners,
         learner_cpus=runners.learner_cpus,
         learner_gpus=runners.learner_gpus,
-        evaluation_runners=runners.evaluation,
+        evaluation_runners=runners.eval_runners,
     )
     layout = Layout(envs, rounds, resources)
     if here:
@@ -82,32 +82,33 @@ def check_inputs(config: Config) -> None:
     from envs.latency.roofline import check_device
     from envs.model.checkpoint import check_name
 
-    clock = config.clock
+    latency = config.latency
     check_name(config.model.name)
     check_task(config.task.name)
-    if clock.kind == "roofline":
-        check_device(clock.device)
-    elif clock.kind == "profiled" and clock.table is not None and not Path(clock.table).is_file():
+    if latency.source == "roofline":
+        check_device(latency.device)
+    elif latency.source == "profiled" and latency.profile is not None and not Path(latency.profile).is_file():
         raise UserError(
-            f"no profile table at clock.table = {clock.table}: measure one with `ray-ctrl profile --out FILE`, or set "
-            "clock.table=null to have this device measured"
+            f"no profile table at latency.profile = {latency.profile}: measure one with `ray-ctrl profile --out FILE`, "
+            "or set latency.profile=null to have this device measured"
         )
 
 
 def _spread(config: Config) -> tuple[int, int]:
     """Environments per runner, and rounds per iteration."""
-    size, groups = config.grpo.group_size, config.grpo.groups
+    size, groups = config.grpo.group_size, config.grpo.groups_per_iteration
     runners = max(1, config.runners.count)
-    envs = config.runners.envs
+    envs = config.runners.envs_per_runner
     if envs is None:
         if groups % runners:
             raise UserError(
-                f"grpo.groups = {groups} does not spread evenly over {runners} runners: choose a multiple of {runners}"
+                f"grpo.groups_per_iteration = {groups} does not spread evenly over {runners} runners: choose a "
+                f"multiple of {runners}"
             )
         return size * groups // runners, 1
     if envs % size:
         raise UserError(
-            f"grpo.group_size = {size} does not divide runners.envs = {envs}: a group stays in one "
+            f"grpo.group_size = {size} does not divide runners.envs_per_runner = {envs}: a group stays in one "
             f"vector, so choose a multiple of {size}"
         )
     per_round = envs * runners
@@ -115,7 +116,7 @@ def _spread(config: Config) -> tuple[int, int]:
         raise UserError(
             f"{groups} groups of {size} rollouts do not fill whole rounds of {runners} runners "
             f"with "
-            f"{envs} environments: choose grpo.groups a multiple of {per_round // size}"
+            f"{envs} environments: choose grpo.groups_per_iteration a multiple of {per_round // size}"
         )
     return envs, size * groups // per_round
 
@@ -143,14 +144,14 @@ def _check_devices(config: Config) -> None:
 
 def _check_staleness(config: Config) -> None:
     grpo = config.grpo
-    if grpo.max_staleness and not config.runners.count:
+    if grpo.max_policy_lag and not config.runners.count:
         raise UserError(
-            f"grpo.max_staleness = {grpo.max_staleness} needs env runners of their own, but runners.count = 0: set "
-            "runners.count to 1 or more, or grpo.max_staleness=0"
+            f"grpo.max_policy_lag = {grpo.max_policy_lag} needs env runners of their own, but runners.count = 0: set "
+            "runners.count to 1 or more, or grpo.max_policy_lag=0"
         )
-    if grpo.max_staleness and grpo.ratio_max <= 1 + grpo.clip_high:
+    if grpo.max_policy_lag and grpo.dual_clip <= 1 + grpo.clip_high:
         raise UserError(
-            f"grpo.ratio_max = {grpo.ratio_max:g} is not allowed: above 1 + grpo.clip_high = {1 + grpo.clip_high:g}"
+            f"grpo.dual_clip = {grpo.dual_clip:g} is not allowed: above 1 + grpo.clip_high = {1 + grpo.clip_high:g}"
         )
 
 

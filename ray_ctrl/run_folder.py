@@ -2,14 +2,11 @@
 
     config.yaml  run.json  metrics.jsonl  tensorboard/  checkpoints/iteration_000010/  controller/
 
-Nothing in it is overwritten silently. Checkpoints are written aside and renamed, with a manifest of
-hashes, so a
-half-written or damaged one is recognised and the one before it is used.
+Nothing in it is overwritten silently. Checkpoints are complete or absent, with a
+manifest of checksums: a damaged one is recognised and the one before it is used.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import time
 import warnings
@@ -20,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
+from envs.files import atomic_folder, atomic_write, integrity_error, remove_partial, write_json, write_manifest
 from ray_ctrl.config import Config
+from ray_ctrl.load_config import load_config, to_yaml
 from ray_ctrl.provenance import provenance
-from ray_ctrl.settings import load_config, to_yaml
 
 FORMAT_VERSION = 1
 Metrics = dict[str, Any]
@@ -57,12 +55,12 @@ class RunFolder:
         from envs.model.importance import read_importance
 
         cls.refuse(root)
-        importance = read_importance(config.model.name, config.model.importance)
+        importance = read_importance(config.model.name, config.model.block_importance)
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make run folder {root}: {error.strerror}") from None
-        write_text(root / "config.yaml", to_yaml(config))
+        atomic_write(root / "config.yaml", to_yaml(config))
         started = {"format_version": FORMAT_VERSION, "seed": config.run.seed, **provenance()}
         started |= {"importance": importance, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         write_json(root / "run.json", started)
@@ -101,12 +99,12 @@ class RunFolder:
 
         model = self.config.model
         began = json.loads((self.root / "run.json").read_text("utf-8")).get("importance")
-        now = read_importance(model.name, model.importance)
+        now = read_importance(model.name, model.block_importance)
         if began is None or tuple(began) == now:
             return
         block = next(block for block, (old, new) in enumerate(zip(began, now, strict=True)) if old != new)
         beside = importance_path(model.name)
-        source = model.importance or (beside if beside.is_file() else "the published scores")
+        source = model.block_importance or (beside if beside.is_file() else "the published scores")
         raise UserError(
             f"block importance cannot change when a run is resumed: in {source} the score of block {block} is "
             f"{now[block]}, and {self.root} began with {began[block]}; put the scores back that its run.json "
@@ -145,38 +143,28 @@ class RunFolder:
     def cut_metrics(self, iteration: int) -> None:
         """Drops lines after `iteration`, so that the iterations to come are written once."""
         kept = [line for line in self.metrics() if line["iteration"] <= iteration]
-        write_text(self.root / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
+        atomic_write(self.root / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
 
     # -- checkpoints --------------------------------------------------------------------------
 
     def save_checkpoint(
         self, iteration: int, score: float | None, write: Callable[[Path], None], *, score_error: float = 0.0
     ) -> Checkpoint:
-        """Has `write` fill a folder aside, hashes it, and renames it into place.
+        """Has `write` fill a temporary folder, records its checksums, and renames it into place.
 
         Raises:
             UserError: the disk refuses (full, read-only); the checkpoints before stay as they were.
         """
         folder = self.root / "checkpoints"
         final = folder / f"iteration_{iteration:06d}"
-        aside = folder / f".writing_{iteration:06d}"
+        state = {"format_version": FORMAT_VERSION, "iteration": iteration, "score": score, "score_error": score_error}
         try:
-            _clean_aside(folder)
-            aside.mkdir(parents=True)
-            write(aside)
-            state = {
-                "format_version": FORMAT_VERSION,
-                "iteration": iteration,
-                "score": score,
-                "score_error": score_error,
-            }
-            write_json(aside / "state.json", state)
-            write_json(aside / "manifest.json", _manifest(aside))
-            if final.exists():
-                shutil.rmtree(final)
-            aside.rename(final)
+            remove_partial(folder)
+            with atomic_folder(final) as temporary:
+                write(temporary)
+                write_json(temporary / "state.json", state)
+                write_manifest(temporary)
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
             raise UserError(
                 f"cannot write checkpoint {final}: {error.strerror or error}; free space there and "
                 "continue with --resume"
@@ -187,7 +175,7 @@ class RunFolder:
         """Good checkpoints, oldest first; damaged ones are warned of and left out."""
         good = []
         for path in sorted((self.root / "checkpoints").glob("iteration_*")):
-            problem = damage(path)
+            problem = integrity_error(path)
             if problem is None:
                 state = json.loads((path / "state.json").read_text("utf-8"))
                 good.append(Checkpoint(path, state["iteration"], state["score"], state.get("score_error", 0.0)))
@@ -284,39 +272,6 @@ def free_folder(path: Path) -> Path:
     return free
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint folder, by its manifest; None when nothing is."""
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return "its manifest is missing or unreadable"
-    if not isinstance(manifest, dict) or "state.json" not in manifest:
-        return "its manifest is not one of ray-ctrl's"
-    for name, digest in manifest.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"file {name} is missing"
-        if _digest(path) != digest:
-            return f"file {name} is damaged"
-    return None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file aside, flushes it to disk and renames it: readers see the old or the new
-    one.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
 def _whole_lines(path: Path) -> Iterator[Metrics]:
     text = path.read_text("utf-8", errors="replace")
     for line in text.splitlines():
@@ -326,18 +281,3 @@ def _whole_lines(path: Path) -> Iterator[Metrics]:
             continue
         if isinstance(entry, dict) and "iteration" in entry:
             yield entry
-
-
-def _clean_aside(folder: Path) -> None:
-    for path in folder.glob(".writing_*"):
-        shutil.rmtree(path)
-
-
-def _manifest(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

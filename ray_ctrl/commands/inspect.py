@@ -9,7 +9,7 @@ from envs.model.checkpoint import check_revision
 from envs.model.importance import read_scores, removal_order
 from envs.model.inspect import describe, inspect_model
 from ray_ctrl.console import console
-from ray_ctrl.runs import RunFolder, choose
+from ray_ctrl.run_folder import RunFolder, choose
 
 
 def run(path: Path, revision: str | None = None) -> None:
@@ -62,7 +62,7 @@ def _controller(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"controller": path, "weights": f"{weights:,}", "d_model": controller.d_model}
     config = metadata.get("config", {})
     facts |= {"model": config.get("model", {}).get("name"), "task": config.get("task", {}).get("name")}
-    facts["clock"] = config.get("clock", {}).get("kind")
+    facts["latencies"] = config.get("latency", {}).get("source")
     facts |= {key: metadata.get(key) for key in ("fingerprint", "iteration", "validation_score", "reference_ms")}
     return facts
 

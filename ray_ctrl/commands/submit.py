@@ -12,14 +12,14 @@ import yaml
 from cluster import jobs
 from envs.errors import UserError
 from ray_ctrl.console import console
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
 
 COMMANDS = ("train", "tune", "evaluate", "profile", "doctor")
 WRITING = ("train", "tune")
 """Commands that write below `run.folder` unless an option names another place."""
 OUTPUT_OPTIONS = ("run_dir", "out")
-OUTPUT_KEYS = ("run.folder", "store.path", "clock.folder")
-INPUT_KEYS = ("clock.table", "model.name", "model.importance", "task.name")
+OUTPUT_KEYS = ("run.folder", "store.path", "latency.profile_dir")
+INPUT_KEYS = ("latency.profile", "model.name", "model.block_importance", "task.name")
 
 
 @dataclass(frozen=True)

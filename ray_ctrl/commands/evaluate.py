@@ -12,6 +12,7 @@ import numpy as np
 
 from envs.engine import Outcome
 from envs.errors import UserError
+from envs.files import atomic_write, write_json
 from envs.latency import is_measuring
 from envs.world import World
 from policies.baselines import Baseline, FixedKnobs, LookupKnobs, RandomKnobs
@@ -19,14 +20,14 @@ from policies.controller import Controller
 from ray_ctrl import report
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted, table
-from ray_ctrl.feasibility import plan_layout
+from ray_ctrl.load_config import parse, with_overrides
 from ray_ctrl.plots import accuracy_over_budget, latency_over_budget
+from ray_ctrl.preflight import plan_layout
 from ray_ctrl.provenance import provenance
 from ray_ctrl.report import Rollouts
-from ray_ctrl.runs import RunFolder, choose, free_folder, newest_runs, removed_if_vain, write_json, write_text
-from ray_ctrl.setting import Setting, check_importance, open_setting
-from ray_ctrl.settings import parse, with_overrides
-from ray_ctrl.steering import shown_budget
+from ray_ctrl.run_context import Setting, check_importance, open_setting
+from ray_ctrl.run_folder import RunFolder, choose, free_folder, newest_runs, removed_if_vain
+from ray_ctrl.serving import shown_budget
 
 LOOKUP_BATCH = 1024  # larger ones are no faster, and progress is seen only between two
 STATIC_SHARE = 0.9  # of the budget, for plans chosen from a profile and then measured: room for the device's noise
@@ -43,7 +44,7 @@ def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
     folder, home = find_controller(path)
     stored = controller_config(Controller.load(folder)[1], folder)
     config = with_overrides(stored, overrides)
-    layout = plan_layout(with_overrides(config, ["grpo.max_staleness=0"]))  # nothing is learnt here
+    layout = plan_layout(with_overrides(config, ["grpo.max_policy_lag=0"]))  # nothing is learnt here
     out = _fresh(out) if out else free_folder(home / "evaluation")
     if folder.parent != home and (home / "run.json").is_file():
         console.print(f"the run has exported no controller yet: {folder} is evaluated", markup=False)
@@ -61,7 +62,7 @@ def _with_clock(setting: Setting, stored: Config, home: Path, out: Path) -> Sett
     of_run = (home / "run.json").is_file() and not changed
     if of_run and _same_budgets(stored, config):
         return setting.with_clock(home)
-    if changed and stored.clock.kind == config.clock.kind == "profiled":
+    if changed and stored.latency.source == config.latency.source == "profiled":
         console.print(f"the run's profile is not used, settings differ: {', '.join(changed)}", markup=False)
     out.mkdir(parents=True)
     with removed_if_vain(out, (UserError, KeyboardInterrupt)):
@@ -73,8 +74,8 @@ def _changed(stored: Config, config: Config) -> list[str]:
 
     The kind `measured` is no change from `profiled`: what was profiled is what is measured.
     """
-    keys = [("clock", key) for key in type(config.clock).model_fields]
-    keys += [("task", key) for key in ("name", "seed", "on_broken")]
+    keys = [("latency", key) for key in type(config.latency).model_fields]
+    keys += [("task", key) for key in ("name", "seed", "on_invalid_row")]
     found = []
     for section, key in keys:
         was, now = (getattr(getattr(some, section), key) for some in (stored, config))
@@ -155,7 +156,7 @@ def load_controller(folder: Path, setting: Setting) -> tuple[Controller, dict[st
 def evaluate_setting(setting: Setting, folder: Path, out: Path) -> dict[str, Any]:
     """Evaluates inside a running Ray; writes tables and pictures to `out`, returns the summary."""
     from policies.grpo.evaluation import evaluate_contexts
-    from ray_ctrl.building import build_evaluator
+    from ray_ctrl.rllib_setup import build_evaluator
 
     budgets = setting.budgets.held_out()
     world = setting.build("test")
@@ -259,9 +260,9 @@ def write_report(methods: Sequence[Rollouts], out: Path) -> dict[str, Any]:
         f"{within:.3f} within a request"
     )
 
-    write_text(out / "table.csv", report.to_csv([line for name in lines for line in lines[name]] + overall))
-    write_text(out / "rollouts.csv", report.rollouts_csv(methods))
-    write_text(out / "table.md", _page(origin, budget_rows, method_rows, correlation, len(chosen)))
+    atomic_write(out / "table.csv", report.to_csv([line for name in lines for line in lines[name]] + overall))
+    atomic_write(out / "rollouts.csv", report.rollouts_csv(methods))
+    atomic_write(out / "table.md", _page(origin, budget_rows, method_rows, correlation, len(chosen)))
     summary = {
         "methods": {line.method: asdict(line) for line in overall},
         "per_budget": {name: [asdict(line) for line in some] for name, some in lines.items()},

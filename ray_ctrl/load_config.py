@@ -9,12 +9,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from envs.errors import UserError
+from policies.grpo import config as grpo_config
 from ray_ctrl.config import Config
 
 Tree = dict[str, Any]
@@ -25,8 +27,51 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
 }
 
 
+PATHS = (
+    ("run", "folder"),
+    ("store", "path"),
+    ("latency", "profile"),
+    ("latency", "profile_dir"),
+    ("model", "block_importance"),
+)
+OLD_KEYS: Mapping[str, str] = {
+    "clock": "latency",
+    "latency.source": "latency.source",
+    "latency.profile": "latency.profile",
+    "latency.profile_dir": "latency.profile_dir",
+    "latency.device": "latency.device",
+    "latency.profile_samples": "latency.profile_samples",
+    "latency.profile_repeats": "latency.profile_repeats",
+    "model.latency_token_seed": "model.latency_token_seed",
+    "model.block_importance": "model.block_importance",
+    "task.on_invalid_row": "task.on_invalid_row",
+    "budgets.low_factor": "budgets.low_factor",
+    "budgets.high_factor": "budgets.high_factor",
+    "budgets.penalty_bins": "budgets.penalty_bins",
+    "reward.penalty_init": "reward.penalty_init",
+    "reward.penalty_lr": "reward.penalty_lr",
+    "reward.penalty_max": "reward.penalty_max",
+    "reward.penalty_smoothing": "reward.penalty_smoothing",
+    "reward.max_violation_rate": "reward.max_violation_rate",
+    "reward.budget_use_bonus": "reward.budget_use_bonus",
+    "reward.overrun": "reward.penalty",
+    "runners.envs_per_runner": "runners.envs_per_runner",
+    "runners.eval_runners": "runners.eval_runners",
+    "run.tracker": "run.tracker",
+    **{f"grpo.{old}": f"grpo.{new}" for old, new in grpo_config.OLD_KEYS.items()},
+}
+"""Keys of earlier versions, each an error that names the new one."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which `3e-4` is a number, as its writers mean it (YAML 1.1 asks for a dot)."""
+    """YAML in which `3e-4` is a number, as its writers mean it (YAML 1.1 asks for a dot); repeated keys are errors."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = [key for key in keys if keys.count(key) > 1]
+        if repeated:
+            raise yaml.MarkedYAMLError(None, None, f"key {repeated[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {key: list(pairs) for key, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -65,7 +110,7 @@ def load_config(
         _merge(tree, _file_tree(Path(file)))
     for override in overrides:
         _merge(tree, _override_tree(override))
-    return parse(tree)
+    return with_absolute_paths(parse(tree))
 
 
 def parse(tree: Mapping[str, Any]) -> Config:
@@ -89,12 +134,23 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     tree: Tree = config.model_dump()
     for override in overrides:
         _merge(tree, _override_tree(override))
-    return parse(tree)
+    return with_absolute_paths(parse(tree))
 
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML; `load_config(None, file)` of it gives an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def describe(field: FieldInfo) -> str:
+    """What a key means, with its range from the field's own limits."""
+    limits = {
+        name: getattr(rule, name) for rule in field.metadata for name in ("gt", "ge", "lt", "le") if hasattr(rule, name)
+    }
+    low = f"above {limits['gt']:g}" if "gt" in limits else f"{limits['ge']:g}" if "ge" in limits else ""
+    high = f"below {limits['lt']:g}" if "lt" in limits else f"{limits['le']:g}" if "le" in limits else ""
+    allowed = f"{low} to {high}" if low and high else f"{low} or more" if "ge" in limits else low
+    return f"{field.description}{f' {allowed[0].upper()}{allowed[1:]}.' if allowed else ''}"
 
 
 def valid_keys() -> Iterator[str]:
@@ -126,30 +182,51 @@ def _file_tree(path: Path) -> Tree:
 
 def _tree(text: str, where: str) -> Tree:
     try:
-        tree = yaml.load(text, Loader=_Loader)
+        tree = _read(text)
     except yaml.YAMLError as error:
         first = " ".join(str(error).split())
         raise UserError(f"{where} is not valid YAML: {first}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError(f"{where} holds a {type(tree).__name__}: give sections such as 'grpo:' with keys")
-    return {str(key): value for key, value in tree.items()}
+        raise UserError(f"{where} contains a {type(tree).__name__}: give sections such as 'grpo:' with keys")
+    nested: Tree = {}
+    for key, value in tree.items():
+        _merge(nested, _nested(str(key), value))
+    return nested
 
 
 def _override_tree(override: str) -> Tree:
     path, sign, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not sign or not all(keys):
+    key = path.strip()
+    if not sign or not all(key.split(".")):
         raise UserError(f"override {override!r} is not understood: write section.key=value")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        return _nested(key, _read(text, key))
     except yaml.YAMLError:
         raise UserError(f"value {text!r} of override {override!r} is not valid YAML: put text in quotes") from None
-    tree: Any = value
-    for key in reversed(keys):
-        tree = {key: tree}
-    return dict(tree)
+
+
+def _read(text: str, key: str = "") -> Any:
+    """YAML, where values of text settings stay as written: `010` is no number, `no` no boolean."""
+    return _with_text(yaml.load(text, Loader=_Loader), yaml.load(text, Loader=yaml.BaseLoader), key)
+
+
+def _with_text(value: Any, written: Any, key: str) -> Any:
+    if isinstance(value, dict) and isinstance(written, dict):
+        pairs = zip(value.items(), written.values(), strict=True)
+        return {name: _with_text(inner, raw, f"{key}.{name}".strip(".")) for (name, inner), raw in pairs}
+    section, _, name = key.partition(".")
+    field = SECTIONS[section].model_fields.get(name) if section in SECTIONS else None
+    is_text = field is not None and str in (field.annotation, *get_args(field.annotation))
+    return written if is_text and value is not None and isinstance(written, str) else value
+
+
+def _nested(key: str, value: Any) -> Tree:
+    """{"a.b": value} as {"a": {"b": value}}."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
 
 
 def _merge(base: Tree, extra: Mapping[str, Any]) -> None:
@@ -174,13 +251,19 @@ def _explain(error: ValidationError) -> str:
     """The first problem in one line."""
     problem = error.errors()[0]
     path = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
+    if problem["type"] == "extra_forbidden" and path in OLD_KEYS:
+        if path == "clock" and isinstance(problem["input"], Mapping):
+            path = next((f"clock.{key}" for key in problem["input"] if f"clock.{key}" in OLD_KEYS), path)
+        return f"unknown config key {path!r}: it is {OLD_KEYS[path]!r} now"
+    if path == "reward.mode" and problem["input"] == "constrained":
+        return "reward.mode = 'constrained' is not allowed: it is 'lagrangian' now"
     if problem["type"] == "extra_forbidden":
         return f"unknown config key {path!r}: {_nearest_key(path)}"
     message = problem["msg"][0].lower() + problem["msg"][1:]
     section, _, key = path.partition(".")
     model = SECTIONS.get(section)
     field = model.model_fields.get(key.partition(".")[0]) if model else None
-    meaning = f" ({field.description})" if field and field.description else ""
+    meaning = f" ({describe(field)})" if field else ""
     return f"{path} = {problem['input']!r} is not allowed: {message}{meaning}"
 
 
@@ -199,10 +282,16 @@ def _nearest_key(path: str) -> str:
     return f"sections are {', '.join(Config.model_fields)}; see docs/config.md"
 
 
-def anchored(config: Config) -> Config:
-    """`config` with the files it names as absolute paths, so that a run can be taken up from any folder."""
+def with_absolute_paths(config: Config) -> Config:
+    """`config` with every file and folder it names as an absolute path: processes on other folders find the same."""
+    from envs.data.task_spec import absolute_task
+
     tree: Tree = config.model_dump()
-    for section, key in (("clock", "table"), ("model", "importance")):
+    for section, key in PATHS:
         if tree[section][key] is not None:
             tree[section][key] = str(Path(tree[section][key]).expanduser().absolute())
+    model = Path(config.model.name).expanduser()
+    if config.model.name != "embedded" and model.is_dir():
+        tree["model"]["name"] = str(model.absolute())
+    tree["task"]["name"] = absolute_task(config.task.name)
     return parse(tree)

@@ -15,11 +15,11 @@ from envs.errors import UserError
 from envs.knobs import TIERS, Knobs, KnobSpace
 from envs.latency import Identity, LatencyRecord, MeasuredClock
 from policies.controller import Controller
+from ray_ctrl.commands.evaluate import controller_config, find_controller, newest_controller
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, table
-from ray_ctrl.evaluate import controller_config, find_controller, newest_controller
-from ray_ctrl.setting import check_importance, world_config
-from ray_ctrl.steering import Steering, shown_budget
+from ray_ctrl.run_context import check_importance, env_config
+from ray_ctrl.serving import Steering, shown_budget
 
 RUNS = Path("runs")
 
@@ -104,7 +104,7 @@ def answer(
         UserError: the controller belongs to another model or block importance.
     """
     torch.set_num_threads(config.model.threads)
-    engine = world_config(config, "test", None, None).build_engine()
+    engine = env_config(config, "test").build_engine()
     _check_model(engine, metadata)
     check_importance(engine, metadata)
     reference_ms = _reference(engine, metadata)
@@ -136,7 +136,7 @@ def _check_model(engine: Any, metadata: Mapping[str, Any]) -> None:
 def _reference(engine: Any, metadata: Mapping[str, Any]) -> float:
     """The reference latency of this device: the one trained with where it is the same device, else measured now."""
     config = metadata.get("config", {})
-    profiled = config.get("clock", {}).get("kind") == "profiled"
+    profiled = config.get("latency", {}).get("source") == "profiled"
     if profiled and metadata.get("device") == Identity.of(engine).device:
         return float(metadata["reference_ms"])
     return MeasuredClock(engine).reference_ms

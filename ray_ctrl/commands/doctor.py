@@ -15,11 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from envs.errors import UserError
+from envs.errors import UserError, first_line
 from ray_ctrl.config import Config
 from ray_ctrl.console import console
-from ray_ctrl.feasibility import plan_layout
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
+from ray_ctrl.preflight import plan_layout
 
 GIB = 2**30
 LEAST_DISK = GIB
@@ -98,10 +98,8 @@ def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Find
         seen, _, fix = error.message.rpartition(": ")
         yield Finding(name, "wrong", seen or error.message, fix if seen else "see the message")
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        yield Finding(
-            name, "wrong", f"the check broke: {type(error).__name__}: {reason}", "report this with its output"
-        )
+        seen = f"the check broke: {type(error).__name__}: {first_line(error)}"
+        yield Finding(name, "wrong", seen, "report this with its output")
 
 
 def _show(finding: Finding) -> None:
@@ -158,7 +156,7 @@ def requirements() -> list[str]:
     """
     import tomllib
 
-    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    project = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if project.is_file():
         return list(tomllib.loads(project.read_text("utf-8"))["project"]["dependencies"])
     try:
@@ -172,7 +170,7 @@ def origins() -> Iterator[Finding]:
     from cluster.origin import wrong_origin
 
     problem = wrong_origin()
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if problem is None:
         yield Finding("origins", "ok", f"envs, policies, cluster and ray_ctrl come from {root}")
     else:
@@ -188,7 +186,7 @@ def devices(config: Config) -> Iterator[Finding]:
     import torch
 
     from cluster.resources import machine_cpus
-    from envs.world import resolve_device
+    from envs.model.device import resolve_device
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cpus = machine_cpus()
@@ -314,8 +312,8 @@ def _existing_parent(path: Path) -> Path:
 
 def model(config: Config) -> Iterator[Finding]:
     """The checkpoint can be found, its headers fit, and it fits the memory of the device."""
+    from envs.model.device import resolve_device, resolve_dtype
     from envs.model.inspect import inspect_model
-    from envs.world import resolve_device
 
     summary = inspect_model(config.model.name)
     if summary.problems:
@@ -324,8 +322,9 @@ def model(config: Config) -> Iterator[Finding]:
         )
         return
     seen = f"{config.model.name}: {summary.parameters / 1e6:.1f} million parameters"
-    kind = resolve_device(config.model.device).type
-    needs = [n for n in summary.needs if n.dtype == config.model.dtype and n.device.name.startswith(kind)]
+    device = resolve_device(config.model.device)
+    kind, dtype = device.type, str(resolve_dtype(config.model.dtype, device)).removeprefix("torch.")
+    needs = [n for n in summary.needs if n.dtype == dtype and n.device.name.startswith(kind)]
     short = [n for n in needs if not n.fits]
     if needs and len(short) == len(needs):
         need = short[0]
@@ -340,7 +339,7 @@ def task(config: Config) -> Iterator[Finding]:
     from envs.data import load_task
 
     for split in ("train", "validation", "test"):
-        samples = load_task(config.task.name, split, 1, config.task.seed, on_broken=config.task.on_broken)
+        samples = load_task(config.task.name, split, 1, config.task.seed, on_broken=config.task.on_invalid_row)
         if not samples:
             raise UserError(f"task {config.task.name!r} has no samples in split {split}: choose another task")
         if samples[0].image is not None:

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from envs.config import RewardSettings
 from envs.errors import UserError
-from ray_ctrl.config import Config, RewardConfig
+from envs.files import atomic_folder
+from ray_ctrl.config import Config
 from ray_ctrl.console import console, iteration_line, progress_bar
-from ray_ctrl.feasibility import Layout, check_inputs, check_machine, plan_layout
-from ray_ctrl.runs import Checkpoint, Metrics, RunFolder, choose, free_folder, newest_run, removed_if_vain
-from ray_ctrl.settings import anchored, load_config, to_yaml
-from ray_ctrl.stopping import Stopper, telling
+from ray_ctrl.load_config import load_config, to_yaml
+from ray_ctrl.preflight import Layout, check_inputs, check_machine, plan_layout
+from ray_ctrl.run_folder import Checkpoint, Metrics, RunFolder, choose, free_folder, newest_run, removed_if_vain
+from ray_ctrl.signals import Stopper, telling
 from ray_ctrl.tracking import Gauges, open_tracker
 
 VALIDATION_BUDGETS = 4
@@ -27,7 +29,7 @@ RESUMABLE = (
     "run.checkpoint_every",
     "run.keep_checkpoints",
     "run.tensorboard",
-    "run.track",
+    "run.tracker",
     "run.prometheus",
     "runners.",
 )
@@ -60,7 +62,7 @@ def run(
     folder = _find(run_dir, preset, config_file, overrides) if resume else None
     if folder is not None:
         folder.check_importance()
-    config = resumed_config(folder, overrides) if folder else anchored(load_config(preset, config_file, overrides))
+    config = resumed_config(folder, overrides) if folder else load_config(preset, config_file, overrides)
     layout = plan_layout(config, here=not dry_run)
     if dry_run:
         _show_plan(config, layout)
@@ -109,10 +111,10 @@ def _new_root(config: Config) -> Path:
 def _show_plan(config: Config, layout: Layout) -> None:
     """The dry run: resolved settings and who holds which resources."""
     console.print(to_yaml(config), markup=False)
-    rollouts = config.grpo.group_size * config.grpo.groups
+    rollouts = config.grpo.group_size * config.grpo.groups_per_iteration
     console.print(
-        f"# each iteration: {config.grpo.groups} groups of {config.grpo.group_size} = {rollouts} rollouts, "
-        f"in vectors of {layout.envs} environments, {layout.rounds} round(s)"
+        f"# each iteration: {config.grpo.groups_per_iteration} groups of {config.grpo.group_size} = {rollouts} "
+        f"rollouts, in vectors of {layout.envs} environments, {layout.rounds} round(s)"
     )
     for line in layout.resources.lines():
         console.print(f"# {line}", markup=False)
@@ -120,8 +122,8 @@ def _show_plan(config: Config, layout: Layout) -> None:
 
 def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None) -> None:
     from cluster.connect import connect
-    from ray_ctrl.evaluate import evaluate_setting
-    from ray_ctrl.setting import open_setting
+    from ray_ctrl.commands.evaluate import evaluate_setting
+    from ray_ctrl.run_context import open_setting
 
     started = time.monotonic()
     runners = config.runners
@@ -152,9 +154,9 @@ def _run_ahead(config: Config, setting: Any) -> None:
     runners, which share that work, nor under a measured clock, which reuses nothing.
     """
     covered = config.evaluation.lookup_samples >= config.task.train_samples
-    if not covered or config.runners.count or config.clock.kind == "measured":
+    if not covered or config.runners.count or config.latency.source == "measured":
         return
-    from ray_ctrl.evaluate import run_all_plans
+    from ray_ctrl.commands.evaluate import run_all_plans
 
     world = setting.build("train")
     for _ in run_all_plans(world, list(world.samples)):
@@ -192,14 +194,8 @@ def export_controller(folder: RunFolder) -> Checkpoint:
     chosen = choose(folder.checkpoints())
     if chosen is None:
         raise UserError(f"run {folder.root} has no good checkpoint: resume it with --resume")
-    aside, before = folder.root / ".controller", folder.root / ".controller-before"
-    for old in (aside, before):
-        shutil.rmtree(old, ignore_errors=True)
-    shutil.copytree(chosen.path / "controller", aside)
-    if folder.controller.exists():
-        folder.controller.rename(before)
-    aside.rename(folder.controller)
-    shutil.rmtree(before, ignore_errors=True)
+    with atomic_folder(folder.controller) as temporary:
+        shutil.copytree(chosen.path / "controller", temporary, dirs_exist_ok=True)
     learning_curve(folder.metrics(), folder.root / "learning_curve.png")
     return chosen
 
@@ -215,7 +211,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         run = self.config.run
-        tracker = open_tracker(run.track, self.config.model_dump(mode="json"), self.folder.root)
+        tracker = open_tracker(run.tracker, self.config.model_dump(mode="json"), self.folder.root)
         gauges = Gauges(self.folder.root) if run.prometheus else None
         self.trackers = [found for found in (tracker, gauges) if found is not None]
         self.contexts = validation_contexts(len(self.setting.build("validation").samples), self.setting.budgets)
@@ -224,7 +220,7 @@ class Trainer:
         self._build()
 
     def _build(self) -> None:
-        from ray_ctrl.building import build_algorithm
+        from ray_ctrl.rllib_setup import build_algorithm
 
         self.algorithm = build_algorithm(self.setting, self.layout.envs, len(self.contexts))
         self.done = self._restore()
@@ -310,7 +306,7 @@ class Trainer:
         latest = self.folder.latest()
         done = latest.iteration if latest else 0
         if latest is not None:
-            restore_checkpoint(self.algorithm, latest.path / "algorithm")
+            restore_checkpoint(self.algorithm, latest.path)
             console.print(f"resumed after iteration {done}")
         self.folder.set_aside_after(done)
         self.folder.cut_metrics(done)
@@ -350,19 +346,19 @@ class Trainer:
     def _checkpoint(self, row: Metrics) -> None:
         score, error = row.get("validation/score"), row.get("validation/score_error", 0.0)
 
-        def write(aside: Path) -> None:
-            self.algorithm.save_to_path((aside / "algorithm").absolute())
+        def write(folder: Path) -> None:
+            self.algorithm.save_to_path(folder.absolute())
             metadata = self.setting.metadata() | {"iteration": self.done, "validation_score": score}
-            self.algorithm.controller().save(aside / "controller", metadata)
+            self.algorithm.controller().save(folder / "controller", metadata)
 
         self.folder.save_checkpoint(self.done, score, write, score_error=error)
         self.folder.prune(self.config.run.keep_checkpoints)
 
 
-def validation_score(rows: Sequence[Mapping[str, float]], settings: RewardConfig) -> float:
+def validation_score(rows: Sequence[Mapping[str, float]], settings: RewardSettings) -> float:
     """What checkpoints are chosen by, the aim of the training: higher is better.
 
-    Mode `fixed`: mean reward. Mode `constrained`: mean accuracy less the highest price times the violation rate beyond
+    Mode `fixed`: mean reward. Mode `lagrangian`: mean accuracy less the highest price times the violation rate beyond
     the target, mean over budgets. A rate counts as beyond it from one standard error on: without that margin chance
     overruns of a policy that meets the target cost more than accuracy brings, and timid early checkpoints win. The
     reward at fixed prices would not do either: it goes on paying for every millisecond below the budget.
@@ -375,14 +371,14 @@ def validation_score(rows: Sequence[Mapping[str, float]], settings: RewardConfig
     late: dict[float, list[bool]] = {}
     for row in rows:
         late.setdefault(row["budget_ms"], []).append(row["latency_ms"] > row["budget_ms"])
-    target = settings.violation_target
+    target = settings.max_violation_rate
     excess = [
         max(0.0, float(np.mean(some)) - target - math.sqrt(target * (1 - target) / len(some))) for some in late.values()
     ]
-    return float(np.mean([row["accuracy"] for row in rows]) - settings.price_max * np.mean(excess))
+    return float(np.mean([row["accuracy"] for row in rows]) - settings.penalty_max * np.mean(excess))
 
 
-def validation_error(rows: Sequence[Mapping[str, float]], settings: RewardConfig) -> float:
+def validation_error(rows: Sequence[Mapping[str, float]], settings: RewardSettings) -> float:
     """Standard error of the score's mean reward or accuracy over samples, each of them seen under every budget."""
     key = "reward" if settings.mode == "fixed" else "accuracy"
     sample_of = np.arange(len(rows)) // VALIDATION_BUDGETS

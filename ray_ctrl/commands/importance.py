@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from envs.config import StoreSettings
 from envs.data import load_task
 from envs.engine.importance import measure_importance
 from envs.errors import UserError
@@ -22,9 +22,9 @@ from envs.model.importance import (
 )
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted, table
+from ray_ctrl.load_config import load_config
 from ray_ctrl.provenance import provenance
-from ray_ctrl.setting import world_config
-from ray_ctrl.settings import load_config
+from ray_ctrl.run_context import env_config
 
 SPLITS = ("train", "validation")
 
@@ -65,7 +65,7 @@ def run(
     }
     write_importance(file, found.to_dict(origin))
     beside = file.absolute() == importance_path(config.model.name).absolute()
-    used = "beside the weights, and used from now on" if beside else f"use it with model.importance={file}"
+    used = "beside the weights, and used from now on" if beside else f"use it with model.block_importance={file}"
     console.print(f"importance in {file}: {used}", markup=False)
 
 
@@ -75,10 +75,10 @@ def measure(config: Config, samples: int, split: str, by: str) -> tuple[Importan
 
     torch.set_num_threads(config.model.threads)
     task = config.task
-    chosen = load_task(task.name, split, samples, task.seed, on_broken=task.on_broken)
+    chosen = load_task(task.name, split, samples, task.seed, on_broken=task.on_invalid_row)
     with console.status("loading model"):
         # What it runs are not a run's outcomes, so that they need not be kept.
-        engine = replace(world_config(config, split, None, None), store=None).build_engine()
+        engine = env_config(config, split).model_copy(update={"store": StoreSettings(path=None)}).build_engine()
     with counted(f"leaving out one block at a time on {len(chosen)} samples") as progress:
         return measure_importance(engine, chosen, by, progress=progress), engine
 
@@ -98,8 +98,8 @@ def _known(config: Config, engine: Any) -> dict[str, tuple[float, ...]]:
     """Scores to compare with: those in use, and the published ones where they are of this model."""
     model = config.model
     found: dict[str, tuple[float, ...]] = {}
-    if model.importance is not None or importance_path(model.name).is_file():
-        found["in use"] = read_importance(model.name, model.importance)
+    if model.block_importance is not None or importance_path(model.name).is_file():
+        found["in use"] = read_importance(model.name, model.block_importance)
     if is_published_shape(engine.model.config):
         found["published"] = PUBLISHED_IMPORTANCE
     return found

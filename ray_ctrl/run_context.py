@@ -12,18 +12,17 @@ from typing import Any
 from envs.budgets import BudgetDistribution, budget_range
 from envs.data import load_task
 from envs.errors import UserError
+from envs.files import write_json
 from envs.knobs import MAX_DROPPED, ExecutionPlan, KnobSpace
 from envs.latency import Identity, ProfiledClock, ProfileTable, profile
 from envs.latency.profiler import GOOD_FIT
 from envs.model.importance import removal_order
-from envs.reward import RewardConfig as RewardWeights
-from envs.world import World, WorldConfig
+from envs.world import EnvConfig, World
 from policies.controller import Controller
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted
 from ray_ctrl.provenance import hardware, versions
-from ray_ctrl.runs import write_json
-from ray_ctrl.steering import Steering
+from ray_ctrl.serving import Steering
 
 TABLE_FILE = "profile.json"
 BUDGETS_FILE = "budgets.json"
@@ -50,9 +49,9 @@ class Setting:
         """Latency of the full plan on the reference request; budgets are seen relative to it."""
         return float(self.world("train").build_clock(self.engine).reference_ms)
 
-    def world(self, split: str) -> WorldConfig:
+    def world(self, split: str) -> EnvConfig:
         """The picklable world of one split; equal models share one engine in a process."""
-        return world_config(self.config, split, self.table, self.given_budgets)
+        return env_config(self.config, split, self.table, self.given_budgets)
 
     def build(self, split: str) -> World:
         """The live world of one split in this process."""
@@ -64,18 +63,18 @@ class Setting:
         Args:
             table_folder: another folder that keeps the table.
         """
-        clock, home = self.config.clock, table_folder or folder
-        table = find_table(self.config, self.engine, home) if clock.kind == "profiled" else None
-        if clock.kind == "measured":
+        latency, home = self.config.latency, table_folder or folder
+        table = find_table(self.config, self.engine, home) if latency.source == "profiled" else None
+        if latency.source == "measured":
             table = self._kept_table(home)
         known = replace(self, table=table)
         return replace(known, given_budgets=_budgets(known, folder / BUDGETS_FILE))
 
     def _kept_table(self, folder: Path) -> Path | None:
         """A profile table that holds here, where there is one; nothing is measured, and one that does not is named."""
-        clock = self.config.clock
-        home = Path(clock.folder).expanduser() if clock.folder else folder
-        path = Path(clock.table) if clock.table else home / TABLE_FILE
+        latency = self.config.latency
+        home = Path(latency.profile_dir).expanduser() if latency.profile_dir else folder
+        path = Path(latency.profile) if latency.profile else home / TABLE_FILE
         if not path.is_file():
             console.print(f"no profile table at {path}: no static plans to compare with", markup=False)
             return None
@@ -104,46 +103,16 @@ class Setting:
         }
 
 
-def world_config(config: Config, split: str, table: Path | None, budgets: BudgetDistribution | None) -> WorldConfig:
-    """The world of one split under a configuration; the one place where names of both sides meet."""
-    model, task, clock, reward = config.model, config.task, config.clock, config.reward
-    limits = {"train": task.train_samples, "validation": task.validation_samples, "test": task.test_samples}
-    return WorldConfig(
-        model=model.name,
-        revision=model.revision,
-        blank_crops=model.blank_crops,
-        importance=model.importance,
-        device=model.device,
-        dtype=model.dtype,
-        threads=model.threads,
-        max_new_tokens=model.max_new_tokens,
-        batch_tokens=model.batch_tokens,
-        encoder_seed=model.encoder_seed,
-        store=config.store.path,
-        store_bytes=int(config.store.max_gb * 1e9),
-        task=task.name,
-        split=split,
-        limit=limits[split],
-        task_seed=task.seed,
-        on_broken=task.on_broken,
-        clock=clock.kind if clock.kind != "profiled" or table else "roofline",
-        clock_device=clock.device,
-        table=str(table.absolute()) if table else None,
-        reward=RewardWeights(
-            reward.accuracy,
-            reward.latency,
-            reward.temperature,
-            reward.overrun,
-            reward.efficiency,
-            reward.complexity,
-        ),
-        budgets=budgets,
-        held_out_bands=config.budgets.held_out_bands,
-        budget_low=config.budgets.low,
-        budget_high=config.budgets.high,
-        budget_low_ms=config.budgets.low_ms,
-        budget_high_ms=config.budgets.high_ms,
-    )
+def env_config(
+    config: Config, split: str, profile: Path | None = None, distribution: BudgetDistribution | None = None
+) -> EnvConfig:
+    """What environments of one split are built from; without its profile, the roofline model stands in."""
+    latency = config.latency
+    if latency.source == "profiled":
+        source, path = ("profiled", str(profile.absolute())) if profile else ("roofline", None)
+        latency = latency.model_copy(update={"source": source, "profile": path})
+    sections = {name: getattr(config, name) for name in ("model", "task", "store", "budgets", "reward")}
+    return EnvConfig(**sections, latency=latency, split=split, distribution=distribution)
 
 
 def open_setting(config: Config) -> Setting:
@@ -160,12 +129,12 @@ def _open(config: Config) -> Setting:
     import torch
 
     torch.set_num_threads(config.model.threads)
-    world = world_config(config, "train", None, None)
+    world = env_config(config, "train")
     for split in ("train", "validation", "test"):
-        if not load_task(config.task.name, split, 1, config.task.seed, on_broken=config.task.on_broken):
+        if not load_task(config.task.name, split, 1, config.task.seed, on_broken=config.task.on_invalid_row):
             raise UserError(f"task {config.task.name!r} has no samples in split {split}")
     engine = world.build_engine()
-    if config.clock.kind == "roofline":
+    if config.latency.source == "roofline":
         world.build_clock(engine)
     return Setting(config, engine)
 
@@ -182,7 +151,7 @@ def check_importance(engine: Any, metadata: Mapping[str, Any]) -> None:
         now = ", ".join(map(str, removal_order(engine.importance)[:MAX_DROPPED]))
         raise UserError(
             f"the controller was trained with another block importance (blocks {first} first, here {now}): set "
-            "model.importance to the file it was trained with, or train again"
+            "model.block_importance to the file it was trained with, or train again"
         )
 
 
@@ -195,12 +164,12 @@ def find_table(config: Config, engine: Any, folder: Path) -> Path:
     """A profile table valid here: the one given, else the kept one, else measured now.
 
     Raises:
-        UserError: `clock.table` was measured elsewhere, or cannot be read.
+        UserError: `latency.profile` was measured elsewhere, or cannot be read.
     """
-    if config.clock.table is not None:
-        ProfiledClock.for_engine(ProfileTable.load(config.clock.table), engine)
-        return Path(config.clock.table)
-    path = (Path(config.clock.folder).expanduser() if config.clock.folder else folder) / TABLE_FILE
+    if config.latency.profile is not None:
+        ProfiledClock.for_engine(ProfileTable.load(config.latency.profile), engine)
+        return Path(config.latency.profile)
+    path = (Path(config.latency.profile_dir).expanduser() if config.latency.profile_dir else folder) / TABLE_FILE
     if path.is_file():
         try:
             ProfiledClock.for_engine(ProfileTable.load(path), engine)
@@ -226,7 +195,7 @@ def engine_threads() -> int:
 def measure_table(config: Config, engine: Any) -> ProfileTable:
     """Measures this device on training samples, with a bar and a line of what it found."""
     samples = load_task(
-        config.task.name, "train", config.task.train_samples, config.task.seed, on_broken=config.task.on_broken
+        config.task.name, "train", config.task.train_samples, config.task.seed, on_broken=config.task.on_invalid_row
     )
     # An untrained controller costs the time of a trained one, and time is all that is asked of it here.
     controller = Controller(int(engine.model.config.d_model), config.controller.hidden).eval()
@@ -235,15 +204,15 @@ def measure_table(config: Config, engine: Any) -> ProfileTable:
         table = profile(
             engine,
             samples,
-            repeats=config.clock.profile_repeats,
-            per_tiling=config.clock.profile_samples,
+            repeats=config.latency.profile_repeats,
+            per_tiling=config.latency.profile_samples,
             seed=config.run.seed,
             progress=report,
             controller=steering,
         )
     clock = ProfiledClock(table)
     console.print(
-        f"profiled {len(table.cells)} requests, {config.clock.profile_repeats} times each: reference request "
+        f"profiled {len(table.cells)} requests, {config.latency.profile_repeats} times each: reference request "
         f"{clock.reference_ms:.1f} ms, median error of the fit {clock.median_error:.1%}{doubt(clock.median_error)}",
         markup=False,
     )
@@ -254,7 +223,7 @@ def doubt(median_error: float) -> str:
     """What to do where a profile does not fit its own measurements: budgets made from it would mean little."""
     if median_error <= GOOD_FIT:
         return ""
-    return f", above {GOOD_FIT:.0%}: the device was busy; profile it when it is not, or raise clock.profile_repeats"
+    return f", above {GOOD_FIT:.0%}: the device was busy; profile it when it is not, or raise latency.profile_repeats"
 
 
 def _budgets(setting: Setting, path: Path) -> BudgetDistribution:
@@ -272,7 +241,7 @@ def _budgets(setting: Setting, path: Path) -> BudgetDistribution:
     console.print(
         f"budgets {budgets.low_ms:.1f} to {budgets.high_ms:.1f} ms, held out "
         + _listed(budgets.held_out())
-        + f" ms; {setting.config.clock.kind} clock"
+        + f" ms; {setting.config.latency.source} latencies"
     )
     return budgets
 

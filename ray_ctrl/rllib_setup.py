@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,11 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 
 from cluster.connect import worker_device
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
-from envs.world import WorldConfig
+from envs.world import EnvConfig
 from policies.controller import Controller
 from policies.grpo.algorithm import GRPO, GRPOConfig
 from policies.grpo.prices import PriceSettings
-from ray_ctrl.setting import Setting
+from ray_ctrl.run_context import Setting
 
 ENVIRONMENT = "ray_ctrl_adaptive_vqa"
 EVALUATION_ENVS = 256
@@ -45,22 +44,22 @@ def build_algorithm(setting: Setting, envs: int, contexts: int) -> GRPO:
     )
     settings.training(
         group_size=grpo.group_size,
-        groups_per_iteration=grpo.groups,
-        divide_by_spread=grpo.divide_by_spread,
-        drop_equal_groups=grpo.drop_equal_groups,
+        groups_per_iteration=grpo.groups_per_iteration,
+        divide_by_spread=grpo.normalize_by_std,
+        drop_equal_groups=grpo.skip_uniform_groups,
         clip_low=grpo.clip_low,
         clip_high=grpo.clip_high,
-        kl_coeff=grpo.kl_weight,
-        reference_interval=grpo.reference_every,
-        entropy_coeff=grpo.entropy_weight,
-        entropy_rounds=config.run.iterations if grpo.entropy_decay else 0,
-        max_staleness=grpo.max_staleness,
-        ratio_max=grpo.ratio_max,
-        prices=price_settings(setting) if config.reward.mode == "constrained" else None,
-        average=grpo.average,
+        kl_coeff=grpo.kl_coef,
+        reference_interval=grpo.reference_interval,
+        entropy_coeff=grpo.entropy_coef,
+        entropy_rounds=config.run.iterations if grpo.anneal_entropy else 0,
+        max_staleness=grpo.max_policy_lag,
+        ratio_max=grpo.dual_clip,
+        prices=price_settings(setting) if config.reward.mode == "lagrangian" else None,
+        average=grpo.ema_decay,
         lr=grpo.lr,
         num_epochs=grpo.epochs,
-        minibatch_size=grpo.minibatch,
+        minibatch_size=grpo.minibatch_size,
         grad_clip=grpo.max_grad_norm,
     )
     return settings.build_algo()
@@ -87,15 +86,15 @@ def price_settings(setting: Setting) -> PriceSettings:
     config, budgets = setting.config, setting.budgets
     reward = config.reward
     low, high = (math.log(ms / setting.reference_ms) for ms in (budgets.low_ms, budgets.high_ms))
-    edges = np.linspace(low, high, config.budgets.price_bins + 1)[1:-1]
+    edges = np.linspace(low, high, config.budgets.penalty_bins + 1)[1:-1]
     return PriceSettings(
         edges=tuple(float(edge) for edge in edges),
-        target=reward.violation_target,
-        step=reward.price_step,
-        initial=min(reward.price_initial, reward.price_max),
-        maximum=reward.price_max,
-        memory=reward.price_memory,
-        utilisation=reward.utilisation,
+        target=reward.max_violation_rate,
+        step=reward.penalty_lr,
+        initial=min(reward.penalty_init, reward.penalty_max),
+        maximum=reward.penalty_max,
+        memory=reward.penalty_smoothing,
+        utilisation=reward.budget_use_bonus,
     )
 
 
@@ -117,7 +116,7 @@ def _common(setting: Setting, split: str, contexts: int) -> GRPOConfig:
     )
     settings.evaluation(
         evaluation_interval=None,
-        evaluation_num_env_runners=runners.evaluation,
+        evaluation_num_env_runners=runners.eval_runners,
         evaluation_sample_timeout_s=runners.sample_timeout_s,
         evaluation_config={
             "env_config": {"world": setting.world(split), "group_size": 1, "seed": config.run.seed},
@@ -135,8 +134,9 @@ def make_environment(env_config: Mapping[str, Any]) -> AdaptiveVQAVectorEnv:
     """RLlib's entry point: the environment's own settings plus `num_envs`, on the device that Ray gave this process."""
     settings, device = dict(env_config), worker_device()
     world = settings["world"]
-    if device is not None and isinstance(world, WorldConfig) and world.device in ("auto", "cuda"):
-        settings["world"] = replace(world, device=device)
+    if device is not None and isinstance(world, EnvConfig) and world.model.device in ("auto", "cuda"):
+        model = world.model.model_copy(update={"device": device})
+        settings["world"] = world.model_copy(update={"model": model})
     return AdaptiveVQAVectorEnv(settings)
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from envs.errors import UserError
 from ray_ctrl.console import console
-from ray_ctrl.setting import measure_table, open_setting
-from ray_ctrl.settings import load_config
+from ray_ctrl.load_config import load_config
+from ray_ctrl.run_context import measure_table, open_setting
 
 
 def run(preset: str, config_file: Path | None, overrides: Sequence[str], out: Path) -> None:
@@ -20,4 +20,4 @@ def run(preset: str, config_file: Path | None, overrides: Sequence[str], out: Pa
     config = load_config(preset, config_file, overrides)
     setting = open_setting(config)
     measure_table(config, setting.engine).save(out)
-    console.print(f"profile table in {out}; use it with clock.kind=profiled clock.table={out}", markup=False)
+    console.print(f"profile table in {out}; use it with latency.source=profiled latency.profile={out}", markup=False)

@@ -1,0 +1,208 @@
+"""Settings of model, samples, latencies, store, budgets and reward, each with its one default and range.
+
+Frozen pydantic models that refuse unknown keys. `ray_ctrl.config` composes them; ranges stand in the fields alone, and
+help and docs/config.md take their sentences from there.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+Int = Annotated[int, Strict()]
+Flag = Annotated[bool, Strict()]
+Latency = Literal["profiled", "roofline", "measured"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown keys, NaN and infinity are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSettings(Section):
+    """The frozen vision-language model inside the environments."""
+
+    name: str = Field(
+        default="embedded",
+        min_length=1,
+        description="`embedded` (ships with the package), a hub id such as `allenai/MolmoE-1B-0924`, or a folder with "
+        "a checkpoint in that layout.",
+    )
+    revision: str | None = Field(
+        default=None,
+        pattern=r"^[\w./-]+$",
+        description="Commit, branch or tag of a hub id; `null` takes its newest.",
+    )
+    blank_crops: Literal["published", "trainer"] = Field(
+        default="published",
+        description="Image crops that give the model nothing: `published` those with a pixel of exactly -1.0, as in the "
+        "released code (1 % of crops of photos), `trainer` padding alone, as in the code that trained the weights.",
+    )
+    block_importance: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File of block importance, as `ray-ctrl importance` writes it; `null` takes `importance.json` "
+        "next to the weights, else the scores published for MolmoE-1B.",
+    )
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
+        description="`auto` (the GPU that the process was given, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`.",
+    )
+    dtype: DType | None = Field(
+        default=None, description="Number format of the weights; `null` is bfloat16 on a GPU and float32 elsewhere."
+    )
+    threads: Int = Field(default=1, ge=1, le=256, description="CPU threads of every process that runs the model.")
+    max_new_tokens: Int = Field(default=64, ge=1, le=64, description="Longest answer, tokens, under greedy decoding.")
+    batch_tokens: Int | None = Field(
+        default=None,
+        ge=64,
+        description="Most prompt tokens in one batch; `null` lets the engine choose.",
+    )
+    latency_token_seed: Int = Field(
+        default=0,
+        ge=0,
+        description="Seed of the frozen encoder from budget to latency token. A controller works only with the seed it "
+        "was trained with.",
+    )
+
+
+class TaskSettings(Section):
+    """Questions and images."""
+
+    name: str = Field(
+        default="scenes",
+        min_length=1,
+        description="A task of `envs.data`, a data file or folder, or a mix of them; docs/data.md has the grammar.",
+    )
+    train_samples: Int = Field(
+        default=256,
+        ge=1,
+        description="Samples of the train split used for training. Training returns to the same finite set, so "
+        "outcomes are reused.",
+    )
+    validation_samples: Int = Field(
+        default=128, ge=1, description="Samples of the validation split, which choose among checkpoints."
+    )
+    test_samples: Int = Field(default=200, ge=1, description="Samples of the test split in the final table.")
+    seed: Int = Field(default=0, ge=0, description="Seed of the choice of samples.")
+    on_invalid_row: Literal["refuse", "skip"] = Field(
+        default="refuse",
+        description="Rows of a data file that cannot be used: `refuse` names the first and stops, `skip` leaves them "
+        "out.",
+    )
+
+
+class LatencySettings(Section):
+    """Where latencies come from."""
+
+    source: Latency = Field(
+        default="profiled",
+        description="`profiled`: a profile measured once on this device; `roofline`: computed for a named device, "
+        "deterministic; `measured`: the wall clock of every single request (slow).",
+    )
+    device: str = Field(
+        default="laptop-2-core",
+        min_length=1,
+        description="Device of the roofline model, a name in `envs.latency.roofline`.",
+    )
+    profile: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File of the profile; `null` keeps one per device, model, threads and versions in "
+        "`latency.profile_dir` and measures it when it is missing.",
+    )
+    profile_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder that keeps profiles for later runs; `null` keeps the profile in the run folder.",
+    )
+    profile_samples: Int = Field(default=8, ge=1, le=1000, description="Samples measured per tiling when profiling.")
+    profile_repeats: Int = Field(default=5, ge=1, le=100, description="Timed repeats of each profiled point.")
+
+
+class StoreSettings(Section):
+    """The outcome store: what the frozen model answered, kept for reuse."""
+
+    path: str | None = Field(
+        default="runs/outcomes.sqlite",
+        min_length=1,
+        description="File of the store, shared by runners and runs; `null` keeps outcomes in each process's memory.",
+    )
+    max_gb: float = Field(
+        default=8.0,
+        ge=0.01,
+        le=10_000,
+        description="Bound of the file, GB. Beyond it latency tokens go before outcomes, those unused longest first.",
+    )
+
+
+class BudgetSettings(Section):
+    """Latency budgets. The device's range goes from the cheapest plan's 95th percentile to the full plan's."""
+
+    low_factor: float = Field(
+        default=1.0,
+        gt=0,
+        le=100,
+        description="Smallest training budget as a multiple of the lower end of the device's range. Below that end no "
+        "plan is within budget; from 1.0 on the controller sees budgets that only the cheapest plan meets.",
+    )
+    high_factor: float = Field(
+        default=1.0,
+        gt=0,
+        le=100,
+        description="Largest training budget as a multiple of the upper end of the range.",
+    )
+    low_ms: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="Smallest training budget, ms, on any device; `null` takes it from the device's range.",
+    )
+    high_ms: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="Largest training budget, ms, on any device; `null` takes it from the device's range.",
+    )
+    held_out_bands: Int = Field(
+        default=3, ge=0, le=16, description="Bands cut out of the training range and never trained on."
+    )
+    penalty_bins: Int = Field(default=8, ge=1, le=64, description="Budget bins with a penalty multiplier of their own.")
+
+
+class RewardSettings(Section):
+    """The one objective: accuracy - penalty multiplier x cost of a violation."""
+
+    mode: Literal["fixed", "lagrangian"] = Field(
+        default="lagrangian",
+        description="`fixed`: the multiplier is `penalty` throughout; `lagrangian`: one multiplier per budget bin, "
+        "adapted until violations meet `max_violation_rate`.",
+    )
+    penalty: float = Field(default=1.3, ge=0, le=1000, description="Constant multiplier of mode `fixed`.")
+    penalty_init: float = Field(default=0.5, ge=0, le=1000, description="Multiplier of every bin at the start.")
+    penalty_lr: float = Field(
+        default=0.1, ge=0, le=100, description="Largest change of a multiplier's logarithm per iteration."
+    )
+    penalty_max: float = Field(default=5.0, gt=0, le=1000, description="Largest multiplier.")
+    penalty_smoothing: float = Field(
+        default=0.8,
+        ge=0,
+        lt=1,
+        description="Weight of the past in the running violation rate that moves the multipliers.",
+    )
+    max_violation_rate: float = Field(
+        default=0.04,
+        ge=0,
+        le=1,
+        description="Violation rate that mode `lagrangian` aims at: a little below what must be kept, as budgets "
+        "between those trained on are violated more often.",
+    )
+    budget_use_bonus: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="Reward for the share of the budget used, in mode `lagrangian`: of plans that answer equally well "
+        "it prefers the more expensive one within budget. 0 is off.",
+    )

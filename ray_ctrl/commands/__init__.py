@@ -1,0 +1,1 @@
+"""The commands of `ray-ctrl`, one module each."""
