@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
+from policies.grpo.config import ControllerSettings, GRPOSettings, TimeoutSettings
+
 Int = Annotated[int, Strict()]
 Flag = Annotated[bool, Strict()]
 
@@ -260,92 +262,7 @@ class BudgetConfig(Section):
     price_bins: Int = Field(default=8, ge=1, le=64, description="Budget bins with a price of their own. 1 to 64.")
 
 
-class ControllerConfig(Section):
-    """The trained networks."""
-
-    hidden: Int = Field(
-        default=128,
-        ge=8,
-        le=4096,
-        description="Width of the hidden layers of both stages. 8 to 4096.",
-    )
-
-
-class GRPOSettings(Section):
-    """The learning algorithm."""
-
-    group_size: Int = Field(
-        default=8,
-        ge=2,
-        le=1024,
-        description="Rollouts that share one sample and budget and are compared with one another. 2 to 1024.",
-    )
-    groups: Int = Field(default=384, ge=1, le=65536, description="Groups per iteration over all runners. 1 to 65536.")
-    lr: float = Field(default=1e-3, gt=0, le=1, description="Adam step size. Above 0, to 1.")
-    epochs: Int = Field(default=4, ge=1, le=100, description="Passes over an iteration's rollouts. 1 to 100.")
-    minibatch: Int | None = Field(
-        default=1024,
-        ge=1,
-        description="Steps per minibatch, 1 or more; `null` takes the whole iteration at once.",
-    )
-    clip_low: float = Field(
-        default=0.2,
-        gt=0,
-        lt=1,
-        description="Lower clip bound of the probability ratio, below 1. 0 to 1.",
-    )
-    clip_high: float = Field(default=0.28, gt=0, le=10, description="Upper clip bound of the ratio, above 1. 0 to 10.")
-    divide_by_spread: Flag = Field(
-        default=False, description="Divide a group's advantages by their standard deviation."
-    )
-    drop_equal_groups: Flag = Field(
-        default=False, description="Leave groups whose rewards are all equal out of the update."
-    )
-    kl_weight: float = Field(
-        default=0.0,
-        ge=0,
-        le=100,
-        description="Weight of the KL divergence to the reference policy; 0 is off. 0 to 100.",
-    )
-    reference_every: Int = Field(
-        default=0,
-        ge=0,
-        description="Iterations between refreshes of the reference policy; 0 is never. 0 or more.",
-    )
-    entropy_weight: float = Field(
-        default=0.1, ge=0, le=10, description="Weight of the entropy bonus, per nat. 0 to 10."
-    )
-    entropy_decay: Flag = Field(
-        default=True,
-        description="Let that weight fall linearly to 0 over `run.iterations`: explore, then decide. A run resumed for "
-        "longer is given the weight that a run of that length has there.",
-    )
-    max_grad_norm: float = Field(
-        default=1.0, gt=0, le=1e6, description="Longest gradient, Euclidean norm. Above 0, to 1e6."
-    )
-    average: float = Field(
-        default=0.9,
-        ge=0,
-        lt=1,
-        description="Weight of the past in the running average of the controller's weights over iterations (at first "
-        "their plain mean), which is what is validated and exported; 0 takes the latest weights. 0 to below 1.",
-    )
-    max_staleness: Int = Field(
-        default=0,
-        ge=0,
-        le=16,
-        description="Updates between the weights that sample a round and those that learn from it; 0 samples and "
-        "learns in turns, with more the env runners sample the next rounds meanwhile. 0 to 16.",
-    )
-    ratio_max: float = Field(
-        default=3.0,
-        gt=1,
-        le=1e6,
-        description="With `max_staleness`, the probability ratio is cut off there. Above 1 + `clip_high`, to 1e6.",
-    )
-
-
-class RunnersConfig(Section):
+class RunnersConfig(TimeoutSettings):
     """Processes, and the CPUs and GPUs they hold."""
 
     address: str = Field(
@@ -382,18 +299,6 @@ class RunnersConfig(Section):
         gt=0,
         le=3600,
         description="Wait for the cluster and its resources, s. To 3600.",
-    )
-    sample_timeout_s: float = Field(
-        default=600.0, gt=0, le=86400, description="Wait for one runner's rollouts, s. To 86400."
-    )
-    restart_timeout_s: float = Field(
-        default=300.0,
-        gt=0,
-        le=86400,
-        description="Wait for a first runner to come back when all are dead, s. To 86400.",
-    )
-    learner_timeout_s: float = Field(
-        default=600.0, gt=0, le=86400, description="Wait for learners' answer to an update, s. To 86400."
     )
 
 
@@ -454,7 +359,7 @@ class Config(Section):
     store: StoreConfig = StoreConfig()
     budgets: BudgetConfig = BudgetConfig()
     reward: RewardConfig = RewardConfig()
-    controller: ControllerConfig = ControllerConfig()
+    controller: ControllerSettings = ControllerSettings()
     grpo: GRPOSettings = GRPOSettings()
     runners: RunnersConfig = RunnersConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -43,7 +43,7 @@ def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
     folder, home = find_controller(path)
     stored = controller_config(Controller.load(folder)[1], folder)
     config = with_overrides(stored, overrides)
-    layout = plan_layout(with_overrides(config, ["grpo.max_staleness=0"]))  # nothing is learnt here
+    layout = plan_layout(with_overrides(config, ["grpo.max_policy_lag=0"]))  # nothing is learnt here
     out = _fresh(out) if out else free_folder(home / "evaluation")
     if folder.parent != home and (home / "run.json").is_file():
         console.print(f"the run has exported no controller yet: {folder} is evaluated", markup=False)

@@ -96,13 +96,14 @@ def check_inputs(config: Config) -> None:
 
 def _spread(config: Config) -> tuple[int, int]:
     """Environments per runner, and rounds per iteration."""
-    size, groups = config.grpo.group_size, config.grpo.groups
+    size, groups = config.grpo.group_size, config.grpo.groups_per_iteration
     runners = max(1, config.runners.count)
     envs = config.runners.envs
     if envs is None:
         if groups % runners:
             raise UserError(
-                f"grpo.groups = {groups} does not spread evenly over {runners} runners: choose a multiple of {runners}"
+                f"grpo.groups_per_iteration = {groups} does not spread evenly over {runners} runners: choose a "
+                f"multiple of {runners}"
             )
         return size * groups // runners, 1
     if envs % size:
@@ -115,7 +116,7 @@ def _spread(config: Config) -> tuple[int, int]:
         raise UserError(
             f"{groups} groups of {size} rollouts do not fill whole rounds of {runners} runners "
             f"with "
-            f"{envs} environments: choose grpo.groups a multiple of {per_round // size}"
+            f"{envs} environments: choose grpo.groups_per_iteration a multiple of {per_round // size}"
         )
     return envs, size * groups // per_round
 
@@ -143,14 +144,14 @@ def _check_devices(config: Config) -> None:
 
 def _check_staleness(config: Config) -> None:
     grpo = config.grpo
-    if grpo.max_staleness and not config.runners.count:
+    if grpo.max_policy_lag and not config.runners.count:
         raise UserError(
-            f"grpo.max_staleness = {grpo.max_staleness} needs env runners of their own, but runners.count = 0: set "
-            "runners.count to 1 or more, or grpo.max_staleness=0"
+            f"grpo.max_policy_lag = {grpo.max_policy_lag} needs env runners of their own, but runners.count = 0: set "
+            "runners.count to 1 or more, or grpo.max_policy_lag=0"
         )
-    if grpo.max_staleness and grpo.ratio_max <= 1 + grpo.clip_high:
+    if grpo.max_policy_lag and grpo.dual_clip <= 1 + grpo.clip_high:
         raise UserError(
-            f"grpo.ratio_max = {grpo.ratio_max:g} is not allowed: above 1 + grpo.clip_high = {1 + grpo.clip_high:g}"
+            f"grpo.dual_clip = {grpo.dual_clip:g} is not allowed: above 1 + grpo.clip_high = {1 + grpo.clip_high:g}"
         )
 
 

@@ -109,10 +109,10 @@ def _new_root(config: Config) -> Path:
 def _show_plan(config: Config, layout: Layout) -> None:
     """The dry run: resolved settings and who holds which resources."""
     console.print(to_yaml(config), markup=False)
-    rollouts = config.grpo.group_size * config.grpo.groups
+    rollouts = config.grpo.group_size * config.grpo.groups_per_iteration
     console.print(
-        f"# each iteration: {config.grpo.groups} groups of {config.grpo.group_size} = {rollouts} rollouts, "
-        f"in vectors of {layout.envs} environments, {layout.rounds} round(s)"
+        f"# each iteration: {config.grpo.groups_per_iteration} groups of {config.grpo.group_size} = {rollouts} "
+        f"rollouts, in vectors of {layout.envs} environments, {layout.rounds} round(s)"
     )
     for line in layout.resources.lines():
         console.print(f"# {line}", markup=False)

@@ -56,7 +56,7 @@ else
     if [ $# -gt 0 ]; then
         ARGUMENTS+=("$@")
     else
-        ARGUMENTS+=(--preset molmoe-1b runners.count="$RUNNERS" grpo.groups=$((8 * RUNNERS)))
+        ARGUMENTS+=(--preset molmoe-1b runners.count="$RUNNERS" grpo.groups_per_iteration=$((8 * RUNNERS)))
     fi
 fi
 ray-ctrl train "${ARGUMENTS[@]}" &

@@ -15,7 +15,8 @@ from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
 from envs.errors import UserError
 from policies.baselines import Baseline
-from policies.grpo.spread import Spread
+from policies.grpo.rllib_adapter import RunnerPool
+from policies.grpo.sampling import Dispatcher, Task
 
 if TYPE_CHECKING:
     from policies.grpo.algorithm import GRPO
@@ -65,20 +66,21 @@ def evaluate_with_runners(algorithm: "GRPO", group: EnvRunnerGroup | None) -> tu
         raise UserError("no contexts to evaluate: give at least one (sample index, budget in ms)")
     width = algorithm.evaluation_config.num_envs_per_env_runner
     weights = None if request.baseline else algorithm.evaluated_weights()
-    spread = Spread(
-        group,
+    config = algorithm.evaluation_config
+    runners = RunnerPool(group, restarts=config.restart_failed_env_runners, restore=algorithm.restore_env_runners)
+    dispatcher = Dispatcher(
+        runners,
         "run_contexts",
-        timeout_s=algorithm.evaluation_config.evaluation_sample_timeout_s,
-        restart_timeout_s=algorithm.config.restart_timeout_s,
-        restore=algorithm.restore_env_runners,
+        timeout_s=config.evaluation_sample_timeout_s,
+        restart_timeout_s=config.timeouts.restart_timeout_s,
     )
-    keys = []
+    tasks = []
     for first in range(0, len(request.contexts), width):
         contexts = request.contexts[first : first + width]
-        keys.append(f"evaluation of contexts {first} to {first + len(contexts) - 1}")
         job = {"contexts": contexts, "first": first, "weights": weights, "baseline": request.baseline}
-        spread.add(keys[-1], job)
-    parts = spread.collect(keys)
+        tasks.append(Task(f"evaluation of contexts {first} to {first + len(contexts) - 1}", job))
+    dispatcher.submit(tasks)
+    parts = dispatcher.collect(tasks)
     rows = [row for part in parts for row in part]
     missing = sorted(set(range(len(request.contexts))) - {int(row["context"]) for row in rows})
     if missing:

@@ -8,9 +8,9 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.utils.metrics import LEARNER_RESULTS
 
 from policies.distribution import HEADS
-from policies.grpo.advantages import GroupAdvantages
+from policies.grpo.env_runner import Rollouts
+from policies.grpo.objective import GroupAdvantages
 from policies.grpo.prices import Prices
-from policies.grpo.runner import Rollouts
 
 LEARNER_KEYS: Final = (
     "loss",
@@ -19,7 +19,7 @@ LEARNER_KEYS: Final = (
     "kl_reference",
     "clip_low_share",
     "clip_high_share",
-    "ratio_cut_share",
+    "dual_clip_share",
     "grad_norm",
     *(f"entropy_{head}" for head in HEADS),
 )
@@ -35,8 +35,8 @@ def rollout_metrics(
     infos = rollouts.infos
     row = {
         "rollouts": float(len(rollouts)),
-        "groups": float(groups.equal.size),
-        "groups_equal_share": groups.equal_share,
+        "groups": float(groups.uniform.size),
+        "groups_uniform_share": groups.uniform_share,
         "reward_mean": float(rollouts.rewards.mean()),
         "return_mean": float(returns.mean()),
         "violation_rate": float((infos["latency_ms"] > infos["budget_ms"]).mean()),

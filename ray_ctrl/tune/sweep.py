@@ -20,9 +20,9 @@ from ray_ctrl.settings import load_config, to_yaml, valid_keys, with_overrides
 
 KINDS = ("uniform", "log_uniform", "int", "log_int", "choice", "grid")
 # What PBT may change in the middle of a run without making another problem of it.
-MUTABLE = ("grpo.lr", "grpo.clip_low", "grpo.clip_high", "grpo.kl_weight", "grpo.entropy_weight", "grpo.epochs",
-           "grpo.max_grad_norm", "grpo.divide_by_spread", "grpo.drop_equal_groups", "grpo.reference_every",
-           "grpo.minibatch")  # fmt: skip
+MUTABLE = ("grpo.lr", "grpo.clip_low", "grpo.clip_high", "grpo.kl_coef", "grpo.entropy_coef", "grpo.epochs",
+           "grpo.max_grad_norm", "grpo.normalize_by_std", "grpo.skip_uniform_groups", "grpo.reference_interval",
+           "grpo.minibatch_size")  # fmt: skip
 # Trials that differ here are judged by different budgets or a different scale.
 JUDGES = ("reward.", "budgets.", "clock.", "model.", "task.")
 

@@ -98,7 +98,7 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_settings_that_do_not_fit_this_machine() -> None:
-    (found,) = findings("resources", "runners.count=4000", "grpo.groups=4000")
+    (found,) = findings("resources", "runners.count=4000", "grpo.groups_per_iteration=4000")
     assert found.level == "wrong"
     assert "cannot hold this run" in found.seen
     assert found.fix

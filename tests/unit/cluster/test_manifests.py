@@ -162,7 +162,7 @@ def test_slurm_script_starts_ray_trains_and_queues_itself_again_when_told_to_sto
     told = calls.read_text("utf-8")
     assert "ray start --head --port=24711 --num-cpus=16 --num-gpus=4 --block" in told
     assert "runners.address=127.0.0.1:24711" in told
-    assert "--preset molmoe-1b runners.count=7 grpo.groups=56" in told
+    assert "--preset molmoe-1b runners.count=7 grpo.groups_per_iteration=56" in told
     assert f"store.path={tmp_path}/store/outcomes.sqlite" in told
     assert told.rstrip().endswith("scontrol requeue 4711")
     assert (tmp_path / "store").is_dir()

@@ -20,7 +20,7 @@ def test_rollouts_spread_evenly_by_default() -> None:
 
 
 def test_given_vectors_make_rounds() -> None:
-    layout = plan_layout(load_config("smoke", None, ["runners.envs=4", "grpo.groups=6"]))
+    layout = plan_layout(load_config("smoke", None, ["runners.envs=4", "grpo.groups_per_iteration=6"]))
     assert (layout.envs, layout.rounds) == (4, 6)
 
 
@@ -28,15 +28,15 @@ def test_given_vectors_make_rounds() -> None:
     ("overrides", "words"),
     [
         (["runners.envs=6"], "does not divide runners.envs = 6"),
-        (["runners.envs=8", "grpo.groups=5"], "do not fill whole rounds"),
-        (["runners.count=2", "grpo.groups=5"], "multiple of 2"),
+        (["runners.envs=8", "grpo.groups_per_iteration=5"], "do not fill whole rounds"),
+        (["runners.count=2", "grpo.groups_per_iteration=5"], "multiple of 2"),
         (["runners.count=4"], "4 CPUs wanted, 2 there"),
         (["runners.count=1", "runners.gpus=0.5"], "GPUs wanted"),
         (["runners.count=1", "model.device=cuda"], r"runners\.gpus = 0"),
         (["runners.count=1", "runners.gpus=1.5"], "whole GPUs"),
         (["runners.count=1", "model.threads=2"], r"more than runners\.cpus"),
-        (["grpo.max_staleness=1"], r"needs env runners of their own, but runners\.count = 0"),
-        (["grpo.max_staleness=1", "runners.count=1", "grpo.ratio_max=1.2"], r"ratio_max = 1\.2 is not allowed"),
+        (["grpo.max_policy_lag=1"], r"needs env runners of their own, but runners\.count = 0"),
+        (["grpo.max_policy_lag=1", "runners.count=1", "grpo.dual_clip=1.2"], r"dual_clip = 1\.2 is not allowed"),
         (["budgets.low_ms=50", "budgets.high_ms=50"], r"budgets\.low_ms = 50 is not below budgets\.high_ms = 50"),
     ],
 )

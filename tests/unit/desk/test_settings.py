@@ -33,20 +33,20 @@ def test_overrides_win_over_file_and_file_over_preset(tmp_path: Path) -> None:
     file.write_text("grpo: {lr: 5e-4, groups: 8}\nrun:\n", encoding="utf-8")
     config = load_config("smoke", file, ["grpo.lr=3e-4", "run.name=first"])
     assert config.grpo.lr == 3e-4
-    assert config.grpo.groups == 8
+    assert config.grpo.groups_per_iteration == 8
     assert config.grpo.group_size == load_config("smoke").grpo.group_size
     assert config.run.name == "first"
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    config = load_config("smoke", None, ["grpo.lr=1e-5", "grpo.minibatch=8"])
+    config = load_config("smoke", None, ["grpo.lr=1e-5", "grpo.minibatch_size=8"])
     file = tmp_path / "resolved.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(None, file) == config
 
 
 def test_null_override_takes_a_value_back() -> None:
-    assert load_config("smoke", None, ["grpo.minibatch=8", "grpo.minibatch=null"]).grpo.minibatch is None
+    assert load_config("smoke", None, ["grpo.minibatch_size=8", "grpo.minibatch_size=null"]).grpo.minibatch_size is None
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_null_override_takes_a_value_back() -> None:
         ("grpo.lr=-1", ["grpo.lr = -1", "greater than 0"]),
         ("grpo.lr=.nan", ["grpo.lr = nan", "finite"]),
         ("grpo.lr=fast", ["grpo.lr = 'fast'", "number"]),
-        ("grpo.groups=true", ["grpo.groups = True", "integer"]),
-        ("grpo.groups=2.5", ["grpo.groups = 2.5", "integer"]),
+        ("grpo.groups_per_iteration=true", ["grpo.groups_per_iteration = True", "integer"]),
+        ("grpo.groups_per_iteration=2.5", ["grpo.groups_per_iteration = 2.5", "integer"]),
         ("clock.kind=sundial", ["clock.kind = 'sundial'", "roofline"]),
         ("model.device=tpu", ["model.device = 'tpu'"]),
         ("grpo=3", ["grpo = 3"]),

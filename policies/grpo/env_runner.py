@@ -1,8 +1,8 @@
-"""Rollouts: what an env runner does with one chunk of work.
+"""Rollouts: what an env runner does with one shard of an iteration.
 
-A chunk is one reset of all of a runner's environments. Its contexts and its random draws are a function
-of (seed, round, chunk) and of the weights that come with the request, never of the runner or its past:
-a chunk lost with a dead runner is simply run again, anywhere, with the same result.
+A shard is one reset of all of a runner's environments. Its contexts and its random draws are a function
+of (seed, iteration, shard) and of the weights that come with the request, never of the runner or its past:
+a shard lost with a dead runner is simply run again, anywhere, with the same result.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +14,12 @@ import numpy.typing as npt
 import ray
 import torch
 from ray.rllib.core.columns import Columns
-from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.utils.metrics import EPISODE_RETURN_MEAN
 
 from policies.baselines import Baseline
 from policies.distribution import KnobDistribution
 from policies.grpo.rl_module import BaselineModule
+from policies.grpo.rllib_adapter import EnvRunnerBase
 
 Array = npt.NDArray[Any]
 
@@ -74,8 +74,8 @@ class Rollouts:
         )
 
 
-class RolloutRunner(SingleAgentEnvRunner):
-    """RLlib's env runner, working in chunks."""
+class RolloutRunner(EnvRunnerBase):
+    """RLlib's env runner, working in shards."""
 
     module: Any
 
@@ -93,14 +93,14 @@ class RolloutRunner(SingleAgentEnvRunner):
         state = ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights
         self.module.set_state(state)
 
-    def sample_chunk(self, *, round_number: int, chunk: int, chunks: int, attempt: int, weights: Any) -> Rollouts:
-        """Roll out one chunk of a training round under the given weights."""
+    def sample_shard(self, *, iteration: int, shard: int, shards: int, weights: Any) -> Rollouts:
+        """Roll out one shard of a training iteration under the given weights."""
         self.load_weights(weights)
         environment = self.env.unwrapped
-        environment.set_worker(chunk, chunks)
-        environment.set_round(round_number)
-        generator = torch.Generator(self._device)
-        generator.manual_seed(_seed(self.config.seed, round_number, chunk, attempt))
+        environment.set_worker(shard, shards)
+        environment.set_round(iteration)
+        generator = torch.Generator(self.device)
+        generator.manual_seed(_seed(self.config.seed, iteration, shard, 0))
         rollouts = self._roll_out(self.module, generator)
         stats = environment.stats() if hasattr(environment, "stats") else {}
         return replace(rollouts, metrics=self.get_metrics(), runner=int(self.worker_index or 0), stats=stats)
@@ -143,14 +143,14 @@ class RolloutRunner(SingleAgentEnvRunner):
         rewards, ended = np.zeros(self.num_envs), np.zeros(self.num_envs, np.bool_)
         infos: Mapping[str, Array] = {}
         while not ended.any():
-            step = _decide(module, observation, generator, self._device)
+            step = _decide(module, observation, generator, self.device)
             observation, reward, terminated, truncated, infos = environment.step(step.actions)
             steps.append(step)
             rewards += reward
             ended = terminated | truncated
         if not ended.all():
             raise RuntimeError(f"{int(ended.sum())} of {len(ended)} rollouts ended early: all must take as many steps")
-        self._increase_sampled_metrics(len(steps) * self.num_envs, self.num_envs)
+        self.count_steps(len(steps) * self.num_envs, self.num_envs)
         self.metrics.log_value(EPISODE_RETURN_MEAN, float(rewards.mean()), window=1)
         return Rollouts(
             obs={key: np.stack([step.obs[key] for step in steps], 1) for key in steps[0].obs},
@@ -194,7 +194,7 @@ def _seed(*parts: int | None) -> int:
 
 
 def _rows(rollouts: Rollouts, first: int, count: int) -> list[dict[str, float]]:
-    """One dict per context 0..count-1 of the chunk, surplus and repeated environments dropped."""
+    """One dict per context 0..count-1 of the shard, surplus and repeated environments dropped."""
     rows: dict[int, dict[str, float]] = {}
     for index, context in enumerate(rollouts.infos["context"].tolist()):
         if 0 <= context < count and context not in rows:
