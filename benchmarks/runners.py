@@ -38,7 +38,7 @@ def sampling(algorithm: Any, rounds: int) -> list[float]:
     speeds = []
     for _ in range(rounds):
         started = time.perf_counter()
-        rollouts, _ = algorithm._sample()
+        rollouts, *_ = algorithm._sample()
         speeds.append(len(rollouts) / (time.perf_counter() - started))
         algorithm.updates += 1
     return speeds

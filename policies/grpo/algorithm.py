@@ -7,7 +7,8 @@ With `max_policy_lag` above 0, runners sample the next iterations meanwhile, und
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +18,12 @@ import ray
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
-from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS, LEARNER_RESULTS
+from ray.rllib.utils.metrics import (
+    ENV_RUNNER_RESULTS,
+    EVALUATION_RESULTS,
+    LEARNER_RESULTS,
+    NUM_ENV_STEPS_SAMPLED_LIFETIME,
+)
 
 from envs.errors import UserError
 from envs.files import write_manifest
@@ -25,16 +31,18 @@ from policies.controller import Controller
 from policies.grpo import checkpoint
 from policies.grpo.algorithm_config import GRPOConfig
 from policies.grpo.ema import WeightAverage, Weights
-from policies.grpo.env_runner import Rollouts
+from policies.grpo.env_runner import STEPS, Rollouts
 from policies.grpo.evaluation import EvaluationRequest, Row
 from policies.grpo.learner import ENTROPY_SHARES, WEIGHTS, kill_on_timeout, learner_errors
-from policies.grpo.metrics import learner_metrics, rollout_metrics
+from policies.grpo.metrics import as_runner_results, episode_metrics, learner_metrics, rollout_metrics
 from policies.grpo.objective import GroupAdvantages, group_advantages, minibatches
 from policies.grpo.prices import Prices, PriceSettings
 from policies.grpo.rllib_adapter import QuietAlgorithm, RunnerPool, each_learner, startup_errors
 from policies.grpo.sampling import Dispatcher, Sampler, summed
 
 STATE: Final = "grpo"
+VALIDATED_MODULE: Final = "validated_module"
+"""Folder of a checkpoint from which `RLModule.from_checkpoint` gives the controller that was validated."""
 __all__ = ["GRPO", "GRPOConfig"]
 
 
@@ -61,6 +69,7 @@ class GRPO(QuietAlgorithm):
         with startup_errors():
             super().setup(config)
         self.sampler = self._sampler()
+        self._publish()
 
     def _sampler(self) -> Sampler:
         config = self.config
@@ -91,36 +100,64 @@ class GRPO(QuietAlgorithm):
 
     def training_step(self) -> None:
         """One iteration of GRPO."""
-        started = time.perf_counter()
-        rollouts, counts = self._sample()
-        sampled = time.perf_counter()
-        returns = self._returns(rollouts)
-        groups = group_advantages(
-            returns.reshape(-1, self.config.grpo.group_size), normalize_by_std=self.config.grpo.normalize_by_std
-        )
-        self._learn(rollouts, groups)
-        if self.average.decay:
-            self.average = self.average.updated(self._latest())
-        self._row = {"updates": float(self.updates)}
-        self._row |= rollout_metrics(rollouts, returns, groups, self.prices if self.config.prices else None)
-        if self.config.prices is not None:
-            infos = rollouts.infos
-            violated = infos["latency_ms"] > infos["budget_ms"]
-            self.prices = self.prices.updated(_log_ratio(rollouts), violated)
-        self.updates += 1
-        interval = self.config.grpo.reference_interval
-        if self.config.grpo.kl_coef > 0 and interval and self.updates % interval == 0:
-            with kill_on_timeout(self.learner_group, self.config.timeouts.learner_timeout_s):
-                each_learner(self.learner_group, lambda learner: learner.refresh_reference())
-        self._row |= learner_metrics(self.metrics) | counts
-        self._row["seconds_sample"] = sampled - started
-        self._row["seconds_learn"] = time.perf_counter() - sampled
+        with self._all_or_nothing():
+            started = time.perf_counter()
+            rollouts, runner_metrics, counts = self._sample()
+            sampled = time.perf_counter()
+            returns = self._returns(rollouts)
+            groups = group_advantages(
+                returns.reshape(-1, self.config.grpo.group_size), normalize_by_std=self.config.grpo.normalize_by_std
+            )
+            learner_results = self._learn(rollouts, groups)
+            if self.average.decay:
+                self.average = self.average.updated(self._latest())
+            row = rollout_metrics(rollouts, returns, groups, self.prices if self.config.prices else None)
+            if self.config.prices is not None:
+                violated = rollouts.infos["latency_ms"] > rollouts.infos["budget_ms"]
+                self.prices = self.prices.updated(_log_ratio(rollouts), violated)
+            self._refresh_reference()
+            self._publish()
+            episodes = as_runner_results(episode_metrics(returns, STEPS))
+            self.metrics.aggregate([*runner_metrics, episodes], key=ENV_RUNNER_RESULTS)
+            self.metrics.aggregate(learner_results, key=LEARNER_RESULTS)
+            seconds = {"seconds_sample": sampled - started, "seconds_learn": time.perf_counter() - sampled}
+            self._row = {"updates": float(self.updates)} | row | learner_metrics(self.metrics) | counts | seconds
+            self.updates += 1
 
-    def _sample(self) -> tuple[Rollouts, dict[str, float]]:
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Return to the beginning of the iteration when anything is raised, an interrupt included.
+
+        The next `train()` then repeats the iteration with the same numbers: what is drawn depends on (seed, iteration),
+        and the sampler samples again under the same weights.
+        """
+        begun = self.prices, self.average, self.updates
+        self._each_learner(lambda learner: learner.remember())
+        try:
+            yield
+        except BaseException:
+            self.prices, self.average, self.updates = begun
+            with suppress(ray.exceptions.RayError, UserError):  # a learner that died cannot, and was the error
+                self._each_learner(lambda learner: learner.roll_back())
+            raise
+
+    def _each_learner(self, ask: Callable[[Any], Any]) -> None:
+        with kill_on_timeout(self.learner_group, self.config.timeouts.learner_timeout_s):
+            each_learner(self.learner_group, ask)
+
+    def _refresh_reference(self) -> None:
+        interval = self.config.grpo.reference_interval
+        if self.config.grpo.kl_coef > 0 and interval and (self.updates + 1) % interval == 0:
+            self._each_learner(lambda learner: learner.refresh_reference())
+
+    def _publish(self) -> None:
+        """Give the local runner the controller that is evaluated: `get_module()` and the checkpoint's module."""
+        if self.env_runner is not None:
+            self.env_runner.load_weights(self._evaluated())
+
+    def _sample(self) -> tuple[Rollouts, list[Any], dict[str, float]]:
         """Complete groups of this iteration; when they are here, the iterations ahead are in the runners' queues."""
-        rollouts, runner_metrics, counts = self.sampler.collect(self.updates, self.weights())
-        self.metrics.aggregate(runner_metrics, key=ENV_RUNNER_RESULTS)
-        return rollouts, counts
+        return self.sampler.collect(self.updates, self.weights())
 
     def _returns(self, rollouts: Rollouts) -> npt.NDArray[np.float64]:
         """Return of each rollout (N,): the environment's reward, or accuracy less the current penalty."""
@@ -137,13 +174,15 @@ class GRPO(QuietAlgorithm):
             )
         return np.asarray(returns, np.float64)
 
-    def _learn(self, rollouts: Rollouts, groups: GroupAdvantages) -> None:
+    def _learn(self, rollouts: Rollouts, groups: GroupAdvantages) -> list[Any]:
         """Epochs of minibatches over both decisions of every rollout, with the rollout's advantage given to both."""
         rows = np.arange(len(rollouts))
         if self.config.grpo.skip_uniform_groups:
             rows = rows.reshape(groups.uniform.size, -1)[~groups.uniform].reshape(-1)
         if not rows.size:
-            return
+            return []
+        # Schedules count decisions sampled, not those that are left after skipping: they never run backwards.
+        decisions = (self.updates + 1) * self.config.rollouts_per_iteration * STEPS
         if rows.size < len(rollouts):
             rollouts = rollouts.take(rows)
         columns = _columns(rollouts, groups.values.reshape(-1)[rows])
@@ -158,11 +197,11 @@ class GRPO(QuietAlgorithm):
             with kill_on_timeout(self.learner_group, self.config.timeouts.learner_timeout_s):
                 results += self.learner_group.update(
                     batch=MultiAgentBatch({DEFAULT_MODULE_ID: batch}, env_steps=len(order)),
-                    timesteps={"num_env_steps_sampled_lifetime": (self.updates + 1) * count},
+                    timesteps={NUM_ENV_STEPS_SAMPLED_LIFETIME: decisions},
                     minibatch_size=size // learners,
                     num_epochs=1,
                 )
-        self.metrics.aggregate(results, key=LEARNER_RESULTS)
+        return results
 
     def weights(self) -> Any:
         """The latest weights, by which rollouts are sampled, as runners take them."""
@@ -211,6 +250,8 @@ class GRPO(QuietAlgorithm):
         with kill_on_timeout(self.learner_group, self.config.timeouts.learner_timeout_s):
             written = super().save_to_path(path, **kwargs)
             checkpoint.check_written(self.learner_group, Path(written))
+        if self.env_runner is not None:
+            self.get_module().save_to_path(Path(written) / VALIDATED_MODULE)
         write_manifest(Path(written))
         return str(written)
 
@@ -221,6 +262,7 @@ class GRPO(QuietAlgorithm):
                 super().restore_from_path(path, *args, **kwargs)
             checkpoint.check_learners(self.learner_group, Path(path))
         checkpoint.check_runners(self)
+        self._publish()
 
 
 def _shared(state: Weights) -> Any:

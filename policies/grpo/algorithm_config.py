@@ -1,13 +1,13 @@
 """`GRPOConfig`: RLlib's configuration with GRPO's sections in it, and what it refuses before anything starts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from envs.errors import UserError
-from policies.grpo.config import OLD_KEYS, ControllerSettings, GRPOSettings, TimeoutSettings
+from policies.grpo.config import OLD_KEYS, ControllerSettings, GRPOSettings, Section, TimeoutSettings
 from policies.grpo.env_runner import RolloutRunner
 from policies.grpo.evaluation import evaluate_with_runners
 from policies.grpo.learner import GRPOLearner
@@ -17,8 +17,21 @@ from policies.grpo.rl_module import ControllerModule
 if TYPE_CHECKING:
     from policies.grpo.algorithm import GRPO
 
-SECTIONS: Final = {"grpo": GRPOSettings, "controller": ControllerSettings, "timeouts": TimeoutSettings}
+SECTIONS: Final[Mapping[str, type[Section]]] = {
+    "grpo": GRPOSettings,
+    "controller": ControllerSettings,
+    "timeouts": TimeoutSettings,
+}
 RLLIB_NAMES: Final = {"num_epochs": ("grpo", "epochs"), "grad_clip": ("grpo", "max_grad_norm")}
+UNSUPPORTED: Final = {
+    "_env_to_module_connector": "the environment returns what the controller reads",
+    "_module_to_env_connector": "the environment takes the controller's actions",
+    "_learner_connector": "the driver makes the batches",
+    "observation_filter": "observations are normalized by the environment",
+    "output": "write episodes from an on_sample_end callback",
+    "input_": "GRPO learns from its own rollouts only",
+    "train_batch_size_per_learner": "an iteration is groups_per_iteration times group_size rollouts",
+}
 OWN_NAMES: Final = ("prices", "total_iterations", "runner_threads")
 
 
@@ -33,6 +46,7 @@ class GRPOConfig(AlgorithmConfig):
         prices: the Lagrangian mode; None takes the environment's reward as the return.
         total_iterations: iterations of the whole run, over which `anneal_entropy` lets the entropy bonus fall to 0;
             0 is unknown and keeps it constant.
+        lr_schedule: learning rates over decisions sampled, as RLlib's `lr` takes them; None keeps `grpo.lr`.
         runner_threads: torch threads of each remote env runner.
         evaluation_contexts: contexts of an evaluation every `evaluation_interval` iterations.
     """
@@ -44,6 +58,7 @@ class GRPOConfig(AlgorithmConfig):
         self.grpo = GRPOSettings()
         self.controller = ControllerSettings()
         self.timeouts = TimeoutSettings()
+        self.lr_schedule: Sequence[Any] | None = None
         self.prices: PriceSettings | None = None
         self.total_iterations: int = 0
         self.runner_threads: int = 1
@@ -62,6 +77,8 @@ class GRPOConfig(AlgorithmConfig):
         self.custom_evaluation_function = evaluate_with_runners
         self.evaluation_sample_timeout_s = self.timeouts.sample_timeout_s
         self.evaluation_contexts: tuple[Any, ...] = ()
+        # Not named evaluation_*: RLlib hands every such key of a dict to `evaluation()`.
+        self.has_evaluation_runners: bool = False
 
     def sections(
         self, *, grpo: GRPOSettings, controller: ControllerSettings, timeouts: TimeoutSettings
@@ -89,12 +106,8 @@ class GRPOConfig(AlgorithmConfig):
         if evaluation_contexts is not None:
             self.evaluation_contexts = tuple(evaluation_contexts)
         super().evaluation(**settings)
+        self.has_evaluation_runners = self.evaluation_config is not None
         return self
-
-    @property
-    def has_evaluation_runners(self) -> bool:
-        """Whether runners for evaluation are built: their environment is configured."""
-        return self.evaluation_config is not None
 
     @property
     def rollouts_per_iteration(self) -> int:
@@ -131,6 +144,7 @@ class GRPOConfig(AlgorithmConfig):
             )
         if not self.in_evaluation:
             self._validate_sampling()
+            self._validate_unsupported()
 
     def _validate_sampling(self) -> None:
         """Refuse groups that do not fill whole runners, and policy lag without remote runners."""
@@ -150,6 +164,26 @@ class GRPOConfig(AlgorithmConfig):
         if self.batch_mode != "complete_episodes":
             raise UserError(f"batch mode {self.batch_mode!r} is not allowed: use 'complete_episodes'")
 
+    def _validate_unsupported(self) -> None:
+        """Refuse what RLlib offers and GRPO would silently ignore."""
+        defaults = AlgorithmConfig()
+        for name, instead in UNSUPPORTED.items():
+            if getattr(self, name) != getattr(defaults, name):
+                raise UserError(f"{name} = {getattr(self, name)!r} has no effect on GRPO: {instead}")
+        if self.evaluation_interval and not self.evaluation_contexts:
+            raise UserError(
+                f"evaluation_interval = {self.evaluation_interval} evaluates nothing: give evaluation_contexts="
+                "[(sample, budget in ms), ...] to .evaluation()"
+            )
+        if self.evaluation_interval and not self.has_evaluation_runners:
+            raise UserError("evaluation_interval needs an environment: give evaluation_config={'env_config': ...}")
+        spec = self.rl_module_spec
+        if spec.module_class is not None and not issubclass(spec.module_class, ControllerModule):
+            raise UserError(
+                f"RLModule {spec.module_class.__name__} is not allowed: GRPO trains the masked distribution of "
+                "policies.grpo.rl_module.ControllerModule; give it or a subclass"
+            )
+
     def get_default_rl_module_spec(self) -> RLModuleSpec:
         model_config = {"hidden": self.controller.hidden, "reference": self.grpo.kl_coef > 0}
         return RLModuleSpec(module_class=ControllerModule, model_config=model_config)
@@ -162,13 +196,19 @@ def _field(section: str, name: str) -> property:
     """A field of a section as an attribute of the configuration, checked when it is set."""
 
     def get(config: GRPOConfig) -> Any:
-        return getattr(getattr(config, section), name)
+        schedule = config.lr_schedule if name == "lr" else None
+        return getattr(getattr(config, section), name) if schedule is None else schedule
 
     def put(config: GRPOConfig, value: Any) -> None:
         # RLlib's constructor sets its own defaults before the sections exist; those do not count.
-        if section in vars(config):
-            plain = value.item() if hasattr(value, "item") else value
-            setattr(config, section, getattr(config, section).replaced(**{name: plain}))
+        if section not in vars(config):
+            return
+        if name == "lr":
+            config.lr_schedule = value if isinstance(value, list | tuple) else None
+            if config.lr_schedule is not None:
+                return
+        plain = value.item() if hasattr(value, "item") else value
+        setattr(config, section, getattr(config, section).replaced(**{name: plain}))
 
     return property(get, put)
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS
-from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
 from envs.errors import UserError
 from policies.baselines import Baseline
+from policies.grpo.env_runner import STEPS
+from policies.grpo.metrics import as_runner_results, episode_metrics
 from policies.grpo.rllib_adapter import RunnerPool
 from policies.grpo.sampling import Dispatcher, Task
 
@@ -90,11 +91,9 @@ def evaluate_with_runners(algorithm: "GRPO", group: EnvRunnerGroup | None) -> tu
     algorithm.evaluation_rows = rows
     means = summary(rows)
     # RLlib reads evaluation results from its metrics, and only such as a runner could have sent.
-    sender = MetricsLogger(root=False)
-    for key, value in means.items():
-        sender.log_value(key, value, window=1)
-    algorithm.metrics.aggregate([sender.reduce()], key=(EVALUATION_RESULTS, ENV_RUNNER_RESULTS))
-    return means, 2 * len(rows), 2 * len(rows)
+    numbers = means | episode_metrics(np.array([row["reward"] for row in rows]), STEPS)
+    algorithm.metrics.aggregate([as_runner_results(numbers)], key=(EVALUATION_RESULTS, ENV_RUNNER_RESULTS))
+    return numbers, STEPS * len(rows), STEPS * len(rows)
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The learner: RLlib's torch learner with the GRPO loss. Nothing is drawn here: the driver cuts the minibatches."""
 
+import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -84,6 +85,7 @@ class GRPOLearner(TorchLearner):
     """
 
     failed_write: str | None = None
+    _begun: Mapping[str, Any] | None = None
 
     def get_parameters(self, module: Any) -> Sequence[torch.nn.Parameter]:
         return [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -119,9 +121,24 @@ class GRPOLearner(TorchLearner):
             if isinstance(plain, ControllerModule):
                 plain.refresh_reference()
 
+    def remember(self) -> None:
+        """Keep a copy of the weights, the reference and the optimizer's state, for `roll_back`."""
+        self._begun = copy.deepcopy(self.get_state(components=[COMPONENT_RL_MODULE, COMPONENT_OPTIMIZER]))
+
+    def roll_back(self) -> None:
+        """Return to the state of the last `remember`; losses logged since are thrown away."""
+        if self._begun is not None:
+            self.set_state(self._begun)
+        self.metrics.reduce()
+
     def set_state(self, state: Mapping[str, Any]) -> None:
         force_next_weights(self)  # a restore means exactly these weights, older or not
         super().set_state(state)
+        if isinstance(self.config.lr, float):
+            # The configuration decides: population based training restores another trial's state with a new rate.
+            for _, optimizer in self.get_optimizers_for_module():
+                for group in optimizer.param_groups:
+                    group["lr"] = self.config.lr
 
     def save_to_path(self, *args: Any, **kwargs: Any) -> str:
         # RLlib never looks at what came of this in another process: kept for `checkpoint.check_written`.

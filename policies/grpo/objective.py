@@ -79,15 +79,6 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_h
     return torch.minimum(ratio * advantages, clipped * advantages)
 
 
-def kl_estimate(log_prob: Tensor, reference_log_prob: Tensor) -> Tensor:
-    """Estimate of KL(policy || reference) per row from a sampled action: exp(d) - d - 1 with d = reference - policy.
-
-    Never negative and unbiased for actions of the policy itself (Schulman 2020, "k3"; Shao et al. 2024, eq. 4).
-    """
-    delta = reference_log_prob - log_prob
-    return delta.exp() - delta - 1.0
-
-
 def ratio_limit(settings: GRPOSettings) -> float:
     """Where the ratio is cut off: at `dual_clip` when rollouts may lag (Ye et al. 2020), else nowhere.
 
@@ -110,8 +101,9 @@ def grpo_loss(logits: Tensor, inputs: LossInputs, settings: GRPOSettings) -> tup
     loss_B = -surrogate_B - settings.entropy_coef * (policy.entropy() * inputs.entropy_shares)
     metrics = {}
     if inputs.reference_logits is not None:
-        reference_B = KnobDistribution(inputs.reference_logits).log_prob(inputs.actions)
-        kl_B = kl_estimate(log_prob_B, reference_B)
+        # Exact, as few actions make it cheap. An estimate from the sampled action has the right mean, but its gradient
+        # (of "k3", Shao et al. 2024, eq. 4) is that of KL(reference || policy).
+        kl_B = policy.kl(KnobDistribution(inputs.reference_logits))
         loss_B = loss_B + settings.kl_coef * kl_B
         metrics["kl_reference"] = _mean(kl_B, inputs.weights)
     loss = _mean(loss_B, inputs.weights)

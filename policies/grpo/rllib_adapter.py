@@ -13,17 +13,28 @@ from typing import Any, Final, TypeVar
 
 import ray
 from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.callbacks.utils import make_callback
+from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.learner import Learner
 from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 from envs.errors import UserError
 
 T = TypeVar("T")
 STOP_TIMEOUT_S: Final = 5.0
+CALLBACKS: Final = (
+    "on_episode_created",
+    "on_episode_start",
+    "on_episode_step",
+    "on_episode_end",
+    "on_sample_end",
+)
 ERROR_LOGGERS: Final = ("ray.rllib.utils.actor_manager", "ray.rllib.env.env_runner_group")
 PRIVATE_NAMES: Final = (
     (EnvRunnerGroup, "_worker_manager", "to know which env runners live and to call one of them"),
@@ -37,6 +48,8 @@ PRIVATE_NAMES: Final = (
     (Algorithm, "_setup_logdir", "to log to a temporary folder without Tune"),
     (Algorithm, "_should_create_evaluation_env_runners", "to evaluate without an evaluation interval"),
     (SingleAgentEnvRunner, "_device", "to place observations on the runner's device"),
+    (SingleAgentEnvRunner, "_callbacks", "to honour callbacks"),
+    (SingleAgentEnvRunner, "_make_on_episode_callback", "to honour callbacks"),
     (SingleAgentEnvRunner, "_increase_sampled_metrics", "to count environment steps and episodes"),
 )
 """(owner, name, what for) of every name used here that Ray does not promise to keep."""
@@ -176,6 +189,53 @@ class EnvRunnerBase(SingleAgentEnvRunner):
     def device(self) -> Any:
         """Where the module is."""
         return self._device
+
+    def make_callbacks(self, rollouts: Any) -> None:
+        """Run the configured episode and sample callbacks on finished rollouts, in the order in which RLlib would.
+
+        Episodes are only made when a callback is set. The observation after the last decision is that of the decision.
+        """
+        if not self._wants_callbacks():
+            return
+        episodes = [self._replayed(rollouts, row) for row in range(len(rollouts))]
+        make_callback(
+            "on_sample_end",
+            callbacks_objects=self._callbacks,
+            callbacks_functions=self.config.callbacks_on_sample_end,
+            kwargs={"env_runner": self, "metrics_logger": self.metrics, "samples": episodes},
+        )
+
+    def _wants_callbacks(self) -> bool:
+        functions = [getattr(self.config, f"callbacks_{name}") for name in CALLBACKS]
+        methods = [getattr(type(one), name) for one in self._callbacks for name in CALLBACKS]
+        return any(functions) or any(method is not getattr(RLlibCallback, method.__name__) for method in methods)
+
+    def _replayed(self, rollouts: Any, row: int) -> SingleAgentEpisode:
+        """One rollout as an RLlib episode, with its callbacks run on the way."""
+        spaces = self.env.single_observation_space, self.env.single_action_space
+        episode = SingleAgentEpisode(observation_space=spaces[0], action_space=spaces[1])
+        place = {row: episode}
+        steps = rollouts.actions.shape[1]
+
+        def observation(step: int) -> dict[str, Any]:
+            return {key: value[row, min(step, steps - 1)] for key, value in rollouts.obs.items()}
+
+        self._make_on_episode_callback("on_episode_created", row, place)
+        episode.add_env_reset(observation(0), {})
+        self._make_on_episode_callback("on_episode_start", row, place)
+        for step in range(steps):
+            last = step == steps - 1
+            episode.add_env_step(
+                observation(step + 1),
+                rollouts.actions[row, step],
+                float(rollouts.rewards[row]) if last else 0.0,
+                infos={key: value[row] for key, value in rollouts.infos.items()} if last else {},
+                terminated=last,
+                extra_model_outputs={Columns.ACTION_LOGP: rollouts.log_probs[row, step]},
+            )
+            self._make_on_episode_callback("on_episode_step", row, place)
+        self._make_on_episode_callback("on_episode_end", row, place)
+        return episode.to_numpy()
 
     def count_steps(self, steps: int, episodes: int) -> None:
         """Log environment steps and finished episodes under RLlib's usual keys."""

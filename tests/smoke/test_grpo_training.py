@@ -238,7 +238,7 @@ def test_equal_groups_can_be_dropped_and_everything_equal_is_survived() -> None:
     algorithm = configuration(skip_uniform_groups=True).build_algo()
     row = train(algorithm, 1)[0]
     assert row["groups"] == 8.0
-    sampled, _ = algorithm._sample()
+    sampled, *_ = algorithm._sample()
     from policies.grpo.objective import group_advantages
 
     before = fingerprint(ray.get(algorithm.weights()))

@@ -1,6 +1,7 @@
 """The tables of metrics in the documents name what a run writes down, no more and no less."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,10 +61,13 @@ def iteration() -> dict[str, float]:
         updates=1,
         average=WeightAverage(0.0),
         prices=Prices.start(prices).updated(np.array([-1.0, 0.0]), np.array([True, False])),
-        metrics=SimpleNamespace(peek=lambda key, default: 0.5),
-        _sample=lambda: (rollouts(8), dict.fromkeys(COUNTS, 0.0)),
+        metrics=SimpleNamespace(peek=lambda key, default: 0.5, aggregate=lambda results, key: None),
+        _all_or_nothing=nullcontext,
+        _refresh_reference=lambda: None,
+        _publish=lambda: None,
+        _sample=lambda: (rollouts(8), [], dict.fromkeys(COUNTS, 0.0)),
         _returns=lambda found: found.rewards,
-        _learn=lambda found, groups: None,
+        _learn=lambda found, groups: [],
     )
     GRPO.training_step(algorithm)
     return dict(algorithm._row)

@@ -15,7 +15,7 @@ from policies.distribution import LOGITS_WIDTH, KnobDistribution, mask_logits
 from policies.grpo.algorithm import GRPOConfig
 from policies.grpo.config import GRPOSettings
 from policies.grpo.ema import WeightAverage
-from policies.grpo.objective import LossInputs, clipped_surrogate, group_advantages, grpo_loss, kl_estimate, minibatches
+from policies.grpo.objective import LossInputs, clipped_surrogate, group_advantages, grpo_loss, minibatches
 from policies.grpo.prices import FLOOR, Prices, PriceSettings, overrun_cost
 
 RETURNS = arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(2, 8)), elements=st.floats(-5, 5))
@@ -96,12 +96,27 @@ def test_a_ratio_beyond_its_maximum_is_cut_off(advantage: float, value: float, s
     assert "dual_clip_share" not in grpo_loss(logits, inputs, GRPOSettings())[1]
 
 
-def test_kl_estimate_is_unbiased_and_never_negative() -> None:
+def test_the_kl_term_and_its_gradient_are_those_of_policy_against_reference() -> None:
     p, q, actions = distributions()
-    log_p, log_q = p.log_prob(actions), q.log_prob(actions)
-    estimates = kl_estimate(log_p, log_q)
-    assert estimates.min() >= 0
-    assert (log_p.exp() * estimates).sum().item() == pytest.approx(p.kl(q)[0].item(), abs=1e-5)
+    logits = p.logits.clone().requires_grad_()
+    batch = LossInputs(
+        old_logits=p.logits,
+        actions=actions,
+        old_log_prob=p.log_prob(actions),
+        advantages=torch.zeros(15),
+        weights=torch.ones(15),
+        entropy_shares=torch.zeros(15),
+        reference_logits=q.logits,
+    )
+    loss, metrics = grpo_loss(logits, batch, GRPOSettings(kl_coef=1.0))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    # By hand: sum over the 15 joint actions of p log(p / q).
+    again = p.logits[:1].clone().requires_grad_()
+    joint = KnobDistribution(again.expand(15, -1)).log_prob(actions)
+    expected = (joint.exp() * (joint - q.log_prob(actions))).sum()
+    (wanted,) = torch.autograd.grad(expected, again)
+    assert metrics["kl_reference"].item() == pytest.approx(expected.item(), abs=1e-5)
+    torch.testing.assert_close(gradient.sum(0, keepdim=True), wanted, rtol=1e-4, atol=1e-5)
 
 
 def inputs(rows: int = 8, **changes: torch.Tensor) -> LossInputs:
