@@ -30,7 +30,7 @@ def test_presets_for_two_cores_are_feasible(name: str, monkeypatch: pytest.Monke
 
 def test_overrides_win_over_file_and_file_over_preset(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("grpo: {lr: 5e-4, groups: 8}\nrun:\n", encoding="utf-8")
+    file.write_text("grpo: {lr: 5e-4, groups_per_iteration: 8}\nrun:\n", encoding="utf-8")
     config = load_config("smoke", file, ["grpo.lr=3e-4", "run.name=first"])
     assert config.grpo.lr == 3e-4
     assert config.grpo.groups_per_iteration == 8
