@@ -3,9 +3,9 @@
     python benchmarks/driver.py [--width 2048] [--rollouts 128] [--epochs 4] [--quick]
 
 First: CPU time of the driver's thread per rollout, 1,024 rollouts an iteration, with two runners and a learner in
-processes of their own and environments that cost nothing. Then a model of that time, `fixed + a * chunks +
+processes of their own and environments that cost nothing. Then a model of that time, `fixed + a * shards +
 b * rollouts`, fitted to small cases and held against a simulation of 64 and of 1,000 runners, for all of which one
-process answers. Last: from the model and the learner's speed, how short a chunk must be for runners to wait.
+process answers. Last: from the model and the learner's speed, how short a shard must be for runners to wait.
 """
 
 import argparse
@@ -13,8 +13,7 @@ import asyncio
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -27,9 +26,8 @@ from ray.tune import register_env
 from envs.adaptive_vqa import observation_space
 from envs.knobs import HEAD_SIZES, KnobSpace
 from policies.grpo.algorithm import GRPO, GRPOConfig
-from policies.grpo.rounds import Rounds
-from policies.grpo.runner import Rollouts
-from policies.grpo.spread import Spread
+from policies.grpo.env_runner import Rollouts
+from policies.grpo.sampling import Dispatcher, Sampler
 
 GROUP = 8
 ENVIRONMENT = "free"
@@ -97,7 +95,7 @@ def configuration(args: argparse.Namespace, runners: int, learners: int, envs: i
         .environment(ENVIRONMENT, env_config={"width": args.width})
         .env_runners(num_env_runners=runners, num_envs_per_env_runner=envs, num_cpus_per_env_runner=0.5)
         .learners(num_learners=learners, num_cpus_per_learner=0.5)
-        .training(group_size=GROUP, groups_per_iteration=rollouts // GROUP, num_epochs=args.epochs, minibatch_size=512)
+        .training(group_size=GROUP, groups_per_iteration=rollouts // GROUP, epochs=args.epochs, minibatch_size=512)
         .debugging(seed=0, log_level="ERROR")
     )
 
@@ -126,79 +124,60 @@ def work_of_an_iteration(args: argparse.Namespace) -> float:
 
 @ray.remote(num_cpus=0, max_concurrency=4096)
 class Everyone:
-    """Answers for all runners: each chunk after `seconds`, with rollouts of the real size."""
+    """Answers for all runners: each shard after `seconds`, with rollouts of the real size."""
 
     def __init__(self, template: Rollouts, seconds: float) -> None:
         self.template, self.seconds = template, seconds
 
-    async def chunk(self, chunk: int, runner: int) -> Rollouts:
+    async def shard(self, shard: int, runner: int) -> Rollouts:
         await asyncio.sleep(self.seconds)
         infos = {key: value.copy() for key, value in self.template.infos.items()}
-        infos["context"] = infos["context"] % 1_000_000 + chunk * 1_000_000
+        infos["context"] = infos["context"] % 1_000_000 + shard * 1_000_000
         return replace(self.template, infos=infos, runner=runner)
 
 
 class StandIns:
-    """What `Spread` needs of an EnvRunnerGroup and its actor manager, for runners that are not there."""
+    """What the dispatcher needs of a pool of env runners, for runners that do not exist."""
+
+    local = None
+    restarts = False
 
     def __init__(self, template: Rollouts, runners: int, seconds: float) -> None:
         self.everyone = Everyone.remote(template, seconds)
-        self.runners = {index: _StandIn(self.everyone, index) for index in range(1, runners + 1)}
-        self._worker_manager = self
-        self._remote_config = SimpleNamespace(restart_failed_env_runners=False)
+        self.numbers = list(range(1, runners + 1))
 
-    def num_remote_env_runners(self) -> int:
-        return len(self.runners)
+    def all(self) -> list[int]:
+        return self.numbers
 
-    num_healthy_actors = num_remote_env_runners
+    healthy = all
 
-    def actors(self) -> dict[int, Any]:
-        return self.runners
-
-    def actor_ids(self) -> list[int]:
-        return list(self.runners)
-
-    healthy_actor_ids = actor_ids
-
-
-@dataclass
-class _StandIn:
-    everyone: Any
-    index: int
-
-    @property
-    def apply(self) -> Any:
-        return self
-
-    def remote(self, function: Any, *, method: str, job: Mapping[str, Any]) -> Any:
-        return self.everyone.chunk.remote(job["chunk"], self.index)
+    def call(self, runner: int, function: Any, *, method: str, job: Mapping[str, Any]) -> Any:
+        return self.everyone.shard.remote(job["shard"], runner)
 
 
 def template(algorithm: GRPO, rollouts: int) -> Rollouts:
-    """A chunk of the local runner, cut to `rollouts`, with metrics as a runner sends them."""
-    job = {"round_number": 0, "chunk": 0, "chunks": 1, "attempt": 0, "weights": algorithm.weights()}
-    whole = algorithm.env_runner_group.local_env_runner.sample_chunk(**job)
+    """A shard of the local runner, cut to `rollouts`, with metrics as a runner sends them."""
+    job = {"iteration": 0, "shard": 0, "shards": 1, "weights": algorithm.weights()}
+    whole = algorithm.env_runner_group.local_env_runner.sample_shard(**job)
     return replace(whole.take(np.arange(rollouts)), metrics=whole.metrics)
 
 
 def simulated(algorithm: GRPO, args: argparse.Namespace, runners: int, rollouts: int) -> float:
-    """CPU s of the driver's thread in an iteration over `runners` chunks of `rollouts`, the learner's work left out."""
-    group = StandIns(template(algorithm, rollouts), runners, seconds=args.seconds)
-    algorithm.spread = Spread(
-        group, "sample_chunk", timeout_s=600.0, restart_timeout_s=60.0, restore=lambda _: []
-    )  # fmt: skip
-    algorithm.rounds = Rounds(algorithm.spread, chunks=runners, group_size=GROUP, ahead=0)
+    """CPU s of the driver's thread in an iteration over `runners` shards of `rollouts`, the learner's work left out."""
+    pool = StandIns(template(algorithm, rollouts), runners, seconds=args.seconds)
+    dispatcher = Dispatcher(pool, "sample_shard", timeout_s=600.0, restart_timeout_s=60.0)
+    algorithm.sampler = Sampler(dispatcher, shards=runners, group_size=GROUP, max_policy_lag=0)
     spent = []
     for _ in range(3):
         cpu = time.thread_time()
         algorithm.training_step()
         spent.append(time.thread_time() - cpu)
-    ray.kill(group.everyone)
+    ray.kill(pool.everyone)
     return float(np.median(spent))
 
 
 def fitted(cases: Sequence[tuple[int, int]], seconds: Sequence[float]) -> np.ndarray:
-    """Coefficients (fixed, a, b) of s = fixed + a * chunks + b * rollouts; relative errors weigh the same."""
+    """Coefficients (fixed, a, b) of s = fixed + a * shards + b * rollouts; relative errors weigh the same."""
     rows = np.array([(1.0, runners, runners * rollouts) for runners, rollouts in cases])
     scale = 1.0 / np.asarray(seconds)
     return np.linalg.lstsq(rows * scale[:, None], np.ones(len(seconds)), rcond=None)[0]
@@ -231,7 +210,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048, help="d_model of the observations")
     parser.add_argument("--rollouts", type=int, default=128, help="of each runner and iteration")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a stand-in's chunk")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a stand-in's shard")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, and no simulation of 1,000 runners")
     args = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -248,7 +227,7 @@ def main() -> None:
     measured = [simulated(algorithm, args, *case) for case in SMALL]
     model = fitted(SMALL, measured)
     print(
-        f"driver: {model[0] * 1e3:.1f} ms an iteration + {model[1] * 1e3:.2f} ms a chunk + "
+        f"driver: {model[0] * 1e3:.1f} ms an iteration + {model[1] * 1e3:.2f} ms a shard + "
         f"{model[2] * 1e3:.4f} ms a rollout"
     )
     print(f"learner on one CPU thread: {learner * 1e3:.3f} ms a rollout")
@@ -259,7 +238,7 @@ def main() -> None:
     size = sum(value[0].nbytes for value in template(algorithm, GROUP).obs.values())
     print(
         f"\n{'GPUs':>6}{'rollouts':>10}{'GB to driver':>14}{'driver s':>10}{'learner s':>11}  "
-        "runners wait if a chunk takes less than"
+        "runners wait if a shard takes less than"
     )
     for runners in (64, 1000):
         driver, learning = predicted(model, runners, args.rollouts), learner * runners * args.rollouts

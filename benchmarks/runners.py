@@ -38,19 +38,16 @@ def sampling(algorithm: Any, rounds: int) -> list[float]:
     speeds = []
     for _ in range(rounds):
         started = time.perf_counter()
-        rollouts, _ = algorithm._sample()
+        rollouts, *_ = algorithm._sample()
         speeds.append(len(rollouts) / (time.perf_counter() - started))
-        algorithm.round += 1
+        algorithm.updates += 1
     return speeds
 
 
 def compare_runners(args: argparse.Namespace) -> None:
     """One against two runners, in turns, on samples of their own."""
-    given = [
-        f"grpo.groups_per_iteration={args.groups}",
-        f"task.train_samples={args.groups * (args.rounds + 1)}",
-        *args.overrides,
-    ]
+    samples = args.groups * (args.rounds + 1)
+    given = [f"grpo.groups_per_iteration={args.groups}", f"task.train_samples={samples}", *args.overrides]
     algorithms = {count: build([*given, f"runners.count={count}"]) for count in (1, 2)}
     speeds: dict[int, list[float]] = {count: [] for count in algorithms}
     for algorithm in algorithms.values():
@@ -69,28 +66,24 @@ def compare_runners(args: argparse.Namespace) -> None:
 
 def compare_modes(args: argparse.Namespace) -> None:
     """An iteration with rollouts and learning in turns, then overlapping, then in turns again; one runner."""
-    given = [
-        f"grpo.groups_per_iteration={args.groups}",
-        f"task.train_samples={args.groups}",
-        "runners.count=1",
-        *args.overrides,
-    ]
+    groups = f"grpo.groups_per_iteration={args.groups}"
+    given = [groups, f"task.train_samples={args.groups}", "runners.count=1", *args.overrides]
     seconds: dict[int, list[float]] = {0: [], 1: []}
     rows: dict[int, list[dict[str, float]]] = {0: [], 1: []}
-    for staleness in (0, 1, 0, 1):
-        algorithm = build([*given, f"grpo.max_policy_lag={staleness}"])
+    for lag in (0, 1, 0, 1):
+        algorithm = build([*given, f"grpo.max_policy_lag={lag}"])
         for iteration in range(args.iterations + 2):
             started = time.perf_counter()
             row = algorithm.train()["grpo"]
             if iteration >= 2:  # the first fill the caches and the pipeline
-                seconds[staleness].append(time.perf_counter() - started)
-                rows[staleness].append(row)
+                seconds[lag].append(time.perf_counter() - started)
+                rows[lag].append(row)
         algorithm.stop()
-    for staleness, name in ((0, "in turns"), (1, "overlapping")):
-        means = {key: np.median([row[key] for row in rows[staleness]]) for key in ("seconds_sample", "seconds_learn")}
+    for lag, name in ((0, "in turns"), (1, "overlapping")):
+        means = {key: np.median([row[key] for row in rows[lag]]) for key in ("seconds_sample", "seconds_learn")}
         print(
-            f"{name}: {np.median(seconds[staleness]):.2f} s an iteration (waits {means['seconds_sample']:.2f} s for "
-            f"rollouts, learns {means['seconds_learn']:.2f} s; {len(seconds[staleness])} iterations)"
+            f"{name}: {np.median(seconds[lag]):.2f} s an iteration (waits {means['seconds_sample']:.2f} s for "
+            f"rollouts, learns {means['seconds_learn']:.2f} s; {len(seconds[lag])} iterations)"
         )
     print(f"ratio {np.median(seconds[0]) / np.median(seconds[1]):.2f}")
 

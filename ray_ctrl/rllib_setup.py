@@ -13,6 +13,7 @@ from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.world import EnvConfig
 from policies.controller import Controller
 from policies.grpo.algorithm import GRPO, GRPOConfig
+from policies.grpo.config import TimeoutSettings
 from policies.grpo.prices import PriceSettings
 from ray_ctrl.run_context import Setting
 
@@ -29,13 +30,12 @@ def build_algorithm(setting: Setting, envs: int, contexts: int) -> GRPO:
     """
     config = setting.config
     settings = _common(setting, "validation", contexts)
-    grpo, runners = config.grpo, config.runners
+    runners = config.runners
     settings.env_runners(
         num_env_runners=runners.count,
         num_envs_per_env_runner=envs,
         num_cpus_per_env_runner=_whole(runners.cpus),
         num_gpus_per_env_runner=runners.gpus,
-        sample_timeout_s=runners.sample_timeout_s,
     )
     settings.learners(
         num_learners=runners.learners,
@@ -43,24 +43,8 @@ def build_algorithm(setting: Setting, envs: int, contexts: int) -> GRPO:
         num_gpus_per_learner=runners.learner_gpus,
     )
     settings.training(
-        group_size=grpo.group_size,
-        groups_per_iteration=grpo.groups_per_iteration,
-        divide_by_spread=grpo.normalize_by_std,
-        drop_equal_groups=grpo.skip_uniform_groups,
-        clip_low=grpo.clip_low,
-        clip_high=grpo.clip_high,
-        kl_coeff=grpo.kl_coef,
-        reference_interval=grpo.reference_interval,
-        entropy_coeff=grpo.entropy_coef,
-        entropy_rounds=config.run.iterations if grpo.anneal_entropy else 0,
-        max_staleness=grpo.max_policy_lag,
-        ratio_max=grpo.dual_clip,
         prices=price_settings(setting) if config.reward.mode == "lagrangian" else None,
-        average=grpo.ema_decay,
-        lr=grpo.lr,
-        num_epochs=grpo.epochs,
-        minibatch_size=grpo.minibatch_size,
-        grad_clip=grpo.max_grad_norm,
+        total_iterations=config.run.iterations,
     )
     return settings.build_algo()
 
@@ -70,7 +54,7 @@ def build_evaluator(setting: Setting, controller: Controller, contexts: int) -> 
     size = setting.config.grpo.group_size
     settings = _common(setting, "test", contexts)
     settings.env_runners(num_env_runners=0, num_envs_per_env_runner=size)
-    settings.training(group_size=size, groups_per_iteration=1, hidden=controller.hidden)
+    settings.training(groups_per_iteration=1, hidden=controller.hidden, max_policy_lag=0)
     algorithm = settings.build_algo()
     state = controller.state_dict()
 
@@ -108,12 +92,9 @@ def _common(setting: Setting, split: str, contexts: int) -> GRPOConfig:
         ENVIRONMENT,
         env_config={"world": setting.world("train"), "group_size": config.grpo.group_size, "seed": config.run.seed},
     )
-    settings.training(
-        hidden=config.controller.hidden,
-        runner_threads=config.model.threads,
-        restart_timeout_s=runners.restart_timeout_s,
-        learner_timeout_s=runners.learner_timeout_s,
-    )
+    timeouts = TimeoutSettings(**{name: getattr(runners, name) for name in TimeoutSettings.model_fields})
+    settings.sections(grpo=config.grpo, controller=config.controller, timeouts=timeouts)
+    settings.training(runner_threads=config.model.threads)
     settings.evaluation(
         evaluation_interval=None,
         evaluation_num_env_runners=runners.eval_runners,

@@ -1,48 +1,57 @@
 """GRPO on RLlib, the whole loop in one file.
 
-One iteration: sample whole chunks -> complete groups -> returns at current prices -> advantages within
-groups -> epochs of minibatches on the learners -> average -> prices -> reference. Everything random is derived from
-(seed, round), and the round is part of the checkpoint, so a resumed run repeats the undisturbed one. With
-`max_staleness` above 0, runners sample the next rounds meanwhile, under weights that old at most.
+One iteration: sample whole shards of complete groups -> returns -> advantages within groups -> epochs of minibatches on
+the learners -> moving average of the weights -> penalty multipliers -> reference. Everything random is derived from
+(seed, iteration), and the count of iterations is part of the checkpoint, so a resumed run repeats the undisturbed one.
+With `max_policy_lag` above 0, runners sample the next iterations meanwhile, under weights that old at most.
 """
 
-import shutil
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
-from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS, LEARNER_RESULTS
+from ray.rllib.utils.metrics import (
+    ENV_RUNNER_RESULTS,
+    EVALUATION_RESULTS,
+    LEARNER_RESULTS,
+    NUM_ENV_STEPS_SAMPLED_LIFETIME,
+)
 
 from envs.errors import UserError
+from envs.files import write_manifest
 from policies.controller import Controller
 from policies.grpo import checkpoint
-from policies.grpo.advantages import GroupAdvantages, group_advantages
 from policies.grpo.algorithm_config import GRPOConfig
-from policies.grpo.averaging import Average, Weights
+from policies.grpo.ema import WeightAverage, Weights
+from policies.grpo.env_runner import STEPS, Rollouts
 from policies.grpo.evaluation import EvaluationRequest, Row
-from policies.grpo.learner import ENTROPY_SHARES, WEIGHTS, answering, each_learner, learner_errors
-from policies.grpo.metrics import learner_metrics, rollout_metrics
-from policies.grpo.minibatches import minibatches
+from policies.grpo.learner import ENTROPY_SHARES, WEIGHTS, kill_on_timeout, learner_errors
+from policies.grpo.metrics import as_runner_results, episode_metrics, learner_metrics, rollout_metrics
+from policies.grpo.objective import GroupAdvantages, group_advantages, minibatches
 from policies.grpo.prices import Prices, PriceSettings
-from policies.grpo.rounds import Rounds, summed
-from policies.grpo.runner import Rollouts
-from policies.grpo.spread import Spread, startup_errors, stop_runners
+from policies.grpo.rllib_adapter import QuietAlgorithm, RunnerPool, each_learner, startup_errors
+from policies.grpo.sampling import Dispatcher, Sampler, summed
 
 STATE: Final = "grpo"
+VALIDATED_MODULE: Final = "validated_module"
+"""Folder of a checkpoint from which `RLModule.from_checkpoint` gives the controller that was validated."""
 __all__ = ["GRPO", "GRPOConfig"]
 
 
-class GRPO(Algorithm):
-    """The training loop. `train()` adds a flat dict of this iteration's numbers, `result["grpo"]`, to RLlib's."""
+class GRPO(QuietAlgorithm):
+    """The training loop. `train()` adds a flat dict of this iteration's numbers, `result["grpo"]`, to RLlib's.
+
+    Attributes:
+        updates: iterations completed since the run began, over all its processes; part of the checkpoint.
+    """
 
     config: GRPOConfig
 
@@ -50,50 +59,38 @@ class GRPO(Algorithm):
     def get_default_config(cls) -> GRPOConfig:
         return GRPOConfig()
 
-    @classmethod
-    def _should_create_evaluation_env_runners(cls, eval_config: Any) -> bool:
-        # `evaluate()` is called by hand as well, so runners for it exist whenever their environment is configured.
-        return eval_config.evaluation_runners or super()._should_create_evaluation_env_runners(eval_config)
-
     def setup(self, config: Any) -> None:
-        self.round = 0
+        self.updates = 0
         self.prices = Prices.start(self.config.prices or PriceSettings())
-        self.average = Average(self.config.average)
+        self.average = WeightAverage(self.config.grpo.ema_decay)
         self.evaluation_request: EvaluationRequest | None = None
         self.evaluation_rows: list[Row] = []
         self._row: dict[str, float] = {}
         with startup_errors():
             super().setup(config)
-        self.spread = Spread(
-            self.env_runner_group,
-            "sample_chunk",
-            timeout_s=self.config.sample_timeout_s,
-            restart_timeout_s=self.config.restart_timeout_s,
-            restore=self.restore_env_runners,
-        )
-        self.rounds = Rounds(
-            self.spread,
-            chunks=self.config.chunks_per_iteration,
-            group_size=self.config.group_size,
-            ahead=self.config.max_staleness,
-        )
+        self.sampler = self._sampler()
+        self._publish()
 
-    def _setup_logdir(self) -> None:
-        # RLlib would leave an empty folder in the user's home for every algorithm built.
-        if self._storage:
-            super()._setup_logdir()
-        else:
-            self._logdir = tempfile.mkdtemp(prefix="grpo-")
-
-    def cleanup(self) -> None:
-        for name in ("env_runner_group", "eval_env_runner_group"):
-            stop_runners(getattr(self, name, None))
-        super().cleanup()
-        if not self._storage:
-            shutil.rmtree(self._logdir, ignore_errors=True)
+    def _sampler(self) -> Sampler:
+        config = self.config
+        runners = RunnerPool(
+            self.env_runner_group, restarts=config.restart_failed_env_runners, restore=self.restore_env_runners
+        )
+        dispatcher = Dispatcher(
+            runners,
+            "sample_shard",
+            timeout_s=config.timeouts.sample_timeout_s,
+            restart_timeout_s=config.timeouts.restart_timeout_s,
+        )
+        return Sampler(
+            dispatcher,
+            shards=config.shards_per_iteration,
+            group_size=config.grpo.group_size,
+            max_policy_lag=config.grpo.max_policy_lag,
+        )
 
     def step(self) -> dict[str, Any]:
-        with learner_errors(self.round):
+        with learner_errors(self.updates):
             result: dict[str, Any] = super().step()
         evaluated = self.config.evaluation_interval and (self.iteration + 1) % self.config.evaluation_interval == 0
         if not evaluated:
@@ -103,41 +100,67 @@ class GRPO(Algorithm):
 
     def training_step(self) -> None:
         """One iteration of GRPO."""
-        started = time.perf_counter()
-        rollouts, counts = self._sample()
-        sampled = time.perf_counter()
-        returns = self._returns(rollouts)
-        groups = group_advantages(
-            returns.reshape(-1, self.config.group_size), divide_by_spread=self.config.divide_by_spread
-        )
-        self._learn(rollouts, groups)
-        if self.config.average:
-            self.average = self.average.updated(self._latest())
-        self._row = {"round": float(self.round)}
-        self._row |= rollout_metrics(rollouts, returns, groups, self.prices if self.config.prices else None)
-        if self.config.prices is not None:
-            infos = rollouts.infos
-            overrun = infos["latency_ms"] > infos["budget_ms"]
-            self.prices = self.prices.updated(_log_ratio(rollouts), overrun)
-        self.round += 1
-        interval = self.config.reference_interval
-        if self.config.kl_coeff > 0 and interval and self.round % interval == 0:
-            with answering(self.learner_group, self.config.learner_timeout_s):
-                each_learner(self.learner_group, lambda learner: learner.refresh_reference())
-        self._row |= learner_metrics(self.metrics) | counts
-        self._row["seconds_sample"] = sampled - started
-        self._row["seconds_learn"] = time.perf_counter() - sampled
+        with self._all_or_nothing():
+            started = time.perf_counter()
+            rollouts, runner_metrics, counts = self._sample()
+            sampled = time.perf_counter()
+            returns = self._returns(rollouts)
+            groups = group_advantages(
+                returns.reshape(-1, self.config.grpo.group_size), normalize_by_std=self.config.grpo.normalize_by_std
+            )
+            learner_results = self._learn(rollouts, groups)
+            if self.average.decay:
+                self.average = self.average.updated(self._latest())
+            row = rollout_metrics(rollouts, returns, groups, self.prices if self.config.prices else None)
+            if self.config.prices is not None:
+                violated = rollouts.infos["latency_ms"] > rollouts.infos["budget_ms"]
+                self.prices = self.prices.updated(_log_ratio(rollouts), violated)
+            self._refresh_reference()
+            self._publish()
+            episodes = as_runner_results(episode_metrics(returns, STEPS))
+            self.metrics.aggregate([*runner_metrics, episodes], key=ENV_RUNNER_RESULTS)
+            self.metrics.aggregate(learner_results, key=LEARNER_RESULTS)
+            seconds = {"seconds_sample": sampled - started, "seconds_learn": time.perf_counter() - sampled}
+            self._row = {"updates": float(self.updates)} | row | learner_metrics(self.metrics) | counts | seconds
+            self.updates += 1
 
-    def _sample(self) -> tuple[Rollouts, dict[str, float]]:
-        """Complete groups of this round; when they are here, the rounds ahead are in the runners' queues."""
-        self.rounds.order(self.round, self.weights())
-        rollouts, runner_metrics, counts = self.rounds.collect(self.round)
-        self.spread.fill()
-        self.metrics.aggregate(runner_metrics, key=ENV_RUNNER_RESULTS)
-        return rollouts, counts
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Return to the beginning of the iteration when anything is raised, an interrupt included.
+
+        The next `train()` then repeats the iteration with the same numbers: what is drawn depends on (seed, iteration),
+        and the sampler samples again under the same weights.
+        """
+        begun = self.prices, self.average, self.updates
+        self._each_learner(lambda learner: learner.remember())
+        try:
+            yield
+        except BaseException:
+            self.prices, self.average, self.updates = begun
+            with suppress(ray.exceptions.RayError, UserError):  # a learner that died cannot, and was the error
+                self._each_learner(lambda learner: learner.roll_back())
+            raise
+
+    def _each_learner(self, ask: Callable[[Any], Any]) -> None:
+        with kill_on_timeout(self.learner_group, self.config.timeouts.learner_timeout_s):
+            each_learner(self.learner_group, ask)
+
+    def _refresh_reference(self) -> None:
+        interval = self.config.grpo.reference_interval
+        if self.config.grpo.kl_coef > 0 and interval and (self.updates + 1) % interval == 0:
+            self._each_learner(lambda learner: learner.refresh_reference())
+
+    def _publish(self) -> None:
+        """Give the local runner the controller that is evaluated: `get_module()` and the checkpoint's module."""
+        if self.env_runner is not None:
+            self.env_runner.load_weights(self._evaluated())
+
+    def _sample(self) -> tuple[Rollouts, list[Any], dict[str, float]]:
+        """Complete groups of this iteration; when they are here, the iterations ahead are in the runners' queues."""
+        return self.sampler.collect(self.updates, self.weights())
 
     def _returns(self, rollouts: Rollouts) -> npt.NDArray[np.float64]:
-        """Return of each rollout (N,): the environment's reward, or accuracy less the current price of overrunning."""
+        """Return of each rollout (N,): the environment's reward, or accuracy less the current penalty."""
         infos = rollouts.infos
         if self.config.prices is None:
             returns = rollouts.rewards
@@ -151,32 +174,34 @@ class GRPO(Algorithm):
             )
         return np.asarray(returns, np.float64)
 
-    def _learn(self, rollouts: Rollouts, groups: GroupAdvantages) -> None:
+    def _learn(self, rollouts: Rollouts, groups: GroupAdvantages) -> list[Any]:
         """Epochs of minibatches over both decisions of every rollout, with the rollout's advantage given to both."""
         rows = np.arange(len(rollouts))
-        if self.config.drop_equal_groups:
-            rows = rows.reshape(groups.equal.size, -1)[~groups.equal].reshape(-1)
+        if self.config.grpo.skip_uniform_groups:
+            rows = rows.reshape(groups.uniform.size, -1)[~groups.uniform].reshape(-1)
         if not rows.size:
-            return
+            return []
+        # Schedules count decisions sampled, not those that are left after skipping: they never run backwards.
+        decisions = (self.updates + 1) * self.config.rollouts_per_iteration * STEPS
         if rows.size < len(rollouts):
             rollouts = rollouts.take(rows)
         columns = _columns(rollouts, groups.values.reshape(-1)[rows])
-        columns[ENTROPY_SHARES] = np.full(2 * rows.size, self.config.entropy_share(self.round), np.float32)
+        columns[ENTROPY_SHARES] = np.full(2 * rows.size, self.config.entropy_share(self.updates), np.float32)
         learners = max(1, self.config.num_learners)
         results: list[Any] = []
-        for epoch in range(self.config.num_epochs):
-            generator = np.random.default_rng([self.config.seed, self.round, epoch])
+        for epoch in range(self.config.grpo.epochs):
+            generator = np.random.default_rng([self.config.seed, self.updates, epoch])
             count = 2 * rows.size
-            order, weights, size = minibatches(count, self.config.minibatch_size or count, learners, generator)
+            order, weights, size = minibatches(count, self.config.grpo.minibatch_size or count, learners, generator)
             batch = SampleBatch(_take(columns, order) | {WEIGHTS: weights})
-            with answering(self.learner_group, self.config.learner_timeout_s):
+            with kill_on_timeout(self.learner_group, self.config.timeouts.learner_timeout_s):
                 results += self.learner_group.update(
                     batch=MultiAgentBatch({DEFAULT_MODULE_ID: batch}, env_steps=len(order)),
-                    timesteps={"num_env_steps_sampled_lifetime": (self.round + 1) * count},
+                    timesteps={NUM_ENV_STEPS_SAMPLED_LIFETIME: decisions},
                     minibatch_size=size // learners,
                     num_epochs=1,
                 )
-        self.metrics.aggregate(results, key=LEARNER_RESULTS)
+        return results
 
     def weights(self) -> Any:
         """The latest weights, by which rollouts are sampled, as runners take them."""
@@ -190,51 +215,54 @@ class GRPO(Algorithm):
         return self._latest() if self.average.weights is None else self.average.weights
 
     def _latest(self) -> Weights:
-        with answering(self.learner_group, self.config.learner_timeout_s):
+        with kill_on_timeout(self.learner_group, self.config.timeouts.learner_timeout_s):
             state: Weights = self.learner_group.get_state(
                 components=f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", inference_only=True
             )[COMPONENT_LEARNER][COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
         return state
 
     def engine_stats(self) -> dict[str, float]:
-        """Cumulative counters of the engines that sample, summed over runners, as of their last chunks."""
-        return summed(list(self.rounds.stats.values()))
+        """Cumulative counters of the engines that sample, summed over runners, as of their last shards."""
+        return summed(list(self.sampler.stats.values()))
 
     def controller(self) -> Controller:
         """A copy of the controller as evaluated now, on the CPU, ready for `Controller.save`."""
-        return checkpoint.controller_from(self._evaluated(), self.config.hidden)
+        return checkpoint.controller_from(self._evaluated(), self.config.controller.hidden)
 
-    # Checkpoints: RLlib saves weights, optimizer, reference and counters; the round and the prices are added here.
+    # Checkpoints: RLlib saves weights, optimizer, reference and its counters; the rest is added here.
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state: dict[str, Any] = super().get_state(*args, **kwargs)
-        state[STATE] = {"round": self.round, "seed": self.config.seed, "prices": self.prices.state()}
-        state[STATE] |= {"rounds": self.rounds.state(), "average": self.average.state()}
+        state[STATE] = {"updates": self.updates, "seed": self.config.seed, "prices": self.prices.state()}
+        state[STATE] |= {"sampler": self.sampler.state(self.updates), "average": self.average.state()}
         return state
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        self.spread.drop()
+        self.sampler.forget()
         super().set_state(state)
         if STATE in state:
-            self.rounds.restore(state[STATE]["rounds"])
-            self.round = int(state[STATE]["round"])
+            self.sampler.restore(state[STATE]["sampler"])
+            self.updates = int(state[STATE]["updates"])
             self.prices = self.prices.restored(state[STATE]["prices"])
-            self.average = self.average.restored(state[STATE].get("average"))
+            self.average = self.average.restored(state[STATE]["average"])
 
     def save_to_path(self, path: Any = None, **kwargs: Any) -> str:
-        with answering(self.learner_group, self.config.learner_timeout_s):
+        with kill_on_timeout(self.learner_group, self.config.timeouts.learner_timeout_s):
             written = super().save_to_path(path, **kwargs)
             checkpoint.check_written(self.learner_group, Path(written))
-        checkpoint.write_manifest(Path(written))
+        if self.env_runner is not None:
+            self.get_module().save_to_path(Path(written) / VALIDATED_MODULE)
+        write_manifest(Path(written))
         return str(written)
 
     def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
         checkpoint.verify(Path(path))
-        with learner_errors(self.round), answering(self.learner_group, self.config.learner_timeout_s):
+        with learner_errors(self.updates), kill_on_timeout(self.learner_group, self.config.timeouts.learner_timeout_s):
             with checkpoint.explained(Path(path)):
                 super().restore_from_path(path, *args, **kwargs)
             checkpoint.check_learners(self.learner_group, Path(path))
         checkpoint.check_runners(self)
+        self._publish()
 
 
 def _shared(state: Weights) -> Any:

@@ -1,121 +1,103 @@
-"""What GRPO can be told, and what it refuses before anything starts."""
+"""`GRPOConfig`: RLlib's configuration with GRPO's sections in it, and what it refuses before anything starts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from envs.errors import UserError
+from policies.grpo.config import OLD_KEYS, ControllerSettings, GRPOSettings, Section, TimeoutSettings
+from policies.grpo.env_runner import RolloutRunner
 from policies.grpo.evaluation import evaluate_with_runners
 from policies.grpo.learner import GRPOLearner
 from policies.grpo.prices import PriceSettings
 from policies.grpo.rl_module import ControllerModule
-from policies.grpo.runner import RolloutRunner
 
 if TYPE_CHECKING:
     from policies.grpo.algorithm import GRPO
 
-OWN_SETTINGS: Final = (
-    "group_size",
-    "groups_per_iteration",
-    "divide_by_spread",
-    "drop_equal_groups",
-    "clip_low",
-    "clip_high",
-    "kl_coeff",
-    "reference_interval",
-    "entropy_coeff",
-    "entropy_rounds",
-    "max_staleness",
-    "ratio_max",
-    "prices",
-    "average",
-    "hidden",
-    "runner_threads",
-    "restart_timeout_s",
-    "learner_timeout_s",
-)
+SECTIONS: Final[Mapping[str, type[Section]]] = {
+    "grpo": GRPOSettings,
+    "controller": ControllerSettings,
+    "timeouts": TimeoutSettings,
+}
+RLLIB_NAMES: Final = {"num_epochs": ("grpo", "epochs"), "grad_clip": ("grpo", "max_grad_norm")}
+UNSUPPORTED: Final = {
+    "_env_to_module_connector": "the environment returns what the controller reads",
+    "_module_to_env_connector": "the environment takes the controller's actions",
+    "_learner_connector": "the driver makes the batches",
+    "observation_filter": "observations are normalized by the environment",
+    "output": "write episodes from an on_sample_end callback",
+    "input_": "GRPO learns from its own rollouts only",
+    "train_batch_size_per_learner": "an iteration is groups_per_iteration times group_size rollouts",
+}
+OWN_NAMES: Final = ("prices", "total_iterations", "runner_threads")
 
 
 class GRPOConfig(AlgorithmConfig):
-    """RLlib's configuration plus GRPO's own settings, given to `.training(...)`.
+    """RLlib's configuration plus GRPO's own settings.
+
+    Every field of the three sections can also be given to `.training(...)` and read and set as an attribute (and so be
+    searched by Tune) by its own name; RLlib's `num_epochs` and `grad_clip` are `epochs` and `max_grad_norm`.
 
     Attributes:
-        group_size: rollouts that share one (sample, budget).
-        groups_per_iteration: groups sampled before each update.
-        divide_by_spread: advantages over the group's standard deviation. Off by default: it blows up
-            groups in which only small change is at stake.
-        drop_equal_groups: leave groups of equal returns out of the batch.
-        clip_low, clip_high: bounds of the ratio below and above 1.
-        kl_coeff: weight of the KL to a frozen reference; 0 keeps no reference.
-        reference_interval: rounds between refreshes of the reference; 0 never.
-        entropy_coeff: weight of the entropy bonus, per nat.
-        entropy_rounds: rounds over which that weight falls to 0, linearly; 0 keeps it.
-        max_staleness: updates between the weights that sample a round and those that learn from it; 0 samples and
-            learns in turns. Needs remote env runners.
-        ratio_max: with staleness, the ratio is cut off there.
-        average: weight of the past in the running average of weights that is evaluated and exported, 0 to below 1;
-            0 takes the latest weights.
-        prices: the constrained mode; None takes the environment's fixed-price reward.
-        hidden: width of the controller's MLPs.
+        grpo, controller, timeouts: sections, see `policies.grpo.config`.
+        prices: the Lagrangian mode; None takes the environment's reward as the return.
+        total_iterations: iterations of the whole run, over which `anneal_entropy` lets the entropy bonus fall to 0;
+            0 is unknown and keeps it constant.
+        lr_schedule: learning rates over decisions sampled, as RLlib's `lr` takes them; None keeps `grpo.lr`.
         runner_threads: torch threads of each remote env runner.
-        restart_timeout_s: longest wait for a first runner to come back when all are dead.
-        learner_timeout_s: longest wait for remote learners' answer to an update; then they are killed.
-        num_epochs, minibatch_size, lr, grad_clip: RLlib's own; a minibatch counts decisions (two a
-            rollout) over all learners.
+        evaluation_contexts: contexts of an evaluation every `evaluation_interval` iterations.
     """
 
     def __init__(self, algo_class: type | None = None) -> None:
         from policies.grpo.algorithm import GRPO
 
         super().__init__(algo_class=algo_class or GRPO)
-        self.group_size: int = 8
-        self.groups_per_iteration: int = 32
-        self.divide_by_spread: bool = False
-        self.drop_equal_groups: bool = False
-        self.clip_low: float = 0.2
-        self.clip_high: float = 0.28
-        self.kl_coeff: float = 0.0
-        self.reference_interval: int = 0
-        self.entropy_coeff: float = 0.01
-        self.entropy_rounds: int = 0
-        self.max_staleness: int = 0
-        self.ratio_max: float = 3.0
+        self.grpo = GRPOSettings()
+        self.controller = ControllerSettings()
+        self.timeouts = TimeoutSettings()
+        self.lr_schedule: Sequence[Any] | None = None
         self.prices: PriceSettings | None = None
-        self.average: float = 0.0
-        self.hidden: int = 256
+        self.total_iterations: int = 0
         self.runner_threads: int = 1
-        self.restart_timeout_s: float = 300.0
-        self.learner_timeout_s: float = 600.0
-        self.lr = 5e-4
-        self.num_epochs = 4
-        self.minibatch_size = 256
-        self.grad_clip = 1.0
         self.seed = 0
         self.num_envs_per_env_runner = 64
         self.batch_mode = "complete_episodes"
         self.gym_env_vectorize_mode = "vector_entry_point"
         self.env_runner_cls = RolloutRunner
-        self.sample_timeout_s = 600.0
         self.restart_failed_env_runners = True
         self.delay_between_env_runner_restarts_s = 0.0
         # The others wait for so long in each iteration while a lost runner loads its model again.
         self.env_runner_health_probe_timeout_s = 2.0
-        # Runners are sent what they need with each chunk; RLlib would wait for all of them after each iteration.
+        # Runners are sent what they need with each shard; RLlib would wait for all of them after each iteration.
         self.merge_env_runner_states = False
         self.broadcast_env_runner_states = False
         self.custom_evaluation_function = evaluate_with_runners
-        self.evaluation_sample_timeout_s = 600.0
+        self.evaluation_sample_timeout_s = self.timeouts.sample_timeout_s
         self.evaluation_contexts: tuple[Any, ...] = ()
-        self.evaluation_runners: bool = False
+        # Not named evaluation_*: RLlib hands every such key of a dict to `evaluation()`.
+        self.has_evaluation_runners: bool = False
+
+    def sections(
+        self, *, grpo: GRPOSettings, controller: ControllerSettings, timeouts: TimeoutSettings
+    ) -> "GRPOConfig":
+        """Take whole sections, as a configuration file has them."""
+        self.grpo, self.controller, self.timeouts = grpo, controller, timeouts
+        return self
 
     def training(self, **settings: Any) -> "GRPOConfig":
-        """RLlib's settings, plus those named in the class."""
-        for name in OWN_SETTINGS:
-            value = settings.pop(name, NotProvided)
-            if value is not NotProvided:
-                setattr(self, name, value)
+        """RLlib's settings, the fields of the sections, and `prices`, `total_iterations`, `runner_threads`.
+
+        Raises:
+            UserError: a value outside its range, or an earlier version's name.
+        """
+        for name in list(settings):
+            if name in OLD_KEYS:
+                raise UserError(f"unknown setting {name!r}: it is {OLD_KEYS[name]!r} now")
+            if name in OWN_NAMES or isinstance(getattr(type(self), name, None), property):
+                setattr(self, name, settings.pop(name))
         super().training(**settings)
         return self
 
@@ -124,17 +106,24 @@ class GRPOConfig(AlgorithmConfig):
         if evaluation_contexts is not None:
             self.evaluation_contexts = tuple(evaluation_contexts)
         super().evaluation(**settings)
-        self.evaluation_runners = self.evaluation_config is not None
+        self.has_evaluation_runners = self.evaluation_config is not None
         return self
 
     @property
-    def chunks_per_iteration(self) -> int:
-        """Resets of a whole runner that one iteration takes."""
-        return self.groups_per_iteration * self.group_size // self.num_envs_per_env_runner
+    def rollouts_per_iteration(self) -> int:
+        """Rollouts (of two decisions each) sampled before each update."""
+        return self.grpo.groups_per_iteration * self.grpo.group_size
 
-    def entropy_share(self, round_number: int) -> float:
-        """Part of the entropy bonus that is given in a round, 0 to 1."""
-        return max(0.0, 1.0 - round_number / self.entropy_rounds) if self.entropy_rounds else 1.0
+    @property
+    def shards_per_iteration(self) -> int:
+        """Resets of a whole runner that one iteration takes."""
+        return self.rollouts_per_iteration // self.num_envs_per_env_runner
+
+    def entropy_share(self, iteration: int) -> float:
+        """Part of the entropy bonus that is given in an iteration, 0 to 1."""
+        if not self.grpo.anneal_entropy or not self.total_iterations:
+            return 1.0
+        return max(0.0, 1.0 - iteration / self.total_iterations)
 
     def build_algo(self, *args: Any, **kwargs: Any) -> "GRPO":
         # RLlib takes a value of -1 for "deprecated" on the way and puts the default in its place: check before that.
@@ -143,43 +132,89 @@ class GRPOConfig(AlgorithmConfig):
 
     def validate(self) -> None:
         super().validate()
-        envs, group, groups = self.num_envs_per_env_runner, self.group_size, self.groups_per_iteration
-        if group < 2:
-            raise UserError(f"group size {group} is not allowed: advantages compare at least 2 rollouts")
-        if not self.in_evaluation and envs % group:
+        if self.seed is None:
+            raise UserError("a seed of None is not allowed: give an integer, every draw is derived from it")
+        if self.total_iterations < 0:
+            raise UserError(f"total_iterations = {self.total_iterations} is not allowed: 0 (unknown) or more")
+        grpo = self.grpo
+        if grpo.max_policy_lag and grpo.dual_clip <= 1 + grpo.clip_high:
+            raise UserError(
+                f"dual_clip = {grpo.dual_clip:g} is not allowed: with max_policy_lag it must exceed 1 + clip_high = "
+                f"{1 + grpo.clip_high:g}"
+            )
+        if not self.in_evaluation:
+            self._validate_sampling()
+            self._validate_unsupported()
+
+    def _validate_sampling(self) -> None:
+        """Refuse groups that do not fill whole runners, and policy lag without remote runners."""
+        envs, group, groups = self.num_envs_per_env_runner, self.grpo.group_size, self.grpo.groups_per_iteration
+        if envs % group:
             raise UserError(f"group size {group} does not divide the {envs} environments of a runner")
-        if not self.in_evaluation and (groups < 1 or groups * group % envs):
+        if groups * group % envs:
             raise UserError(
                 f"{groups} groups of {group} rollouts an iteration do not fill whole runners of {envs} environments: "
                 f"give a multiple of {envs // group} groups"
             )
-        if not (0 < self.clip_low < 1 and self.clip_high > 0 and self.kl_coeff >= 0 and self.entropy_coeff >= 0):
+        if self.grpo.max_policy_lag and not self.num_env_runners:
             raise UserError(
-                f"clip_low {self.clip_low}, clip_high {self.clip_high}, kl_coeff {self.kl_coeff}, entropy_coeff "
-                f"{self.entropy_coeff} are not allowed: 0 < clip_low < 1, 0 < clip_high, both coefficients >= 0"
+                f"max_policy_lag = {self.grpo.max_policy_lag} needs remote env runners, and there are none: set "
+                "num_env_runners to 1 or more, or max_policy_lag to 0"
             )
-        if not 0 <= self.average < 1:
-            raise UserError(f"average {self.average} is not allowed: give 0 (latest weights) to below 1")
-        if self.entropy_rounds < 0:
-            raise UserError(f"entropy_rounds {self.entropy_rounds} is not allowed: give 0 (never falls) or more rounds")
-        if self.max_staleness < 0 or (self.max_staleness and not self.ratio_max > 1 + self.clip_high):
-            raise UserError(
-                f"max_staleness {self.max_staleness}, ratio_max {self.ratio_max} are not allowed: max_staleness >= 0, "
-                f"ratio_max above 1 + clip_high = {1 + self.clip_high:g}"
-            )
-        if not self.in_evaluation and self.max_staleness and not self.num_env_runners:
-            raise UserError(
-                f"max_staleness {self.max_staleness} needs remote env runners, and there are none: set num_env_runners "
-                "to 1 or more, or max_staleness to 0"
-            )
-        if self.seed is None:
-            raise UserError("a seed of None is not allowed: give an integer, every draw is derived from it")
-        if not self.in_evaluation and self.batch_mode != "complete_episodes":
+        if self.batch_mode != "complete_episodes":
             raise UserError(f"batch mode {self.batch_mode!r} is not allowed: use 'complete_episodes'")
 
+    def _validate_unsupported(self) -> None:
+        """Refuse what RLlib offers and GRPO would silently ignore."""
+        defaults = AlgorithmConfig()
+        for name, instead in UNSUPPORTED.items():
+            if getattr(self, name) != getattr(defaults, name):
+                raise UserError(f"{name} = {getattr(self, name)!r} has no effect on GRPO: {instead}")
+        if self.evaluation_interval and not self.evaluation_contexts:
+            raise UserError(
+                f"evaluation_interval = {self.evaluation_interval} evaluates nothing: give evaluation_contexts="
+                "[(sample, budget in ms), ...] to .evaluation()"
+            )
+        if self.evaluation_interval and not self.has_evaluation_runners:
+            raise UserError("evaluation_interval needs an environment: give evaluation_config={'env_config': ...}")
+        spec = self.rl_module_spec
+        if spec.module_class is not None and not issubclass(spec.module_class, ControllerModule):
+            raise UserError(
+                f"RLModule {spec.module_class.__name__} is not allowed: GRPO trains the masked distribution of "
+                "policies.grpo.rl_module.ControllerModule; give it or a subclass"
+            )
+
     def get_default_rl_module_spec(self) -> RLModuleSpec:
-        settings = {"hidden": self.hidden, "reference": self.kl_coeff > 0}
-        return RLModuleSpec(module_class=ControllerModule, model_config=settings)
+        model_config = {"hidden": self.controller.hidden, "reference": self.grpo.kl_coef > 0}
+        return RLModuleSpec(module_class=ControllerModule, model_config=model_config)
 
     def get_default_learner_class(self) -> type:
         return GRPOLearner
+
+
+def _field(section: str, name: str) -> property:
+    """A field of a section as an attribute of the configuration, checked when it is set."""
+
+    def get(config: GRPOConfig) -> Any:
+        schedule = config.lr_schedule if name == "lr" else None
+        return getattr(getattr(config, section), name) if schedule is None else schedule
+
+    def put(config: GRPOConfig, value: Any) -> None:
+        # RLlib's constructor sets its own defaults before the sections exist; those do not count.
+        if section not in vars(config):
+            return
+        if name == "lr":
+            config.lr_schedule = value if isinstance(value, list | tuple) else None
+            if config.lr_schedule is not None:
+                return
+        plain = value.item() if hasattr(value, "item") else value
+        setattr(config, section, getattr(config, section).replaced(**{name: plain}))
+
+    return property(get, put)
+
+
+for _section, _settings in SECTIONS.items():
+    for _name in _settings.model_fields:
+        setattr(GRPOConfig, _name, _field(_section, _name))
+for _name, _place in RLLIB_NAMES.items():
+    setattr(GRPOConfig, _name, _field(*_place))

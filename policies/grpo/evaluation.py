@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS
-from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
 from envs.errors import UserError
 from policies.baselines import Baseline
-from policies.grpo.spread import Spread
+from policies.grpo.env_runner import STEPS
+from policies.grpo.metrics import as_runner_results, episode_metrics
+from policies.grpo.rllib_adapter import RunnerPool
+from policies.grpo.sampling import Dispatcher, Task
 
 if TYPE_CHECKING:
     from policies.grpo.algorithm import GRPO
@@ -65,20 +67,21 @@ def evaluate_with_runners(algorithm: "GRPO", group: EnvRunnerGroup | None) -> tu
         raise UserError("no contexts to evaluate: give at least one (sample index, budget in ms)")
     width = algorithm.evaluation_config.num_envs_per_env_runner
     weights = None if request.baseline else algorithm.evaluated_weights()
-    spread = Spread(
-        group,
+    config = algorithm.evaluation_config
+    runners = RunnerPool(group, restarts=config.restart_failed_env_runners, restore=algorithm.restore_env_runners)
+    dispatcher = Dispatcher(
+        runners,
         "run_contexts",
-        timeout_s=algorithm.evaluation_config.evaluation_sample_timeout_s,
-        restart_timeout_s=algorithm.config.restart_timeout_s,
-        restore=algorithm.restore_env_runners,
+        timeout_s=config.evaluation_sample_timeout_s,
+        restart_timeout_s=config.timeouts.restart_timeout_s,
     )
-    keys = []
+    tasks = []
     for first in range(0, len(request.contexts), width):
         contexts = request.contexts[first : first + width]
-        keys.append(f"evaluation of contexts {first} to {first + len(contexts) - 1}")
         job = {"contexts": contexts, "first": first, "weights": weights, "baseline": request.baseline}
-        spread.add(keys[-1], job)
-    parts = spread.collect(keys)
+        tasks.append(Task(f"evaluation of contexts {first} to {first + len(contexts) - 1}", job))
+    dispatcher.submit(tasks)
+    parts = dispatcher.collect(tasks)
     rows = [row for part in parts for row in part]
     missing = sorted(set(range(len(request.contexts))) - {int(row["context"]) for row in rows})
     if missing:
@@ -88,11 +91,9 @@ def evaluate_with_runners(algorithm: "GRPO", group: EnvRunnerGroup | None) -> tu
     algorithm.evaluation_rows = rows
     means = summary(rows)
     # RLlib reads evaluation results from its metrics, and only such as a runner could have sent.
-    sender = MetricsLogger(root=False)
-    for key, value in means.items():
-        sender.log_value(key, value, window=1)
-    algorithm.metrics.aggregate([sender.reduce()], key=(EVALUATION_RESULTS, ENV_RUNNER_RESULTS))
-    return means, 2 * len(rows), 2 * len(rows)
+    numbers = means | episode_metrics(np.array([row["reward"] for row in rows]), STEPS)
+    algorithm.metrics.aggregate([as_runner_results(numbers)], key=(EVALUATION_RESULTS, ENV_RUNNER_RESULTS))
+    return numbers, STEPS * len(rows), STEPS * len(rows)
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:

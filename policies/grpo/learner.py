@@ -1,10 +1,10 @@
 """The learner: RLlib's torch learner with the GRPO loss. Nothing is drawn here: the driver cuts the minibatches."""
 
-import math
+import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 import torch
@@ -15,13 +15,13 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from torch import Tensor
 
 from envs.errors import UserError
-from policies.grpo.digests import digest
-from policies.grpo.losses import LossInputs, LossSettings, grpo_loss
+from policies.grpo.checkpoint import state_checksum
+from policies.grpo.objective import LossInputs, grpo_loss
 from policies.grpo.rl_module import REFERENCE_LOGITS, ControllerModule
+from policies.grpo.rllib_adapter import force_next_weights, kill_learners
 
 WEIGHTS = "row_weights"
 ENTROPY_SHARES = "entropy_shares"
-T = TypeVar("T")
 
 
 class LearnerDied(UserError):
@@ -29,7 +29,7 @@ class LearnerDied(UserError):
 
 
 @contextmanager
-def learner_errors(round_number: int) -> Iterator[None]:
+def learner_errors(iteration: int) -> Iterator[None]:
     """Say that a learner died: deaths of runners never come this far.
 
     Raises:
@@ -43,14 +43,14 @@ def learner_errors(round_number: int) -> Iterator[None]:
             (line for line in reversed(lines) if "exit" in line or "dead" in line), lines[-1] if lines else "?"
         )
         raise LearnerDied(
-            f"a learner died in round {round_number}: {cause.split(' Some common causes')[0]}; resume from the last "
+            f"a learner died in iteration {iteration}: {cause.split(' Some common causes')[0]}; resume from the last "
             "checkpoint"
         ) from error
 
 
 @contextmanager
-def answering(group: LearnerGroup, timeout_s: float) -> Iterator[None]:
-    """End learners that give no answer in time: RLlib would wait for ever.
+def kill_on_timeout(group: LearnerGroup, timeout_s: float) -> Iterator[None]:
+    """Kill learners that give no answer in time: RLlib would wait indefinitely.
 
     Raises:
         LearnerDied: they did not, and are gone.
@@ -59,8 +59,7 @@ def answering(group: LearnerGroup, timeout_s: float) -> Iterator[None]:
 
     def end() -> None:
         late.set()
-        for actor in group._worker_manager.actors().values():
-            ray.kill(actor)
+        kill_learners(group)
 
     timer = threading.Timer(timeout_s, end)
     timer.daemon = True
@@ -78,16 +77,6 @@ def answering(group: LearnerGroup, timeout_s: float) -> Iterator[None]:
         timer.cancel()
 
 
-def each_learner(group: LearnerGroup, ask: Callable[[Any], T]) -> list[T]:
-    """What every learner answers; RLlib alone would pass over those that died, or that failed at something before."""
-    answers = []
-    for answer in group.foreach_learner(ask, healthy_only=False, mark_healthy=True):
-        if not answer.ok:
-            raise answer.get()
-        answers.append(answer.get())
-    return answers
-
-
 class GRPOLearner(TorchLearner):
     """One Adam over the controller; the frozen reference is left out.
 
@@ -96,6 +85,7 @@ class GRPOLearner(TorchLearner):
     """
 
     failed_write: str | None = None
+    _begun: Mapping[str, Any] | None = None
 
     def get_parameters(self, module: Any) -> Sequence[torch.nn.Parameter]:
         return [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -112,14 +102,7 @@ class GRPOLearner(TorchLearner):
             reference_logits=fwd_out.get(REFERENCE_LOGITS),
             entropy_shares=batch[ENTROPY_SHARES],
         )
-        settings = LossSettings(
-            config.clip_low,
-            config.clip_high,
-            config.kl_coeff,
-            config.entropy_coeff,
-            ratio_max=config.ratio_max if config.max_staleness else math.inf,
-        )
-        loss, metrics = grpo_loss(fwd_out[Columns.ACTION_DIST_INPUTS], inputs, settings)
+        loss, metrics = grpo_loss(fwd_out[Columns.ACTION_DIST_INPUTS], inputs, config.grpo)
         for name, value in metrics.items():
             self.metrics.log_value((module_id, name), value.item(), reduce="mean")
         return loss
@@ -138,10 +121,24 @@ class GRPOLearner(TorchLearner):
             if isinstance(plain, ControllerModule):
                 plain.refresh_reference()
 
+    def remember(self) -> None:
+        """Keep a copy of the weights, the reference and the optimizer's state, for `roll_back`."""
+        self._begun = copy.deepcopy(self.get_state(components=[COMPONENT_RL_MODULE, COMPONENT_OPTIMIZER]))
+
+    def roll_back(self) -> None:
+        """Return to the state of the last `remember`; losses logged since are thrown away."""
+        if self._begun is not None:
+            self.set_state(self._begun)
+        self.metrics.reduce()
+
     def set_state(self, state: Mapping[str, Any]) -> None:
-        # RLlib skips weights older than its own; a restore means exactly these weights, older or not.
-        self._weights_seq_no = 0
+        force_next_weights(self)  # a restore means exactly these weights, older or not
         super().set_state(state)
+        if isinstance(self.config.lr, float):
+            # The configuration decides: population based training restores another trial's state with a new rate.
+            for _, optimizer in self.get_optimizers_for_module():
+                for group in optimizer.param_groups:
+                    group["lr"] = self.config.lr
 
     def save_to_path(self, *args: Any, **kwargs: Any) -> str:
         # RLlib never looks at what came of this in another process: kept for `checkpoint.check_written`.
@@ -152,6 +149,6 @@ class GRPOLearner(TorchLearner):
             self.failed_write = f"{type(error).__name__}: {error}"
             raise
 
-    def held(self) -> str:
+    def state_checksum(self) -> str:
         """Checksum of the weights, the reference and the optimizer's state."""
-        return digest(self.get_state(components=[COMPONENT_RL_MODULE, COMPONENT_OPTIMIZER]))
+        return state_checksum(self.get_state(components=[COMPONENT_RL_MODULE, COMPONENT_OPTIMIZER]))

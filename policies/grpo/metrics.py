@@ -5,12 +5,21 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 from ray.rllib.core import DEFAULT_MODULE_ID
-from ray.rllib.utils.metrics import LEARNER_RESULTS
+from ray.rllib.utils.metrics import (
+    EPISODE_LEN_MAX,
+    EPISODE_LEN_MEAN,
+    EPISODE_LEN_MIN,
+    EPISODE_RETURN_MAX,
+    EPISODE_RETURN_MEAN,
+    EPISODE_RETURN_MIN,
+    LEARNER_RESULTS,
+)
+from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
 from policies.distribution import HEADS
-from policies.grpo.advantages import GroupAdvantages
+from policies.grpo.env_runner import Rollouts
+from policies.grpo.objective import GroupAdvantages
 from policies.grpo.prices import Prices
-from policies.grpo.runner import Rollouts
 
 LEARNER_KEYS: Final = (
     "loss",
@@ -19,7 +28,7 @@ LEARNER_KEYS: Final = (
     "kl_reference",
     "clip_low_share",
     "clip_high_share",
-    "ratio_cut_share",
+    "dual_clip_share",
     "grad_norm",
     *(f"entropy_{head}" for head in HEADS),
 )
@@ -35,8 +44,8 @@ def rollout_metrics(
     infos = rollouts.infos
     row = {
         "rollouts": float(len(rollouts)),
-        "groups": float(groups.equal.size),
-        "groups_equal_share": groups.equal_share,
+        "groups": float(groups.uniform.size),
+        "groups_uniform_share": groups.uniform_share,
         "reward_mean": float(rollouts.rewards.mean()),
         "return_mean": float(returns.mean()),
         "violation_rate": float((infos["latency_ms"] > infos["budget_ms"]).mean()),
@@ -62,3 +71,23 @@ def learner_metrics(logger: Any) -> dict[str, float]:
         if not np.isnan(value):
             row[key] = value
     return row
+
+
+def episode_metrics(returns: npt.NDArray[np.float64], steps: int) -> dict[str, float]:
+    """RLlib's usual numbers of finished episodes, all of which took `steps` steps; under its usual keys."""
+    return {
+        EPISODE_RETURN_MEAN: float(returns.mean()),
+        EPISODE_RETURN_MIN: float(returns.min()),
+        EPISODE_RETURN_MAX: float(returns.max()),
+        EPISODE_LEN_MEAN: float(steps),
+        EPISODE_LEN_MIN: float(steps),
+        EPISODE_LEN_MAX: float(steps),
+    }
+
+
+def as_runner_results(numbers: dict[str, float]) -> Any:
+    """Numbers as an env runner sends them: what RLlib's `MetricsLogger.aggregate` takes."""
+    sender = MetricsLogger(root=False)
+    for key, value in numbers.items():
+        sender.log_value(key, value, window=1)
+    return sender.reduce()

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 from policies.grpo.algorithm import GRPO
-from policies.grpo.rounds import Rounds
-from policies.grpo.runner import RolloutRunner
+from policies.grpo.env_runner import RolloutRunner
+from policies.grpo.sampling import Sampler
 from ray_ctrl.cli import main
 
 PLACES = {
-    "sampling": (RolloutRunner, "sample_chunk"),
-    "collecting": (Rounds, "collect"),
+    "sampling": (RolloutRunner, "sample_shard"),
+    "collecting": (Sampler, "collect"),
     "update": (GRPO, "_learn"),
     "checkpoint": (GRPO, "save_to_path"),
 }

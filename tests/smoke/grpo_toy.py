@@ -189,10 +189,11 @@ def share_ray() -> None:
 
 
 def configuration(runners: int = 0, *, broken: dict[str, Any] | None = None, **training: Any) -> Any:
-    """Two chunks of 16 environments in groups of 4."""
+    """Two shards of 16 environments in groups of 4."""
     from policies.grpo.algorithm import GRPOConfig
 
     settings = {"group_size": 4, "groups_per_iteration": 8, "num_epochs": 2, "minibatch_size": 32, "hidden": 32}
+    settings |= {"lr": 5e-4, "entropy_coef": 0.01, "ema_decay": 0.0}
     return (
         GRPOConfig()
         .environment(ENVIRONMENT, env_config={"group_size": 4, "seed": 1, **(broken or {})})
@@ -207,21 +208,21 @@ def resumable(runners: int) -> Any:
     from policies.grpo.prices import PriceSettings
 
     prices = PriceSettings(edges=(-1.0, -0.5))
-    return configuration(runners, kl_coeff=0.1, reference_interval=2, prices=prices, average=0.9)
+    return configuration(runners, kl_coef=0.1, reference_interval=2, prices=prices, ema_decay=0.9)
 
 
 def two_more(algorithm: Any) -> dict[str, Any]:
     """The numbers of two more iterations, and the controller that they end with."""
-    from policies.grpo.digests import digest
+    from policies.grpo.checkpoint import state_checksum
 
     rows = [numbers(algorithm.train()) for _ in range(2)]
-    return {"numbers": rows, "controller": digest(algorithm.controller().state_dict())}
+    return {"numbers": rows, "controller": state_checksum(algorithm.controller().state_dict())}
 
 
 def numbers(result: dict[str, Any]) -> dict[str, float]:
     """An iteration's numbers without wall times and what depends on who died."""
     return {
-        key: value for key, value in result["grpo"].items() if not key.startswith("seconds_") and key != "chunks_rerun"
+        key: value for key, value in result["grpo"].items() if not key.startswith("seconds_") and key != "shards_rerun"
     }
 
 

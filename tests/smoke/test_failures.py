@@ -26,7 +26,7 @@ from ray.cluster_utils import Cluster
 from ray.tune import register_env
 
 from envs.errors import UserError
-from policies.grpo.runner import RolloutRunner
+from policies.grpo.env_runner import RolloutRunner
 
 # Before Ray is imported by anything: it would take up any token that lies around.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -120,10 +120,9 @@ def checked(algorithm: Any, undisturbed: list[dict[str, float]], first: int = 0)
     """The rest of the run: every round once, whole groups alone, numbers as if nothing had happened."""
     for index in range(first, ITERATIONS):
         row = algorithm.train()["grpo"]
-        assert row["round"] == index
+        assert row["updates"] == index
         assert row["rollouts"] == 32
         assert row["groups"] == 8
-        assert row["rollouts_discarded"] == 0
         assert {k: v for k, v in row.items() if k in undisturbed[index]} == pytest.approx(undisturbed[index], abs=1e-6)
 
 
@@ -137,7 +136,7 @@ def test_runners_killed_in_sampling_and_between_are_back_within_30_s(
     algorithm = build(environment={"env_config": {"group_size": 4, "seed": 1, **broken}})
     checked_rows = [algorithm.train()["grpo"] for _ in range(2)]
     assert (tmp_path / "died").exists()
-    assert checked_rows[1]["chunks_rerun"] == 1.0
+    assert checked_rows[1]["shards_rerun"] == 1.0
     seconds = full_strength(algorithm, 2)
     os.kill(pid_of(runners_of(algorithm)[2]), signal.SIGKILL)
     time.sleep(0.5)
@@ -152,7 +151,7 @@ def test_a_lost_node_costs_its_work_and_nothing_else(nodes: Nodes, undisturbed: 
     lost = nodes.add()
     nodes.add(cpus=2)
     algorithm = build()
-    assert algorithm.train()["grpo"]["round"] == 0
+    assert algorithm.train()["grpo"]["updates"] == 0
     nodes.remove(lost)
     checked(algorithm, undisturbed, first=1)
     full_strength(algorithm, 2)
@@ -188,12 +187,12 @@ def test_a_node_lost_while_it_samples(nodes: Nodes, undisturbed: list[dict[str, 
 def test_all_nodes_with_runners_lost_is_an_error_in_time_and_a_new_node_mends_it(
     nodes: Nodes, undisturbed: list[dict[str, float]], tmp_path: Path
 ) -> None:
-    from policies.grpo.checkpoint import restore_checkpoint, save_checkpoint
+    from policies.grpo.checkpoint import restore_checkpoint
 
     lost = nodes.add(cpus=2)
     algorithm = build(env_runners={"sample_timeout_s": 10}, training={"restart_timeout_s": 10})
     algorithm.train()
-    saved = save_checkpoint(algorithm, tmp_path / "saved")
+    saved = Path(algorithm.save_to_path(tmp_path / "saved"))
     nodes.remove(lost)
     started = time.monotonic()
     with pytest.raises(UserError, match="all env runners are dead") as caught:
@@ -211,12 +210,12 @@ def test_all_nodes_with_runners_lost_is_an_error_in_time_and_a_new_node_mends_it
 def test_a_killed_learner_is_named_and_the_run_goes_on_from_its_checkpoint(
     nodes: Nodes, undisturbed: list[dict[str, float]], tmp_path: Path
 ) -> None:
-    from policies.grpo.checkpoint import restore_checkpoint, save_checkpoint
+    from policies.grpo.checkpoint import restore_checkpoint
 
     nodes.add(cpus=2)
     algorithm = build(1, learners={"num_learners": 1})
     algorithm.train()
-    saved = save_checkpoint(algorithm, tmp_path / "saved")
+    saved = Path(algorithm.save_to_path(tmp_path / "saved"))
     learner = next(iter(algorithm.learner_group._worker_manager.actors().values()))
     os.kill(pid_of(learner), signal.SIGKILL)
     with pytest.raises(UserError, match=r"a learner died in round 1: .*resume from the last checkpoint") as caught:
@@ -245,13 +244,13 @@ def test_a_learner_that_hangs_is_killed_in_time(nodes: Nodes) -> None:
 def test_runners_with_stale_weights_are_brought_up_to_date(
     nodes: Nodes, undisturbed: list[dict[str, float]], tmp_path: Path
 ) -> None:
-    from policies.grpo.checkpoint import fingerprint, restore_checkpoint, save_checkpoint
+    from policies.grpo.checkpoint import fingerprint, restore_checkpoint
 
     nodes.add()
     nodes.add()
     algorithm = build()
     algorithm.train()
-    saved = save_checkpoint(algorithm, tmp_path / "saved")
+    saved = Path(algorithm.save_to_path(tmp_path / "saved"))
     algorithm.train()
     restore_checkpoint(algorithm, saved)
     wanted = fingerprint(ray.get(algorithm.weights()))
@@ -297,7 +296,7 @@ def test_eight_runners_on_four_nodes_hold_eight_gpus(nodes: Nodes) -> None:
     assert {gpu for _, gpu in places} == {"0", "1"}
     assert len({node for node, _ in places}) == 4
     row = algorithm.train()["grpo"]
-    assert (row["rollouts"], row["rollouts_discarded"]) == (128, 0)
+    assert row["rollouts"] == 128
     algorithm.stop()
 
 

@@ -12,9 +12,9 @@ from grpo_toy import configuration, numbers, resumable
 
 from envs.errors import UserError
 from policies.controller import Controller
-from policies.grpo.checkpoint import controller_from, restore_checkpoint, save_checkpoint
+from policies.grpo.checkpoint import controller_from, restore_checkpoint
 
-STALENESS = 2
+LAG = 2
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +32,7 @@ def undisturbed() -> list[dict[str, float]]:
 
 
 def build(runners: int = 1, **broken: Any) -> Any:
-    config = resumable(runners).training(max_staleness=STALENESS)
+    config = resumable(runners).training(max_policy_lag=LAG)
     return config.environment(env_config={"group_size": 4, "seed": 1, **broken}).build_algo()
 
 
@@ -44,7 +44,7 @@ def test_rollouts_are_as_stale_as_they_say_and_no_context_comes_twice() -> None:
     learn = algorithm._learn
 
     def checked(rollouts: Any, groups: Any) -> None:
-        acted = versions[max(0, algorithm.round - STALENESS)]
+        acted = versions[max(0, algorithm.updates - LAG)]
         obs = {key: torch.as_tensor(value[:, 0].copy()) for key, value in rollouts.obs.items()}
         with torch.no_grad():
             np.testing.assert_allclose(rollouts.logits[:, 0], acted(obs).numpy(), rtol=1e-4, atol=1e-5)
@@ -53,8 +53,8 @@ def test_rollouts_are_as_stale_as_they_say_and_no_context_comes_twice() -> None:
 
     algorithm._learn = checked
     for _ in range(6):
-        versions.append(controller_from(ray.get(algorithm.weights()), algorithm.config.hidden))
-        staleness.append(algorithm.train()["grpo"]["staleness"])
+        versions.append(controller_from(ray.get(algorithm.weights()), algorithm.config.controller.hidden))
+        staleness.append(algorithm.train()["grpo"]["policy_lag"])
     assert staleness == [0.0, 1.0, 2.0, 2.0, 2.0, 2.0]
     # Weights do move, so that the comparison above tells versions apart.
     first, last = (version.state_dict() for version in (versions[0], versions[-1]))
@@ -68,7 +68,7 @@ def test_rollouts_are_as_stale_as_they_say_and_no_context_comes_twice() -> None:
 def test_a_resumed_run_equals_the_one_left_alone(tmp_path: Path, undisturbed: list[dict[str, float]]) -> None:
     algorithm = build(2)
     assert [numbers(algorithm.train()) for _ in range(3)] == undisturbed[:3]
-    saved = save_checkpoint(algorithm, tmp_path / "three")
+    saved = Path(algorithm.save_to_path(tmp_path / "three"))
     algorithm.train()
     # Back within the process, with rounds under way; then in a new algorithm.
     restore_checkpoint(algorithm, saved)
@@ -84,7 +84,7 @@ def test_killed_runners_change_nothing(tmp_path: Path, undisturbed: list[dict[st
     algorithm = build(2, **{"break": "die", "break_round": 2, "once": str(tmp_path / "died")})
     results = [algorithm.train() for _ in range(3)]
     assert (tmp_path / "died").exists()
-    assert sum(result["grpo"]["chunks_rerun"] for result in results) == 1.0
+    assert sum(result["grpo"]["shards_rerun"] for result in results) == 1.0
     ray.kill(algorithm.env_runner_group._worker_manager.actors()[2], no_restart=False)
     results += [algorithm.train() for _ in range(2)]
     assert [numbers(result) for result in results] == undisturbed
@@ -94,11 +94,11 @@ def test_killed_runners_change_nothing(tmp_path: Path, undisturbed: list[dict[st
 @pytest.mark.slow
 def test_reward_rises_as_it_does_without_staleness() -> None:
     rises = {}
-    for staleness in (0, STALENESS):
+    for staleness in (0, LAG):
         algorithm = (
             configuration(
                 1, group_size=8, groups_per_iteration=32, minibatch_size=256, num_epochs=4, hidden=64, lr=1e-3,
-                max_staleness=staleness,
+                max_policy_lag=staleness,
             )
             .environment(grpo_toy.ENVIRONMENT, env_config={"group_size": 8})
             .env_runners(num_envs_per_env_runner=128)
@@ -109,9 +109,9 @@ def test_reward_rises_as_it_does_without_staleness() -> None:
         rises[staleness] = np.mean(rewards[-5:]) - np.mean(rewards[:5])
     print("rise of the mean reward by staleness:", rises)
     assert rises[0] > 0.2
-    assert rises[STALENESS] > 0.2
+    assert rises[LAG] > 0.2
 
 
 def test_without_runners_of_its_own_it_is_refused() -> None:
-    with pytest.raises(UserError, match="max_staleness 1 needs remote env runners"):
-        configuration(0, max_staleness=1).build_algo()
+    with pytest.raises(UserError, match="max_policy_lag = 1 needs remote env runners"):
+        configuration(0, max_policy_lag=1).build_algo()

@@ -16,9 +16,9 @@ from grpo_toy import configuration, numbers, resumable, two_more
 from envs.errors import UserError
 from policies.baselines import FixedKnobs, RandomKnobs
 from policies.controller import Controller
-from policies.grpo.checkpoint import fingerprint, restore_checkpoint, save_checkpoint
+from policies.grpo.checkpoint import fingerprint, restore_checkpoint
 from policies.grpo.evaluation import evaluate_contexts
-from policies.grpo.learner import each_learner
+from policies.grpo.rllib_adapter import each_learner
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,11 +76,11 @@ def test_resumed_runs_equal_uninterrupted_ones(tmp_path: Path) -> None:
     for runners in (0, 1, 2):
         algorithm = resumable(runners).build_algo()
         first[runners] = train(algorithm, 2)
-        save_checkpoint(algorithm, tmp_path / str(runners))
+        algorithm.save_to_path(tmp_path / str(runners))
         expected[str(runners)] = two_more(algorithm)
         algorithm.stop()
     json.dumps([first, expected], allow_nan=False)
-    # One thread each: chunks make the numbers independent of how many runners there are.
+    # One thread each: shards make the numbers independent of how many runners there are.
     assert first[0] == first[1] == first[2]
     assert expected["0"] == expected["1"] == expected["2"]
     assert first[0] != expected["0"]["numbers"]
@@ -95,7 +95,7 @@ def test_resumed_runs_equal_uninterrupted_ones(tmp_path: Path) -> None:
 def test_an_older_checkpoint_is_taken_back_to_by_learner_and_runners(tmp_path: Path) -> None:
     algorithm = resumable(1).build_algo()
     train(algorithm, 1)
-    save_checkpoint(algorithm, tmp_path / "one")
+    algorithm.save_to_path(tmp_path / "one")
     expected = train(algorithm, 2)
     restore_checkpoint(algorithm, tmp_path / "one")
     wanted = fingerprint(ray.get(algorithm.weights()))
@@ -106,7 +106,9 @@ def test_an_older_checkpoint_is_taken_back_to_by_learner_and_runners(tmp_path: P
 
 
 def test_the_average_of_weights_is_evaluated_and_exported() -> None:
-    algorithm = configuration(average=0.5).evaluation(evaluation_config={"env_config": {"group_size": 1}}).build_algo()
+    algorithm = (
+        configuration(ema_decay=0.5).evaluation(evaluation_config={"env_config": {"group_size": 1}}).build_algo()
+    )
     average = None
     for _ in range(3):
         algorithm.train()
@@ -127,7 +129,7 @@ def test_the_average_of_weights_is_evaluated_and_exported() -> None:
 def test_two_learners_give_the_update_of_one() -> None:
     weights = []
     for learners in (0, 2):
-        algorithm = configuration(kl_coeff=0.1).learners(num_learners=learners, num_gpus_per_learner=0).build_algo()
+        algorithm = configuration(kl_coef=0.1).learners(num_learners=learners, num_gpus_per_learner=0).build_algo()
         train(algorithm, 2)
         weights.append(algorithm.controller().state_dict())
         algorithm.stop()
@@ -138,10 +140,7 @@ def test_two_learners_give_the_update_of_one() -> None:
 def test_checkpoints_are_whole_or_refused(tmp_path: Path) -> None:
     algorithm = resumable(0).build_algo()
     train(algorithm, 1)
-    folder = save_checkpoint(algorithm, tmp_path / "good")
-    with pytest.raises(UserError, match="exists already"):
-        save_checkpoint(algorithm, folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["good"]
+    folder = Path(algorithm.save_to_path(tmp_path / "good"))
     before = fingerprint(ray.get(algorithm.weights()))
 
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -155,7 +154,7 @@ def test_checkpoints_are_whole_or_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError):
             restore_checkpoint(algorithm, folder)
         path.write_bytes(content)
-    with pytest.raises(UserError, match="not a complete checkpoint"):
+    with pytest.raises(UserError, match="not complete"):
         restore_checkpoint(algorithm, tmp_path / "nowhere")
     assert fingerprint(ray.get(algorithm.weights())) == before
     restore_checkpoint(algorithm, folder)
@@ -169,16 +168,17 @@ def test_checkpoints_are_whole_or_refused(tmp_path: Path) -> None:
     algorithm.stop()
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_could_not_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm = resumable(0).build_algo()
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("policies.grpo.checkpoint.write_manifest", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        save_checkpoint(algorithm, tmp_path / "full")
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("policies.grpo.algorithm.write_manifest", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        algorithm.save_to_path(tmp_path / "full")
+    with pytest.raises(UserError, match="not complete"):
+        restore_checkpoint(algorithm, tmp_path / "full")
     algorithm.stop()
 
 
@@ -192,16 +192,17 @@ def test_a_remote_learner_that_cannot_write_its_part_is_an_error(tmp_path: Path)
 
         learner.module.save_to_path = full
 
-    def mend_disk(learner: Any) -> None:
+    def repair_disk(learner: Any) -> None:
         del learner.module.save_to_path
 
     each_learner(algorithm.learner_group, break_disk)
-    with pytest.raises(UserError, match=r"could not be written.*a learner could not write.*No space left on device"):
-        save_checkpoint(algorithm, tmp_path / "full")
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match=r"a learner could not write.*No space left on device"):
+        algorithm.save_to_path(tmp_path / "full")
+    with pytest.raises(UserError, match="not complete"):
+        restore_checkpoint(algorithm, tmp_path / "full")
     # It was the disk: the learner itself is as good as before.
-    each_learner(algorithm.learner_group, mend_disk)
-    folder = save_checkpoint(algorithm, tmp_path / "good")
+    each_learner(algorithm.learner_group, repair_disk)
+    folder = Path(algorithm.save_to_path(tmp_path / "good"))
     expected = train(algorithm, 1)
     restore_checkpoint(algorithm, folder)
     assert train(algorithm, 1) == expected
@@ -210,13 +211,13 @@ def test_a_remote_learner_that_cannot_write_its_part_is_an_error(tmp_path: Path)
         learner.restore_from_path = lambda *_, **__: None
 
     each_learner(algorithm.learner_group, deaf)
-    with pytest.raises(UserError, match="learners 0 do not hold what is in checkpoint"):
+    with pytest.raises(UserError, match="learners 0 do not contain what is in checkpoint"):
         restore_checkpoint(algorithm, folder)
     algorithm.stop()
 
 
 def test_the_entropy_bonus_of_a_round_reaches_the_learner(monkeypatch: pytest.MonkeyPatch) -> None:
-    algorithm = configuration(entropy_coeff=0.1, entropy_rounds=4).build_algo()
+    algorithm = configuration(entropy_coef=0.1, total_iterations=4).build_algo()
     sent = []
     update = algorithm.learner_group.update
 
@@ -234,11 +235,11 @@ def test_the_entropy_bonus_of_a_round_reaches_the_learner(monkeypatch: pytest.Mo
 
 def test_equal_groups_can_be_dropped_and_everything_equal_is_survived() -> None:
     # One environment step decides everything equally: accuracy less a price of 0 is still graded, so fix the knobs.
-    algorithm = configuration(drop_equal_groups=True).build_algo()
+    algorithm = configuration(skip_uniform_groups=True).build_algo()
     row = train(algorithm, 1)[0]
     assert row["groups"] == 8.0
-    sampled, _ = algorithm._sample()
-    from policies.grpo.advantages import group_advantages
+    sampled, *_ = algorithm._sample()
+    from policies.grpo.objective import group_advantages
 
     before = fingerprint(ray.get(algorithm.weights()))
     algorithm._learn(sampled, group_advantages(np.ones((8, 4))))
@@ -249,12 +250,14 @@ def test_equal_groups_can_be_dropped_and_everything_equal_is_survived() -> None:
 @pytest.mark.parametrize(
     ("training", "words"),
     [
-        ({"group_size": 1}, "group size 1"),
+        ({"group_size": 1}, "group_size = 1 is not allowed: input should be greater than or equal to 2"),
         ({"group_size": 6}, "does not divide the 16 environments"),
         ({"groups_per_iteration": 6}, "multiple of 4 groups"),
-        ({"clip_low": 1.5}, "clip_low 1.5"),
-        ({"entropy_coeff": -1.0}, "entropy_coeff -1.0"),
-        ({"entropy_rounds": -1}, "entropy_rounds -1"),
+        ({"clip_low": 1.5}, "clip_low = 1.5"),
+        ({"entropy_coef": -1.0}, "entropy_coef = -1.0"),
+        ({"entropy_coeff": 0.1}, "'entropy_coef' now"),
+        ({"ema_decay": 1.0}, "ema_decay = 1.0"),
+        ({"total_iterations": -1}, "total_iterations = -1"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_starts(training: dict, words: str) -> None:

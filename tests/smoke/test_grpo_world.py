@@ -67,7 +67,6 @@ def test_grpo_trains_and_evaluates_on_it(world: Any) -> None:
     )
     row = algorithm.train()["grpo"]
     assert row["groups"] == 8.0
-    assert row["rollouts_discarded"] == 0.0
     contexts = [(sample, budget) for sample in range(12) for budget in world.budgets.held_out()]
     rows = evaluate_contexts(algorithm, contexts, baseline=FixedKnobs((2, 0, 4, 4)))
     assert [(row["sample"], row["budget_ms"]) for row in rows] == contexts

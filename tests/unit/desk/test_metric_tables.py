@@ -1,6 +1,7 @@
 """The tables of metrics in the documents name what a run writes down, no more and no less."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,11 @@ from envs.config import RewardSettings
 from envs.reward import TERMS
 from policies.distribution import HEADS
 from policies.grpo.algorithm import GRPO
+from policies.grpo.config import GRPOSettings
+from policies.grpo.ema import WeightAverage
+from policies.grpo.env_runner import Rollouts
 from policies.grpo.prices import Prices, PriceSettings
-from policies.grpo.rounds import COUNTS
-from policies.grpo.runner import Rollouts
+from policies.grpo.sampling import COUNTS
 from ray_ctrl.commands import train
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -52,16 +55,19 @@ def rollouts(count: int) -> Rollouts:
 def iteration() -> dict[str, float]:
     """`result["grpo"]` of an iteration in which everything there is happened."""
     prices = PriceSettings(edges=EDGES)
-    config = {"group_size": 4, "divide_by_spread": False, "prices": prices, "average": 0.0}
-    config |= {"kl_coeff": 0.1, "reference_interval": 0}
+    config = {"grpo": GRPOSettings(group_size=4, kl_coef=0.1), "prices": prices}
     algorithm: Any = SimpleNamespace(
         config=SimpleNamespace(**config),
-        round=1,
+        updates=1,
+        average=WeightAverage(0.0),
         prices=Prices.start(prices).updated(np.array([-1.0, 0.0]), np.array([True, False])),
-        metrics=SimpleNamespace(peek=lambda key, default: 0.5),
-        _sample=lambda: (rollouts(8), dict.fromkeys(COUNTS, 0.0)),
+        metrics=SimpleNamespace(peek=lambda key, default: 0.5, aggregate=lambda results, key: None),
+        _all_or_nothing=nullcontext,
+        _refresh_reference=lambda: None,
+        _publish=lambda: None,
+        _sample=lambda: (rollouts(8), [], dict.fromkeys(COUNTS, 0.0)),
         _returns=lambda found: found.rewards,
-        _learn=lambda found, groups: None,
+        _learn=lambda found, groups: [],
     )
     GRPO.training_step(algorithm)
     return dict(algorithm._row)

@@ -1,4 +1,4 @@
-"""Advantages, losses, prices and minibatches: pure arithmetic, checked by hand or by enumeration."""
+"""Advantages, loss, prices, minibatches and averages: pure arithmetic, checked by hand or by enumeration."""
 
 import math
 
@@ -12,11 +12,17 @@ from hypothesis.extra.numpy import arrays
 from envs.errors import UserError
 from envs.knobs import KnobSpace
 from policies.distribution import LOGITS_WIDTH, KnobDistribution, mask_logits
-from policies.grpo.advantages import complete_groups, group_advantages
+from policies.grpo.algorithm import GRPOConfig
 from policies.grpo.algorithm_config import GRPOConfig
-from policies.grpo.averaging import Average
-from policies.grpo.losses import LossInputs, LossSettings, clipped_surrogate, grpo_loss, kl_estimate
-from policies.grpo.minibatches import minibatches
+from policies.grpo.config import GRPOSettings
+from policies.grpo.ema import WeightAverage
+from policies.grpo.objective import (
+    LossInputs,
+    clipped_surrogate,
+    group_advantages,
+    grpo_loss,
+    minibatches,
+)
 from policies.grpo.prices import FLOOR, Prices, PriceSettings, overrun_cost
 
 RETURNS = arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(2, 8)), elements=st.floats(-5, 5))
@@ -24,13 +30,13 @@ RETURNS = arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(2, 8)), el
 
 @given(RETURNS)
 def test_advantages_are_relative_to_the_group(returns: np.ndarray) -> None:
-    plain = group_advantages(returns, divide_by_spread=False)
-    divided = group_advantages(returns, divide_by_spread=True)
-    shifted = group_advantages(returns + 3.0, divide_by_spread=True)
+    plain = group_advantages(returns, normalize_by_std=False)
+    divided = group_advantages(returns, normalize_by_std=True)
+    shifted = group_advantages(returns + 3.0, normalize_by_std=True)
     spread = returns.std(axis=1)
     assert np.abs(plain.values.sum(axis=1)).max() < 1e-9
-    assert (plain.values[plain.equal] == 0).all()
-    assert (divided.values[divided.equal] == 0).all()
+    assert (plain.values[plain.uniform] == 0).all()
+    assert (divided.values[divided.uniform] == 0).all()
     wide = spread > 1e-3
     np.testing.assert_allclose(plain.values[wide], (returns - returns.mean(1, keepdims=True))[wide])
     np.testing.assert_allclose(divided.values[wide].std(axis=1), 1.0, rtol=2e-3)
@@ -38,19 +44,10 @@ def test_advantages_are_relative_to_the_group(returns: np.ndarray) -> None:
 
 
 def test_advantages_by_hand() -> None:
-    result = group_advantages([[1.0, 3.0], [2.0, 2.0]], divide_by_spread=True, epsilon=0.0)
-    assert result.values.tolist() == [[-1.0, 1.0], [0.0, 0.0]]
-    assert result.equal.tolist() == [False, True]
-    assert result.equal_share == 0.5
-
-
-def test_only_complete_groups_are_kept() -> None:
-    rows, left_over = complete_groups([7, 5, 7, 9, 5, 9, 9, 4], group_size=2)
-    assert rows.tolist() == [[0, 2], [1, 4]]
-    assert left_over == 4
-    rows, left_over = complete_groups([1, 2, 3], group_size=2)
-    assert rows.shape == (0, 2)
-    assert left_over == 3
+    result = group_advantages([[1.0, 3.0], [2.0, 2.0]], normalize_by_std=True)
+    np.testing.assert_allclose(result.values, [[-1.0, 1.0], [0.0, 0.0]], rtol=2e-6)
+    assert result.uniform.tolist() == [False, True]
+    assert result.uniform_share == 0.5
 
 
 @pytest.mark.parametrize(
@@ -94,22 +91,39 @@ def test_a_ratio_beyond_its_maximum_is_cut_off(advantage: float, value: float, s
         old_log_prob=old - math.log(5.0),
         advantages=torch.tensor([advantage]),
         weights=torch.ones(1),
+        entropy_shares=torch.zeros(1),
     )
-    loss, metrics = grpo_loss(logits, inputs, LossSettings(0.2, 0.28, 0.0, 0.0, ratio_max=3.0))
+    lagging = GRPOSettings(clip_low=0.2, clip_high=0.28, dual_clip=3.0, max_policy_lag=1)
+    loss, metrics = grpo_loss(logits, inputs, lagging)
     loss.backward()
     assert loss.item() == pytest.approx(value, rel=1e-6)
     assert logits.grad is not None
     assert logits.grad.abs().max().item() == slope
-    assert metrics["ratio_cut_share"].item() == (advantage < 0)
-    assert "ratio_cut_share" not in grpo_loss(logits, inputs, LossSettings())[1]
+    assert metrics["dual_clip_share"].item() == (advantage < 0)
+    assert "dual_clip_share" not in grpo_loss(logits, inputs, GRPOSettings())[1]
 
 
-def test_kl_estimate_is_unbiased_and_never_negative() -> None:
+def test_the_kl_term_and_its_gradient_are_those_of_policy_against_reference() -> None:
     p, q, actions = distributions()
-    log_p, log_q = p.log_prob(actions), q.log_prob(actions)
-    estimates = kl_estimate(log_p, log_q)
-    assert estimates.min() >= 0
-    assert (log_p.exp() * estimates).sum().item() == pytest.approx(p.kl(q)[0].item(), abs=1e-5)
+    logits = p.logits.clone().requires_grad_()
+    batch = LossInputs(
+        old_logits=p.logits,
+        actions=actions,
+        old_log_prob=p.log_prob(actions),
+        advantages=torch.zeros(15),
+        weights=torch.ones(15),
+        entropy_shares=torch.zeros(15),
+        reference_logits=q.logits,
+    )
+    loss, metrics = grpo_loss(logits, batch, GRPOSettings(kl_coef=1.0))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    # By hand: sum over the 15 joint actions of p log(p / q).
+    again = p.logits[:1].clone().requires_grad_()
+    joint = KnobDistribution(again.expand(15, -1)).log_prob(actions)
+    expected = (joint.exp() * (joint - q.log_prob(actions))).sum()
+    (wanted,) = torch.autograd.grad(expected, again)
+    assert metrics["kl_reference"].item() == pytest.approx(expected.item(), abs=1e-5)
+    torch.testing.assert_close(gradient.sum(0, keepdim=True), wanted, rtol=1e-4, atol=1e-5)
 
 
 def inputs(rows: int = 8, **changes: torch.Tensor) -> LossInputs:
@@ -124,6 +138,7 @@ def inputs(rows: int = 8, **changes: torch.Tensor) -> LossInputs:
         "old_log_prob": policy.log_prob(actions),
         "advantages": torch.randn(rows, generator=generator),
         "weights": torch.ones(rows),
+        "entropy_shares": torch.ones(rows),
     }
     return LossInputs(**(values | changes))
 
@@ -131,7 +146,7 @@ def inputs(rows: int = 8, **changes: torch.Tensor) -> LossInputs:
 def test_first_step_is_the_policy_gradient() -> None:
     batch = inputs()
     logits = batch.old_logits.clone().requires_grad_()
-    loss, metrics = grpo_loss(logits, batch, LossSettings(entropy_coeff=0.0))
+    loss, metrics = grpo_loss(logits, batch, GRPOSettings(entropy_coef=0.0))
     (gradient,) = torch.autograd.grad(loss, logits)
     again = batch.old_logits.clone().requires_grad_()
     objective = (KnobDistribution(again).log_prob(batch.actions) * batch.advantages).mean()
@@ -145,7 +160,7 @@ def test_first_step_is_the_policy_gradient() -> None:
 def test_loss_is_the_sum_of_its_terms() -> None:
     reference = inputs().old_logits + torch.linspace(0, 1, LOGITS_WIDTH)
     batch = inputs(reference_logits=reference)
-    shares = LossSettings(0.2, 0.3, kl_coeff=0.7, entropy_coeff=0.1)
+    shares = GRPOSettings(clip_low=0.2, clip_high=0.3, kl_coef=0.7, entropy_coef=0.1)
     loss, metrics = grpo_loss(batch.old_logits, batch, shares)
     entropy = KnobDistribution(batch.old_logits).entropy().mean()
     expected = metrics["loss_policy"] + 0.7 * metrics["kl_reference"] - 0.1 * entropy
@@ -154,19 +169,23 @@ def test_loss_is_the_sum_of_its_terms() -> None:
 
 
 def test_each_decision_gets_its_share_of_the_entropy_bonus() -> None:
-    settings = LossSettings(entropy_coeff=0.1)
+    settings = GRPOSettings(entropy_coef=0.1)
     whole, none, half = (
         grpo_loss(inputs().old_logits, inputs(entropy_shares=shares), settings)[0]
-        for shares in (None, torch.zeros(len(inputs().weights)), torch.full_like(inputs().weights, 0.5))
+        for shares in (
+            torch.ones(len(inputs().weights)),
+            torch.zeros(len(inputs().weights)),
+            torch.full_like(inputs().weights, 0.5),
+        )
     )
     assert whole < half < none
     torch.testing.assert_close(half, (whole + none) / 2)
 
 
-def test_the_entropy_bonus_falls_to_nothing_over_its_rounds() -> None:
+def test_the_entropy_bonus_is_annealed_over_the_run_if_its_length_is_known() -> None:
     config = GRPOConfig()
     assert config.entropy_share(10**6) == 1.0
-    config.training(entropy_rounds=40)
+    config.training(total_iterations=40)
     assert [config.entropy_share(number) for number in (0, 10, 40, 50)] == [1.0, 0.75, 0.0, 0.0]
 
 
@@ -176,14 +195,16 @@ def test_padding_changes_nothing() -> None:
     padded = LossInputs(
         *(getattr(batch, name)[keep] for name in ("old_logits", "actions", "old_log_prob", "advantages")),
         weights=torch.tensor([8 / 6] * 6 + [0.0] * 2),
+        entropy_shares=torch.ones(8),
     )
     plain = LossInputs(
         *(getattr(batch, name)[:6] for name in ("old_logits", "actions", "old_log_prob", "advantages")),
         weights=torch.ones(6),
+        entropy_shares=torch.ones(6),
     )
     shift = torch.linspace(0, 0.5, LOGITS_WIDTH)
-    loss_a, metrics_a = grpo_loss(padded.old_logits + shift, padded, LossSettings())
-    loss_b, metrics_b = grpo_loss(plain.old_logits + shift, plain, LossSettings())
+    loss_a, metrics_a = grpo_loss(padded.old_logits + shift, padded, GRPOSettings())
+    loss_b, metrics_b = grpo_loss(plain.old_logits + shift, plain, GRPOSettings())
     torch.testing.assert_close(loss_a, loss_b)
     for name, value in metrics_b.items():
         torch.testing.assert_close(metrics_a[name], value)
@@ -194,9 +215,9 @@ def test_entropies_count_only_rows_that_decide() -> None:
     second = mask_logits(torch.zeros(1, LOGITS_WIDTH), torch.as_tensor(KnobSpace.stage2_mask(2)).float()[None])
     logits = torch.cat((first, second))
     batch = LossInputs(
-        logits, torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]), torch.zeros(2), torch.zeros(2), torch.ones(2)
+        logits, torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]), torch.zeros(2), torch.zeros(2), torch.ones(2), torch.ones(2)
     )
-    _, metrics = grpo_loss(logits, batch, LossSettings())
+    _, metrics = grpo_loss(logits, batch, GRPOSettings())
     for name, options in {"tier": 3, "insertion": 5, "top_k": 5, "blocks": 4}.items():
         assert metrics[f"entropy_{name}"].item() == pytest.approx(np.log(options), abs=1e-5)
 
@@ -284,33 +305,27 @@ def test_learners_together_see_the_minibatches_of_one() -> None:
     arrays(np.float32, st.tuples(st.integers(1, 30), st.just(3)), elements=st.floats(-5, 5, width=32)),
     st.floats(0, 0.99),
 )
-def test_the_average_of_weights_counts_few_rounds_alike_and_fades_many(rounds: np.ndarray, memory: float) -> None:
-    average = Average(memory)
-    for index, row in enumerate(rounds):
+def test_the_average_of_weights_counts_few_updates_alike_and_fades_many(updates: np.ndarray, decay: float) -> None:
+    average = WeightAverage(decay)
+    for index, row in enumerate(updates):
         before = average
         average = before.updated({"w": row})
-        if memory == 0:
+        if decay == 0:
             assert average.weights is None
             continue
-        found, seen = average.weights["w"], rounds[: index + 1]
+        found, seen = average.weights["w"], updates[: index + 1]
         assert found.dtype == np.float32
-        if memory >= index / (index + 1):
+        if decay >= index / (index + 1):
             np.testing.assert_allclose(found, seen.mean(axis=0), atol=1e-4)
         else:
-            np.testing.assert_allclose(found, memory * before.weights["w"] + (1 - memory) * row, atol=1e-4)
+            np.testing.assert_allclose(found, decay * before.weights["w"] + (1 - decay) * row, atol=1e-4)
         assert (found >= seen.min(axis=0) - 1e-4).all()
         assert (found <= seen.max(axis=0) + 1e-4).all()
-        assert average.rounds == index + 1
+        assert average.updates == index + 1
         assert average.restored(average.state()) == average
 
 
 def test_an_average_is_not_restored_where_none_is_kept() -> None:
-    kept = Average(0.5).updated({"w": np.ones(2, np.float32)}).state()
-    assert Average(0.0).restored(kept).weights is None
-    assert Average(0.5).restored(None) == Average(0.5)  # a checkpoint from before averages: begins anew
-    assert Average(0.5).restored(kept).rounds == 1
-
-
-def test_a_memory_of_one_is_refused() -> None:
-    with pytest.raises(UserError, match=r"average 1\.0 is not allowed"):
-        GRPOConfig().environment("toy").training(average=1.0).validate()
+    kept = WeightAverage(0.5).updated({"w": np.ones(2, np.float32)}).state()
+    assert WeightAverage(0.0).restored(kept).weights is None
+    assert WeightAverage(0.5).restored(kept).updates == 1

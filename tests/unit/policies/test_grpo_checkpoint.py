@@ -11,7 +11,7 @@ import pytest
 
 from envs.errors import UserError
 from policies.grpo import checkpoint
-from policies.grpo.digests import digest
+from policies.grpo.checkpoint import state_checksum
 from policies.grpo.learner import GRPOLearner
 
 WEIGHTS = {"controller.weight": np.arange(6, dtype=np.float32), "reference.weight": np.ones(3, np.float32)}
@@ -36,8 +36,8 @@ class Group:
 
 
 def learner(failed_write: str | None = None, **changes: Any) -> Any:
-    held = digest({"rl_module": {"default_policy": WEIGHTS | changes}, "optimizer": OPTIMIZER})
-    return SimpleNamespace(failed_write=failed_write, held=lambda: held)
+    held = state_checksum({"rl_module": {"default_policy": WEIGHTS | changes}, "optimizer": OPTIMIZER})
+    return SimpleNamespace(failed_write=failed_write, state_checksum=lambda: held)
 
 
 @pytest.fixture
@@ -75,9 +75,9 @@ def test_missing_and_half_files_are_noticed(folder: Path, name: str, left: int |
 
 def test_other_numbers_than_the_learners_are_noticed(folder: Path) -> None:
     other = learner(**{"reference.weight": np.zeros(3, np.float32)})
-    with pytest.raises(OSError, match="is not what the learner holds"):
+    with pytest.raises(OSError, match="is not what the learner contains"):
         checkpoint.check_written(Group(other), folder)
-    with pytest.raises(UserError, match="learners 1 do not hold what is in checkpoint"):
+    with pytest.raises(UserError, match="learners 1 do not contain what is in checkpoint"):
         checkpoint.check_learners(Group(learner(), other), folder)
 
 
@@ -101,8 +101,8 @@ def test_a_learner_remembers_why_it_could_not_write(monkeypatch: pytest.MonkeyPa
     assert one.failed_write is None
 
 
-def test_digests_see_every_array_and_where_it_is() -> None:
+def test_checksums_see_every_array_and_where_it_is() -> None:
     whole = {"a": np.zeros(2), "b": [np.ones(1)]}
-    assert digest(whole) == digest({"b": [np.ones(1)], "a": np.zeros(2)})
+    assert state_checksum(whole) == state_checksum({"b": [np.ones(1)], "a": np.zeros(2)})
     others = ({"a": np.zeros(2)}, {"b": np.zeros(2), "a": [np.ones(1)]}, {"a": np.zeros((2, 1)), "b": [np.ones(1)]})
-    assert len({digest(other) for other in (whole, *others)}) == 4
+    assert len({state_checksum(other) for other in (whole, *others)}) == 4

@@ -1,27 +1,30 @@
-"""Rollouts: what an env runner does with one chunk of work.
+"""Rollouts: what an env runner does with one shard of an iteration.
 
-A chunk is one reset of all of a runner's environments. Its contexts and its random draws are a function
-of (seed, round, chunk) and of the weights that come with the request, never of the runner or its past:
-a chunk lost with a dead runner is simply run again, anywhere, with the same result.
+A shard is one reset of all of a runner's environments. Its contexts and its random draws are a function
+of (seed, iteration, group) and of the weights that come with the request, never of the shard, the runner or its past:
+how groups are cut into shards changes nothing, and a shard lost with a dead runner is run again anywhere.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import ray
 import torch
 from ray.rllib.core.columns import Columns
-from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
-from ray.rllib.utils.metrics import EPISODE_RETURN_MEAN
 
 from policies.baselines import Baseline
-from policies.distribution import KnobDistribution
+from policies.distribution import HEADS, KnobDistribution
 from policies.grpo.rl_module import BaselineModule
+from policies.grpo.rllib_adapter import EnvRunnerBase
 
 Array = npt.NDArray[Any]
+STEPS: Final = 2
+"""Decisions of an episode."""
+BLOCK: Final = 64
+"""Rows of one forward pass: matrix products round differently for other numbers of rows."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ class Rollouts:
         )
 
 
-class RolloutRunner(SingleAgentEnvRunner):
-    """RLlib's env runner, working in chunks."""
+class RolloutRunner(EnvRunnerBase):
+    """RLlib's env runner, working in shards."""
 
     module: Any
 
@@ -93,15 +96,20 @@ class RolloutRunner(SingleAgentEnvRunner):
         state = ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights
         self.module.set_state(state)
 
-    def sample_chunk(self, *, round_number: int, chunk: int, chunks: int, attempt: int, weights: Any) -> Rollouts:
-        """Roll out one chunk of a training round under the given weights."""
+    def sample_shard(self, *, iteration: int, shard: int, shards: int, weights: Any) -> Rollouts:
+        """Roll out one shard of a training iteration under the given weights."""
         self.load_weights(weights)
         environment = self.env.unwrapped
-        environment.set_worker(chunk, chunks)
-        environment.set_round(round_number)
-        generator = torch.Generator(self._device)
-        generator.manual_seed(_seed(self.config.seed, round_number, chunk, attempt))
-        rollouts = self._roll_out(self.module, generator)
+        environment.set_worker(shard, shards)
+        environment.set_round(iteration)
+        uniforms = None
+        if self.config.explore:
+            size = self.config.grpo.group_size
+            count = self.num_envs // size
+            groups = range(shard * count, (shard + 1) * count)
+            uniforms = group_uniforms(self.config.seed, iteration, groups, size)
+        rollouts = self._roll_out(self.module, uniforms)
+        self.make_callbacks(rollouts)
         stats = environment.stats() if hasattr(environment, "stats") else {}
         return replace(rollouts, metrics=self.get_metrics(), runner=int(self.worker_index or 0), stats=stats)
 
@@ -125,14 +133,14 @@ class RolloutRunner(SingleAgentEnvRunner):
             module = BaselineModule(baseline, (first,), self.module)
         return _rows(self._roll_out(module, None), first, len(contexts))
 
-    def _roll_out(self, module: Any, generator: torch.Generator | None) -> Rollouts:
+    def _roll_out(self, module: Any, uniforms: Array | None) -> Rollouts:
         """Every environment from reset to the end of its episode, all in step.
 
         Straight between module and environment: RLlib's own `sample` makes an object of every episode and a list of
         every step, which for two-step episodes costs more than all the rest of a warm rollout.
 
         Args:
-            generator: draws the actions; None takes the most likely ones.
+            uniforms: (num_envs, STEPS, 4) in [0, 1), which choose the actions; None takes the most likely ones.
 
         Raises:
             RuntimeError: an episode that ends before the others.
@@ -143,15 +151,14 @@ class RolloutRunner(SingleAgentEnvRunner):
         rewards, ended = np.zeros(self.num_envs), np.zeros(self.num_envs, np.bool_)
         infos: Mapping[str, Array] = {}
         while not ended.any():
-            step = _decide(module, observation, generator, self._device)
+            step = _decide(module, observation, None if uniforms is None else uniforms[:, len(steps)], self.device)
             observation, reward, terminated, truncated, infos = environment.step(step.actions)
             steps.append(step)
             rewards += reward
             ended = terminated | truncated
         if not ended.all():
             raise RuntimeError(f"{int(ended.sum())} of {len(ended)} rollouts ended early: all must take as many steps")
-        self._increase_sampled_metrics(len(steps) * self.num_envs, self.num_envs)
-        self.metrics.log_value(EPISODE_RETURN_MEAN, float(rewards.mean()), window=1)
+        self.count_steps(len(steps) * self.num_envs, self.num_envs)
         return Rollouts(
             obs={key: np.stack([step.obs[key] for step in steps], 1) for key in steps[0].obs},
             actions=np.stack([step.actions for step in steps], 1),
@@ -174,27 +181,54 @@ class _Step:
 
 
 @torch.no_grad()
-def _decide(module: Any, observation: Mapping[str, Array], generator: torch.Generator | None, device: Any) -> _Step:
+def _decide(module: Any, observation: Mapping[str, Array], uniforms: Array | None, device: Any) -> _Step:
     obs = {key: np.array(value) for key, value in observation.items()}
-    batch = {Columns.OBS: {key: torch.from_numpy(value).to(device) for key, value in obs.items()}}
-    answer = module.forward_inference(batch) if generator is None else module.forward_exploration(batch)
+    answer = _forward(module, obs, device, explore=uniforms is not None)
     if Columns.ACTIONS in answer:
         actions = answer[Columns.ACTIONS].numpy(force=True)
         return _Step(obs, actions, np.zeros(len(actions), np.float32), np.zeros((len(actions), 0), np.float32))
     logits = answer[Columns.ACTION_DIST_INPUTS]
     policy = KnobDistribution(logits)
-    chosen = policy.argmax() if generator is None else policy.sample(generator)
+    chosen = policy.argmax() if uniforms is None else actions_at(policy, torch.from_numpy(uniforms).to(device))
     return _Step(obs, *(part.numpy(force=True) for part in (chosen, policy.log_prob(chosen), logits)))
 
 
-def _seed(*parts: int | None) -> int:
-    """A well mixed 63-bit seed from integers."""
-    entropy = [int(part or 0) for part in parts]
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def _forward(module: Any, obs: Mapping[str, Array], device: Any, *, explore: bool) -> Mapping[str, torch.Tensor]:
+    """The module's answer, in passes of `BLOCK` rows each, so that no row depends on how many others there are."""
+    forward = module.forward_exploration if explore else module.forward_inference
+    tensors = {key: torch.from_numpy(value).to(device) for key, value in obs.items()}
+    rows = len(next(iter(obs.values())))
+    # A baseline is no matrix product, and may draw random numbers for all rows at once.
+    block = rows if isinstance(module, BaselineModule) else BLOCK
+    padding = -rows % block
+    padded = {key: torch.cat((value, value[:1].expand(padding, *value.shape[1:]))) for key, value in tensors.items()}
+    parts = [
+        forward({Columns.OBS: {key: value[start : start + block] for key, value in padded.items()}})
+        for start in range(0, rows + padding, block)
+    ]
+    return {key: torch.cat([part[key] for part in parts])[:rows] for key in parts[0]}
+
+
+def actions_at(policy: KnobDistribution, uniforms: torch.Tensor) -> torch.Tensor:
+    """Actions (B, 4) at uniform numbers (B, 4) in [0, 1) of each head's cumulative distribution."""
+    chosen = []
+    for log_p, uniform in zip(policy.log_probs, uniforms.unbind(-1), strict=True):
+        cumulative = log_p.double().exp().cumsum(-1)
+        cumulative = cumulative / cumulative[:, -1:]  # ends at 1 exactly, so masked options behind it are never reached
+        chosen.append(torch.searchsorted(cumulative, uniform[:, None].contiguous(), right=True)[:, 0])
+    return torch.stack(chosen, dim=-1)
+
+
+def group_uniforms(seed: int, iteration: int, groups: Sequence[int], group_size: int) -> Array:
+    """The random numbers (len(groups) * group_size, STEPS, 4) of some groups of an iteration."""
+    generators = [
+        np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, iteration, group)))) for group in groups
+    ]
+    return np.concatenate([generator.random((group_size, STEPS, len(HEADS))) for generator in generators])
 
 
 def _rows(rollouts: Rollouts, first: int, count: int) -> list[dict[str, float]]:
-    """One dict per context 0..count-1 of the chunk, surplus and repeated environments dropped."""
+    """One dict per context 0..count-1 of the shard, surplus and repeated environments dropped."""
     rows: dict[int, dict[str, float]] = {}
     for index, context in enumerate(rollouts.infos["context"].tolist()):
         if 0 <= context < count and context not in rows:
