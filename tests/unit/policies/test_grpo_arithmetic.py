@@ -12,7 +12,6 @@ from hypothesis.extra.numpy import arrays
 from envs.errors import UserError
 from envs.knobs import KnobSpace
 from policies.distribution import LOGITS_WIDTH, KnobDistribution, mask_logits
-from policies.grpo.algorithm import GRPOConfig
 from policies.grpo.algorithm_config import GRPOConfig
 from policies.grpo.config import GRPOSettings
 from policies.grpo.ema import WeightAverage
