@@ -25,7 +25,7 @@ from envs.model.config import MolmoEConfig
 from envs.model.decode import DecodeBatch
 from envs.model.kernels_step import KernelStep, Tuning, launches
 from envs.model.language import Block, BlockCache, Language, Prefilled, attend
-from envs.model.static import Cell, StaticDecoder, plain_step
+from envs.model.static import Cell, StaticDecoder
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 TWELVE = (0, 1, 2, 3, 4, 5, 7, 9, 11, 12, 14, 15)
@@ -428,12 +428,13 @@ def measure(results: Results, language: Language) -> None:
     decoder = StaticDecoder(language)
     for length in CONTEXTS:
         results.part(f"decode ms graph {length}", lambda length=length: decode_speed(language, decoder, length))
+    some = ("16/8", "12/4")
     results.part("decode ms others 1100", lambda: {
-        "kernels, no graph": decode_speed(language, StaticDecoder(language, graphs=0), 1100, ["16/8", "12/4"]),
-        "torch operators, graph": decode_speed(language, StaticDecoder(language, kernels=False), 1100, ["16/8", "12/4"]),
+        "kernels, no graph": decode_speed(language, StaticDecoder(language, graphs=0), 1100, some),
+        "torch operators, graph": decode_speed(language, StaticDecoder(language, kernels=False), 1100, some),
         "torch operators": decode_speed(language, StaticDecoder(language, kernels=False, graphs=0), 1100, ["16/8"]),
         "DecodeBatch": {plan: dynamic_speed(language, 1100, "auto", plan) for plan in PLANS},
-        "loop over experts": {plan: dynamic_speed(language, 1100, "loop", plan) for plan in ("16/8", "12/4")},
+        "loop over experts": {plan: dynamic_speed(language, 1100, "loop", plan) for plan in some},
     })  # fmt: skip
     results.part("decode profile", lambda: _profiled(language, Tuning()))
     best: dict[str, Any] = {}
