@@ -31,7 +31,7 @@ PROPERTY = """
 import dataclasses, json
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from benchmarks.gpu_decode import GOLDEN, kernel_errors, prefilled
+from benchmarks.decode_checks import GOLDEN, kernel_errors, prefilled
 from envs.model.config import MolmoEConfig
 from envs.model.decode import DecodeBatch
 from envs.model.kernels_step import Tuning
@@ -100,7 +100,7 @@ def test_every_kernel_against_float64_and_whole_steps_against_the_growing_batch(
 TIES = """
 import json
 import torch
-from benchmarks.gpu_decode import GOLDEN
+from benchmarks.decode_checks import GOLDEN
 from envs.model import AdaptiveMolmoE
 from envs.model.kernels_step import KernelStep, Tuning
 from envs.model.static import Cell
