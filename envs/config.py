@@ -36,8 +36,8 @@ class ModelSettings(Section):
     )
     blank_crops: Literal["published", "trainer"] = Field(
         default="published",
-        description="Image crops that give the model nothing: `published` those with a pixel of exactly -1.0, as in the "
-        "released code (1 % of crops of photos), `trainer` padding alone, as in the code that trained the weights.",
+        description="Image crops that give the model nothing: `published` those with a pixel of exactly -1.0, as in "
+        "the released code (1 % of crops of photos), `trainer` padding alone, as in the code that trained the weights.",
     )
     block_importance: str | None = Field(
         default=None,

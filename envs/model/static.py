@@ -51,7 +51,7 @@ class Cell:
 
 
 def plain_step(language: Language, cell: Cell, kept: Sequence[int]) -> None:
-    """One step through the blocks `kept` in torch operators, traceable as one graph: changes `cell`, allocates freely."""
+    """One step through the blocks `kept` in torch operators, traceable as one graph; it changes `cell`."""
     config = language.config
     x_11D = language.embed(cell.token).unsqueeze(1)
     rope = cell.rotations.index_select(0, cell.position)
