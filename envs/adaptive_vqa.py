@@ -15,12 +15,12 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from envs.contexts import Context, Listed, ListedSchedule, Schedule, TrainingSchedule, listed
+from envs.env_resources import World, WorldConfig
 from envs.errors import UserError
 from envs.knobs import BLOCK_COUNTS, HEAD_SIZES, INSERTIONS, TIERS, TOP_KS
 from envs.latency_token import budget_level
-from envs.rollout import Finished, finish
-from envs.world import World, WorldConfig
+from envs.schedule import Context, Listed, ListedSchedule, Schedule, TrainingSchedule, listed
+from envs.scoring_step import Finished, finish
 
 Array = npt.NDArray[Any]
 Observation = dict[str, Array]
@@ -44,7 +44,7 @@ class AdaptiveVQAVectorEnv(VectorEnv):
             `num_envs`: 1 or more (default 1);
             `group_size`: environments per context, a divisor of `num_envs` (default 1);
             `seed`: of the training schedule (default 0);
-            `contexts`: explicit ones as `envs.contexts.listed` takes them, each run once by one environment; None
+            `contexts`: explicit ones as `envs.schedule.listed` takes them, each run once by one environment; None
             trains.
 
     Raises:

@@ -15,10 +15,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from envs.errors import UserError
-from policies.budget_feature import budget_feature
 from policies.distribution import KnobDistribution, mask_logits
-from policies.stage1 import HIDDEN, Stage1
-from policies.stage2 import Stage2
+from policies.networks import HIDDEN, Stage1, Stage2, budget_feature
 
 FORMAT_VERSION: Final = 1
 WEIGHTS_FILE: Final = "controller.safetensors"

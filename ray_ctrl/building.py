@@ -11,7 +11,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from policies.controller import Controller
 from policies.grpo.algorithm import GRPO, GRPOConfig
-from policies.grpo.prices import PriceSettings
+from policies.grpo.lagrangian import PriceSettings
 from ray_ctrl.setting import Setting
 
 ENVIRONMENT = "ray_ctrl_adaptive_vqa"

@@ -188,7 +188,7 @@ def devices(config: Config) -> Iterator[Finding]:
     import torch
 
     from cluster.resources import machine_cpus
-    from envs.world import resolve_device
+    from envs.env_resources import resolve_device
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cpus = machine_cpus()
@@ -314,8 +314,8 @@ def _existing_parent(path: Path) -> Path:
 
 def model(config: Config) -> Iterator[Finding]:
     """The checkpoint can be found, its headers fit, and it fits the memory of the device."""
+    from envs.env_resources import resolve_device
     from envs.model.inspect import inspect_model
-    from envs.world import resolve_device
 
     summary = inspect_model(config.model.name)
     if summary.problems:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.budgets import BudgetDistribution, budget_range
+from envs.env_resources import World, WorldConfig
 from envs.errors import UserError
 from envs.knobs import MAX_DROPPED, ExecutionPlan, KnobSpace
 from envs.latency import Identity, ProfiledClock, ProfileTable, profile
@@ -17,7 +18,6 @@ from envs.latency.profiler import GOOD_FIT
 from envs.model.importance import removal_order
 from envs.reward import RewardConfig as RewardWeights
 from envs.tasks import load_task
-from envs.world import World, WorldConfig
 from policies.controller import Controller
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted

@@ -29,10 +29,10 @@ from policies.grpo.advantages import GroupAdvantages, group_advantages
 from policies.grpo.averaging import Average, Weights
 from policies.grpo.config import GRPOConfig
 from policies.grpo.evaluation import EvaluationRequest, Row
+from policies.grpo.lagrangian import Prices, PriceSettings
 from policies.grpo.learner import ENTROPY_SHARES, WEIGHTS, answering, each_learner, learner_errors
 from policies.grpo.metrics import learner_metrics, rollout_metrics
 from policies.grpo.minibatches import minibatches
-from policies.grpo.prices import Prices, PriceSettings
 from policies.grpo.rounds import Rounds, summed
 from policies.grpo.runner import Rollouts
 from policies.grpo.spread import Spread, startup_errors, stop_runners

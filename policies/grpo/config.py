@@ -8,8 +8,8 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from envs.errors import UserError
 from policies.grpo.evaluation import evaluate_with_runners
+from policies.grpo.lagrangian import PriceSettings
 from policies.grpo.learner import GRPOLearner
-from policies.grpo.prices import PriceSettings
 from policies.grpo.rl_module import ControllerModule
 from policies.grpo.runner import RolloutRunner
 

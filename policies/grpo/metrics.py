@@ -9,7 +9,7 @@ from ray.rllib.utils.metrics import LEARNER_RESULTS
 
 from policies.distribution import HEADS
 from policies.grpo.advantages import GroupAdvantages
-from policies.grpo.prices import Prices
+from policies.grpo.lagrangian import Prices
 from policies.grpo.runner import Rollouts
 
 LEARNER_KEYS: Final = (

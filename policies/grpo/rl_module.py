@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from envs.knobs import HEAD_SIZES
 from policies.baselines import Baseline
-from policies.budget_feature import BUDGET_WIDTH, budget_feature
 from policies.controller import Controller
-from policies.stage1 import HIDDEN, Projections
+from policies.networks import BUDGET_WIDTH, HIDDEN, Projections, budget_feature
 
 REFERENCE_LOGITS = "reference_logits"
 KnobActions = TorchMultiCategorical.get_partial_dist_cls(input_lens=list(HEAD_SIZES))

@@ -204,7 +204,7 @@ def configuration(runners: int = 0, *, broken: dict[str, Any] | None = None, **t
 
 def resumable(runners: int) -> Any:
     """Everything a checkpoint must hold: optimizer, a reference and prices that move, an average of weights."""
-    from policies.grpo.prices import PriceSettings
+    from policies.grpo.lagrangian import PriceSettings
 
     prices = PriceSettings(edges=(-1.0, -0.5))
     return configuration(runners, kl_coeff=0.1, reference_interval=2, prices=prices, average=0.9)

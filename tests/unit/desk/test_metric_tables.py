@@ -11,7 +11,7 @@ import pytest
 from envs.reward import TERMS
 from policies.distribution import HEADS
 from policies.grpo.algorithm import GRPO
-from policies.grpo.prices import Prices, PriceSettings
+from policies.grpo.lagrangian import Prices, PriceSettings
 from policies.grpo.rounds import COUNTS
 from policies.grpo.runner import Rollouts
 from ray_ctrl import train

@@ -8,10 +8,10 @@ import torch
 
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution
+from envs.env_resources import World
 from envs.knobs import KnobSpace
 from envs.reward import RewardConfig
 from envs.tasks.sample import ImageRef, Sample
-from envs.world import World
 from policies.controller import Controller
 from ray_ctrl.steering import Steering
 

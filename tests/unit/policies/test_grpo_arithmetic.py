@@ -15,9 +15,9 @@ from policies.distribution import LOGITS_WIDTH, KnobDistribution, mask_logits
 from policies.grpo.advantages import complete_groups, group_advantages
 from policies.grpo.averaging import Average
 from policies.grpo.config import GRPOConfig
+from policies.grpo.lagrangian import FLOOR, Prices, PriceSettings, overrun_cost
 from policies.grpo.losses import LossInputs, LossSettings, clipped_surrogate, grpo_loss, kl_estimate
 from policies.grpo.minibatches import minibatches
-from policies.grpo.prices import FLOOR, Prices, PriceSettings, overrun_cost
 
 RETURNS = arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(2, 8)), elements=st.floats(-5, 5))
 

@@ -12,6 +12,7 @@ from world_double import PUBLISHED_IMPORTANCE
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution, budget_range
 from envs.engine import RolloutEngine
+from envs.env_resources import World, WorldConfig
 from envs.errors import UserError
 from envs.knobs import TIERS, Knobs, KnobSpace
 from envs.latency import MeasuredClock, ProfiledClock, RooflineClock, hold_out, is_measuring, profile, reference_shape
@@ -22,7 +23,6 @@ from envs.model.config import MolmoEConfig
 from envs.model.embedded.shape import write_files
 from envs.reward import RewardConfig
 from envs.tasks.scenes import load_scenes
-from envs.world import World, WorldConfig
 
 
 @pytest.fixture(scope="module")

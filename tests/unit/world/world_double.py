@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from envs.budgets import BudgetDistribution
+from envs.env_resources import World
 from envs.knobs import TIER_CROPS, TIERS, ExecutionPlan, KnobSpace
 from envs.latency import LatencyRecord, RequestShape, RooflineClock
 from envs.latency.clock import image_tokens
 from envs.model.config import MolmoEConfig
 from envs.reward import RewardConfig
 from envs.tasks.sample import ImageRef, Sample
-from envs.world import World
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 PUBLISHED_IMPORTANCE = (

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from envs.contexts import Context
+from envs.env_resources import World
 from envs.knobs import ExecutionPlan, KnobSpace
 from envs.latency import RequestShape, is_measuring
 from envs.reward import plan_share, reward
+from envs.schedule import Context
 from envs.tasks.sample import Sample
-from envs.world import World
 
 Array = npt.NDArray[Any]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from envs.budgets import BudgetDistribution
+from envs.env_resources import WorldConfig, resolve_device
 from envs.errors import UserError
 from envs.reward import RewardConfig
-from envs.world import WorldConfig, resolve_device
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_budgets_in_ms_hold_on_any_device():
 
 
 def test_one_end_in_ms_leaves_the_other_to_the_device(monkeypatch):
-    monkeypatch.setattr("envs.world.budget_range", lambda *_: (20.0, 80.0))
+    monkeypatch.setattr("envs.env_resources.budget_range", lambda *_: (20.0, 80.0))
     low = WorldConfig(budget_low_ms=30, budget_high=2.0)._budgets(None, None, None, ())
     high = WorldConfig(budget_high_ms=60, budget_low=1.5)._budgets(None, None, None, ())
     assert (low.low_ms, low.high_ms, high.low_ms, high.high_ms) == (30, 160, 30, 60)
