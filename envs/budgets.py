@@ -1,4 +1,4 @@
-"""Latency budgets: drawn for training, held out for evaluation, binned for prices."""
+"""Latency budgets: drawn for training, held out for evaluation, binned for penalty multipliers."""
 
 import math
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class BudgetDistribution:
     Attributes:
         low_ms, high_ms: ends of the training range.
         bands: held-out intervals inside the range, ms, rising and apart.
-        bins: number of price bins, equal in log budget.
+        bins: number of penalty bins, equal in log budget.
 
     Raises:
         UserError: an end that is zero, negative or not finite, an empty or inverted range, a band outside the range
@@ -77,7 +77,7 @@ class BudgetDistribution:
         if self._widths.sum() <= 0:
             raise UserError(f"held-out bands {self.bands} cover the whole range: leave budgets to train on")
         if self.bins < 1:
-            raise UserError(f"{self.bins} price bins are not allowed: give 1 or more")
+            raise UserError(f"{self.bins} penalty bins are not allowed: give 1 or more")
 
     @classmethod
     def over(cls, low_ms: float, high_ms: float, bands: int = 3, bins: int = 8) -> "BudgetDistribution":
@@ -128,8 +128,7 @@ class BudgetDistribution:
     def nearest(self, budget_ms: float, scale: float = 1.0) -> float:
         """The budget of the training range nearest to `budget_ms`, which is what a trained controller is shown.
 
-        What a network makes of budgets beyond all it has seen is anyone's guess: asked for the impossible it may choose
-        a dear plan, given all the time in the world a cheap one.
+        The controller does not extrapolate reliably, so budgets are clamped to the training range.
 
         Args:
             scale: of the range, for a device that takes so many times as long as the one trained for.
@@ -170,7 +169,7 @@ def budget_range(
     samples: Sequence[Any],
     new_tokens: int | None = None,
 ) -> tuple[float, float]:
-    """The device's range over training samples, ms: p95 of the cheapest plan to p95 of the dearest.
+    """The device's range over training samples, ms: p95 of the cheapest plan to p95 of the most expensive.
 
     At the lower end 95 % of requests can be served at all, at the upper end 95 % of them in full, by the latency that
     rollouts are judged by: a spread on top, large in a table measured on a busy device, would put every plan in time.

@@ -21,9 +21,11 @@ from envs.latency import (
     ProfiledClock,
     ProfileTable,
     RooflineClock,
+    is_measuring,
 )
+from envs.latency.guardrail import Guardrail, LatencyPredictor
 from envs.model.importance import read_importance
-from envs.reward import RewardConfig
+from envs.reward import RewardSettings
 from envs.tasks.sample import Sample
 
 CLOCKS: Final = ("profiled", "roofline", "measured")
@@ -39,16 +41,26 @@ class World:
         samples: what contexts index.
         clock: gives latencies.
         budgets: training and held-out budgets.
-        reward: weights at fixed prices.
+        reward: penalty of violations.
         space: legal knobs and the plans behind them.
+        guardrail: leaves only plans predicted to meet the budget; None is off.
     """
 
     engine: Any
     samples: Sequence[Sample]
     clock: Clock | MeasuringClock
     budgets: BudgetDistribution
-    reward: RewardConfig
+    reward: RewardSettings
     space: KnobSpace
+    guardrail: Guardrail | None = None
+
+    @cached_property
+    def predictor(self) -> LatencyPredictor | None:
+        """Predicted latencies of a request's plans; None without a guardrail."""
+        if self.guardrail is None:
+            return None
+        clock = None if is_measuring(self.clock) else self.clock
+        return LatencyPredictor(self.guardrail, self.engine, self.space, clock)
 
     @cached_property
     def d_model(self) -> int:
@@ -75,7 +87,8 @@ class WorldConfig:
         clock: `profiled`, `roofline` or `measured`.
         clock_device: of the roofline clock.
         table: file of the profile table, needed by the profiled clock.
-        reward: weights at fixed prices.
+        reward: penalty of violations.
+        guardrail: fitted by `envs.calibrate_guardrail`; None is off.
         budgets: None computes the device's range over this world's samples with `held_out_bands` and `price_bins`.
         budget_low, budget_high: factors on the ends of that range.
         budget_low_ms, budget_high_ms: ends in ms instead, whatever the device; None takes the range's.
@@ -99,7 +112,8 @@ class WorldConfig:
     clock: str = "roofline"
     clock_device: str = "laptop-2-core"
     table: str | None = None
-    reward: RewardConfig = field(default_factory=RewardConfig)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    guardrail: Guardrail | None = None
     budgets: BudgetDistribution | None = None
     held_out_bands: int = 3
     price_bins: int = 8
@@ -134,7 +148,7 @@ class WorldConfig:
         space = KnobSpace(engine.importance)
         clock = self.build_clock(engine)
         budgets = self.budgets or self._budgets(engine, clock, space, samples)
-        return World(engine, samples, clock, budgets, self.reward, space)
+        return World(engine, samples, clock, budgets, self.reward, space, self.guardrail)
 
     def build_engine(self) -> Any:
         """The engine alone; equal settings share one engine in a process."""

@@ -1,17 +1,16 @@
 """From configuration to RLlib: the algorithm that trains, and the one that only evaluates."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from ray import tune
 from ray.rllib.core import DEFAULT_MODULE_ID
 
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from policies.controller import Controller
 from policies.grpo.algorithm import GRPO, GRPOConfig
-from policies.grpo.lagrangian import PriceSettings
+from policies.grpo.lagrangian import LagrangianSettings
+from ray_ctrl.config import Config
 from ray_ctrl.setting import Setting
 
 ENVIRONMENT = "ray_ctrl_adaptive_vqa"
@@ -53,7 +52,7 @@ def build_algorithm(setting: Setting, envs: int, contexts: int) -> GRPO:
         entropy_rounds=config.run.iterations if grpo.entropy_decay else 0,
         max_staleness=grpo.max_staleness,
         ratio_max=grpo.ratio_max,
-        prices=price_settings(setting) if config.reward.mode == "constrained" else None,
+        lagrangian=lagrangian_settings(config) if config.reward.mode == "lagrangian" else None,
         average=grpo.average,
         lr=grpo.lr,
         num_epochs=grpo.epochs,
@@ -79,20 +78,16 @@ def build_evaluator(setting: Setting, controller: Controller, contexts: int) -> 
     return algorithm
 
 
-def price_settings(setting: Setting) -> PriceSettings:
-    """Price bins equal in log budget over the training range, in the controller's unit log(budget / reference)."""
-    config, budgets = setting.config, setting.budgets
+def lagrangian_settings(config: Config) -> LagrangianSettings:
+    """How penalty multipliers move."""
     reward = config.reward
-    low, high = (math.log(ms / setting.reference_ms) for ms in (budgets.low_ms, budgets.high_ms))
-    edges = np.linspace(low, high, config.budgets.price_bins + 1)[1:-1]
-    return PriceSettings(
-        edges=tuple(float(edge) for edge in edges),
-        target=reward.violation_target,
-        step=reward.price_step,
-        initial=min(reward.price_initial, reward.price_max),
-        maximum=reward.price_max,
-        memory=reward.price_memory,
-        utilisation=reward.utilisation,
+    return LagrangianSettings(
+        bins=config.budgets.price_bins,
+        max_violation_rate=reward.max_violation_rate,
+        lr=reward.penalty_lr,
+        init=min(reward.penalty_init, reward.penalty_max),
+        maximum=reward.penalty_max,
+        smoothing=reward.penalty_smoothing,
     )
 
 

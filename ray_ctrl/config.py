@@ -142,82 +142,59 @@ class StoreConfig(Section):
 
 
 class RewardConfig(Section):
-    """How one answer under one budget is judged. Terms are weights; overrun is latency/budget -
-    1.
+    """What a rollout is worth: accuracy - multiplier x cost, where the cost is 0 within budget, else 1 plus the excess
+    latency / budget - 1, at most 2.
     """
 
-    mode: Literal["fixed", "constrained"] = Field(
-        default="constrained",
-        description="`fixed`: the weights below throughout; `constrained`: the price of "
-        "overrunning, one per budget bin, moves until violations meet `violation_target`.",
+    mode: Literal["fixed", "lagrangian"] = Field(
+        default="fixed",
+        description="`fixed`: the multiplier is `penalty` throughout; `lagrangian`: one multiplier per budget bin "
+        "moves until the argmax policy's avoidable violations meet `max_violation_rate`.",
     )
-    accuracy: float = Field(
-        default=1.0,
+    penalty: float = Field(
+        default=1.3,
         ge=0,
         le=1000,
-        description="Weight of the answer's accuracy (0 to 1). 0 to 1000.",
+        description="Constant multiplier of a violation; validation and evaluation use it in both modes. 0 to 1000.",
     )
-    latency: float = Field(
-        default=0.5,
-        ge=0,
-        le=1000,
-        description="Weight of the smooth latency penalty, the sigmoid of the overrun. 0 to 1000.",
-    )
-    temperature: float = Field(
-        default=0.05,
-        gt=0,
-        le=10,
-        description="Width of that sigmoid in units of overrun. Above 0, to 10.",
-    )
-    overrun: float = Field(
-        default=1.0,
-        ge=0,
-        le=1000,
-        description="Weight of the squared overrun above the budget. 0 to 1000.",
-    )
-    efficiency: float = Field(
-        default=0.0,
-        ge=0,
-        le=1000,
-        description="Weight of the bonus for budget left unused, given for right answers. 0 to 1000.",
-    )
-    complexity: float = Field(
-        default=0.0,
-        ge=0,
-        le=1000,
-        description="Weight of the penalty on the share of compute chosen. 0 to 1000.",
-    )
-    violation_target: float = Field(
-        default=0.04,
-        ge=0,
-        le=1,
-        description="Violation rate the constrained mode aims at, a share: a little below what is to be held, as "
-        "budgets between those trained on are overrun more often. 0 to 1.",
-    )
-    price_initial: float = Field(
-        default=0.5, ge=0, le=1000, description="Price of a violation at the start. 0 to 1000."
-    )
-    price_step: float = Field(
+    penalty_init: float = Field(default=0.5, ge=0, le=1000, description="Multiplier at the start. 0 to 1000.")
+    penalty_lr: float = Field(
         default=0.1,
         ge=0,
         le=100,
-        description="Largest change of a price's logarithm per iteration. 0 to 100.",
+        description="Largest change of a multiplier's logarithm per iteration. 0 to 100.",
     )
-    price_max: float = Field(
-        default=5.0, gt=0, le=1000, description="Highest price of one violation. Above 0, to 1000."
-    )
-    price_memory: float = Field(
+    penalty_max: float = Field(default=5.0, gt=0, le=1000, description="Largest multiplier. Above 0, to 1000.")
+    penalty_smoothing: float = Field(
         default=0.8,
         ge=0,
         lt=1,
-        description="Weight of the past in the running violation rate that moves the prices. 0 to below 1.",
+        description="Weight of the past in the running violation rate that moves the multipliers. 0 to below 1.",
     )
-    utilisation: float = Field(
-        default=0.1,
+    max_violation_rate: float = Field(
+        default=0.04,
+        ge=0,
+        le=1,
+        description="Violation rate that the lagrangian mode aims at in every budget bin, a share. 0 to 1.",
+    )
+    budget_use_bonus: float = Field(
+        default=0.0,
         ge=0,
         le=1000,
-        description="Bonus of the constrained mode for the share of the budget used: of plans that answer equally well "
-        "it takes the dearer one that is still in time. 0 to 1000.",
+        description="Reward for the share of the budget used; of plans that answer equally well it prefers the more "
+        "expensive one within budget. 0 is off. 0 to 1000.",
+    )
+
+
+class GuardrailConfig(Section):
+    """The latency mask: only plans predicted to meet the budget can be chosen, in training, evaluation and serving."""
+
+    confidence: float | None = Field(
+        default=0.95,
+        gt=0,
+        lt=1,
+        description="Share of requests that should meet their budget under any plan the guardrail allows, calibrated "
+        "on validation samples; `null` turns the guardrail off. Above 0, below 1.",
     )
 
 
@@ -257,7 +234,9 @@ class BudgetConfig(Section):
         le=16,
         description="Bands cut out of the training range, never trained on. 0 to 16.",
     )
-    price_bins: Int = Field(default=8, ge=1, le=64, description="Budget bins with a price of their own. 1 to 64.")
+    price_bins: Int = Field(
+        default=8, ge=1, le=64, description="Budget bins with a penalty multiplier of their own. 1 to 64."
+    )
 
 
 class ControllerConfig(Section):
@@ -454,6 +433,7 @@ class Config(Section):
     store: StoreConfig = StoreConfig()
     budgets: BudgetConfig = BudgetConfig()
     reward: RewardConfig = RewardConfig()
+    guardrail: GuardrailConfig = GuardrailConfig()
     controller: ControllerConfig = ControllerConfig()
     grpo: GRPOSettings = GRPOSettings()
     runners: RunnersConfig = RunnersConfig()

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from envs.budgets import BudgetDistribution, budget_range
+from envs.calibrate_guardrail import fit_guardrail
 from envs.env_resources import World, WorldConfig
 from envs.errors import UserError
 from envs.knobs import MAX_DROPPED, ExecutionPlan, KnobSpace
-from envs.latency import Identity, ProfiledClock, ProfileTable, profile
+from envs.latency import Identity, ProfiledClock, ProfileTable, is_measuring, profile
+from envs.latency.guardrail import Guardrail
 from envs.latency.profiler import GOOD_FIT
 from envs.model.importance import removal_order
-from envs.reward import RewardConfig as RewardWeights
+from envs.reward import RewardSettings
 from envs.tasks import load_task
 from policies.controller import Controller
 from ray_ctrl.config import Config
@@ -27,6 +29,7 @@ from ray_ctrl.steering import Steering
 
 TABLE_FILE = "profile.json"
 BUDGETS_FILE = "budgets.json"
+GUARDRAIL_FILE = "guardrail.json"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Setting:
     engine: Any
     table: Path | None = None
     given_budgets: BudgetDistribution | None = None
+    guardrail: Guardrail | None = None
 
     @property
     def budgets(self) -> BudgetDistribution:
@@ -52,7 +56,7 @@ class Setting:
 
     def world(self, split: str) -> WorldConfig:
         """The picklable world of one split; equal models share one engine in a process."""
-        return world_config(self.config, split, self.table, self.given_budgets)
+        return world_config(self.config, split, self.table, self.given_budgets, self.guardrail)
 
     def build(self, split: str) -> World:
         """The live world of one split in this process."""
@@ -69,7 +73,8 @@ class Setting:
         if clock.kind == "measured":
             table = self._kept_table(home)
         known = replace(self, table=table)
-        return replace(known, given_budgets=_budgets(known, folder / BUDGETS_FILE))
+        known = replace(known, given_budgets=_budgets(known, folder / BUDGETS_FILE))
+        return replace(known, guardrail=_guardrail(known, folder / GUARDRAIL_FILE))
 
     def _kept_table(self, folder: Path) -> Path | None:
         """A profile table that holds here, where there is one; nothing is measured, and one that does not is named."""
@@ -99,12 +104,19 @@ class Setting:
             "reference_ms": self.reference_ms,
             "device": Identity.of(self.engine).device,
             "budgets": asdict(self.budgets),
+            "guardrail": None if self.guardrail is None else self.guardrail.to_dict(),
             "hardware": hardware(),
             "versions": versions(),
         }
 
 
-def world_config(config: Config, split: str, table: Path | None, budgets: BudgetDistribution | None) -> WorldConfig:
+def world_config(
+    config: Config,
+    split: str,
+    table: Path | None,
+    budgets: BudgetDistribution | None,
+    guardrail: Guardrail | None = None,
+) -> WorldConfig:
     """The world of one split under a configuration; the one place where names of both sides meet."""
     model, task, clock, reward = config.model, config.task, config.clock, config.reward
     limits = {"train": task.train_samples, "validation": task.validation_samples, "test": task.test_samples}
@@ -127,14 +139,8 @@ def world_config(config: Config, split: str, table: Path | None, budgets: Budget
         clock=clock.kind if clock.kind != "profiled" or table else "roofline",
         clock_device=clock.device,
         table=str(table.absolute()) if table else None,
-        reward=RewardWeights(
-            reward.accuracy,
-            reward.latency,
-            reward.temperature,
-            reward.overrun,
-            reward.efficiency,
-            reward.complexity,
-        ),
+        reward=RewardSettings(**reward.model_dump()),
+        guardrail=guardrail,
         budgets=budgets,
         held_out_bands=config.budgets.held_out_bands,
         price_bins=config.budgets.price_bins,
@@ -274,6 +280,36 @@ def _budgets(setting: Setting, path: Path) -> BudgetDistribution:
         + f" ms; {setting.config.clock.kind} clock"
     )
     return budgets
+
+
+def _guardrail(setting: Setting, path: Path) -> Guardrail | None:
+    """The guardrail calibrated for this clock, stored with the budgets so that a resumed run has the same one.
+
+    None if it is off, or if a measuring clock has no profile to predict latencies from.
+    """
+    confidence = setting.config.guardrail.confidence
+    if confidence is None:
+        return None
+    if path.is_file():
+        try:
+            stored = Guardrail.from_dict(json.loads(path.read_text("utf-8")))
+        except (ValueError, UserError) as error:
+            raise UserError(f"{path} is damaged ({error}): start in a new run folder") from None
+        if stored.confidence == confidence:
+            return stored
+    profile = setting.profiled()
+    train, validation = setting.build("train"), setting.build("validation")
+    if profile is None and is_measuring(train.clock):
+        console.print("no profile to predict latencies from: the guardrail is off")
+        return None
+    with console.status("calibrating the guardrail"):
+        guardrail = fit_guardrail(train, validation, confidence, profile, setting.config.run.seed)
+    if path.parent.is_dir():
+        write_json(path, guardrail.to_dict())
+    console.print(
+        f"guardrail at {confidence:.0%}: plans predicted to take up to {1 / guardrail.factor:.1%} of the budget"
+    )
+    return guardrail
 
 
 def _compare_with_device(setting: Setting, budgets: BudgetDistribution) -> None:

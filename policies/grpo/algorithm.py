@@ -1,7 +1,7 @@
 """GRPO on RLlib, the whole loop in one file.
 
-One iteration: sample whole chunks -> complete groups -> returns at current prices -> advantages within
-groups -> epochs of minibatches on the learners -> average -> prices -> reference. Everything random is derived from
+One iteration: sample whole chunks -> complete groups -> advantages within groups -> epochs of minibatches on the
+learners -> average -> penalty multipliers -> reference. Everything random is derived from
 (seed, round), and the round is part of the checkpoint, so a resumed run repeats the undisturbed one. With
 `max_staleness` above 0, runners sample the next rounds meanwhile, under weights that old at most.
 """
@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import ray
+import torch
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
@@ -24,17 +25,18 @@ from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS, LEAR
 
 from envs.errors import UserError
 from policies.controller import Controller
+from policies.distribution import KnobDistribution
 from policies.grpo import checkpoint
 from policies.grpo.advantages import GroupAdvantages, group_advantages
 from policies.grpo.averaging import Average, Weights
 from policies.grpo.config import GRPOConfig
 from policies.grpo.evaluation import EvaluationRequest, Row
-from policies.grpo.lagrangian import Prices, PriceSettings
+from policies.grpo.lagrangian import PenaltyMultipliers, greedy_violation_rates
 from policies.grpo.learner import ENTROPY_SHARES, WEIGHTS, answering, each_learner, learner_errors
 from policies.grpo.metrics import learner_metrics, rollout_metrics
 from policies.grpo.minibatches import minibatches
 from policies.grpo.rounds import Rounds, summed
-from policies.grpo.runner import Rollouts
+from policies.grpo.runner import MULTIPLIERS, Rollouts
 from policies.grpo.spread import Spread, startup_errors, stop_runners
 
 STATE: Final = "grpo"
@@ -57,7 +59,8 @@ class GRPO(Algorithm):
 
     def setup(self, config: Any) -> None:
         self.round = 0
-        self.prices = Prices.start(self.config.prices or PriceSettings())
+        lagrangian = self.config.lagrangian
+        self.multipliers = PenaltyMultipliers.start(lagrangian) if lagrangian else None
         self.average = Average(self.config.average)
         self.evaluation_request: EvaluationRequest | None = None
         self.evaluation_rows: list[Row] = []
@@ -114,11 +117,9 @@ class GRPO(Algorithm):
         if self.config.average:
             self.average = self.average.updated(self._latest())
         self._row = {"round": float(self.round)}
-        self._row |= rollout_metrics(rollouts, returns, groups, self.prices if self.config.prices else None)
-        if self.config.prices is not None:
-            infos = rollouts.infos
-            overrun = infos["latency_ms"] > infos["budget_ms"]
-            self.prices = self.prices.updated(_log_ratio(rollouts), overrun)
+        self._row |= rollout_metrics(rollouts, groups, self.multipliers)
+        if self.multipliers is not None:
+            self.multipliers = self.multipliers.updated(*_greedy_rates(rollouts, self.multipliers.settings.bins))
         self.round += 1
         interval = self.config.reference_interval
         if self.config.kl_coeff > 0 and interval and self.round % interval == 0:
@@ -137,19 +138,17 @@ class GRPO(Algorithm):
         return rollouts, counts
 
     def _returns(self, rollouts: Rollouts) -> npt.NDArray[np.float64]:
-        """Return of each rollout (N,): the environment's reward, or accuracy less the current price of overrunning."""
-        infos = rollouts.infos
-        if self.config.prices is None:
-            returns = rollouts.rewards
-        else:
-            returns = self.prices.returns(
-                infos["accuracy"], infos["latency_ms"], infos["budget_ms"], _log_ratio(rollouts)
-            )
+        """What is learned, (N,): the environment's reward, under the multipliers that traveled with the weights.
+
+        Raises:
+            UserError: a reward that is not finite.
+        """
+        returns = np.asarray(rollouts.rewards, np.float64)
         if not np.isfinite(returns).all():
             raise UserError(
-                f"{int((~np.isfinite(returns)).sum())} of {len(returns)} returns are not finite: check the reward"
+                f"{int((~np.isfinite(returns)).sum())} of {len(returns)} rewards are not finite: check the environment"
             )
-        return np.asarray(returns, np.float64)
+        return returns
 
     def _learn(self, rollouts: Rollouts, groups: GroupAdvantages) -> None:
         """Epochs of minibatches over both decisions of every rollout, with the rollout's advantage given to both."""
@@ -179,8 +178,9 @@ class GRPO(Algorithm):
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
 
     def weights(self) -> Any:
-        """The latest weights, by which rollouts are sampled, as runners take them."""
-        return _shared(self._latest())
+        """The latest weights, by which rollouts are sampled, and the penalty multipliers, as runners take them."""
+        multipliers = None if self.multipliers is None else self.multipliers.values
+        return _shared(self._latest() | {MULTIPLIERS: multipliers})
 
     def evaluated_weights(self) -> Any:
         """What is evaluated and exported, as runners take it: the average, or the latest weights if none is kept."""
@@ -204,11 +204,15 @@ class GRPO(Algorithm):
         """A copy of the controller as evaluated now, on the CPU, ready for `Controller.save`."""
         return checkpoint.controller_from(self._evaluated(), self.config.hidden)
 
-    # Checkpoints: RLlib saves weights, optimizer, reference and counters; the round and the prices are added here.
+    # Checkpoints: RLlib saves weights, optimizer, reference and counters; the round and the multipliers are added here.
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state: dict[str, Any] = super().get_state(*args, **kwargs)
-        state[STATE] = {"round": self.round, "seed": self.config.seed, "prices": self.prices.state()}
+        state[STATE] = {
+            "round": self.round,
+            "seed": self.config.seed,
+            "multipliers": self.multipliers and self.multipliers.state(),
+        }
         state[STATE] |= {"rounds": self.rounds.state(), "average": self.average.state()}
         return state
 
@@ -218,7 +222,8 @@ class GRPO(Algorithm):
         if STATE in state:
             self.rounds.restore(state[STATE]["rounds"])
             self.round = int(state[STATE]["round"])
-            self.prices = self.prices.restored(state[STATE]["prices"])
+            if self.multipliers is not None:
+                self.multipliers = self.multipliers.restored(state[STATE]["multipliers"])
             self.average = self.average.restored(state[STATE].get("average"))
 
     def save_to_path(self, path: Any = None, **kwargs: Any) -> str:
@@ -262,6 +267,11 @@ def _take(columns: Mapping[str, Any], rows: npt.NDArray[np.int64]) -> dict[str, 
     return {key: _take(value, rows) if isinstance(value, Mapping) else value[rows] for key, value in columns.items()}
 
 
-def _log_ratio(rollouts: Rollouts) -> npt.NDArray[np.float64]:
-    """log(budget / reference latency) of each rollout (N,)."""
-    return rollouts.obs["budget"][:, 0, 0].astype(np.float64)
+def _greedy_rates(rollouts: Rollouts, bins: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Violation rates of the argmax policy, which is what ships, per budget bin, and their effective sample sizes."""
+    infos = rollouts.infos
+    best = KnobDistribution(torch.from_numpy(rollouts.logits.reshape(-1, rollouts.logits.shape[-1]))).argmax().numpy()
+    greedy = (best.reshape(rollouts.actions.shape) == rollouts.actions).all(axis=(1, 2))
+    late = infos["latency_ms"] > infos["budget_ms"]
+    log_prob = rollouts.log_probs.sum(axis=1)
+    return greedy_violation_rates(infos["budget_bin"], late, greedy, log_prob, infos["avoidable"], bins)

@@ -8,7 +8,7 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from envs.errors import UserError
 from policies.grpo.evaluation import evaluate_with_runners
-from policies.grpo.lagrangian import PriceSettings
+from policies.grpo.lagrangian import LagrangianSettings
 from policies.grpo.learner import GRPOLearner
 from policies.grpo.rl_module import ControllerModule
 from policies.grpo.runner import RolloutRunner
@@ -29,7 +29,7 @@ OWN_SETTINGS: Final = (
     "entropy_rounds",
     "max_staleness",
     "ratio_max",
-    "prices",
+    "lagrangian",
     "average",
     "hidden",
     "runner_threads",
@@ -57,7 +57,7 @@ class GRPOConfig(AlgorithmConfig):
         ratio_max: with staleness, the ratio is cut off there.
         average: weight of the past in the running average of weights that is evaluated and exported, 0 to below 1;
             0 takes the latest weights.
-        prices: the constrained mode; None takes the environment's fixed-price reward.
+        lagrangian: how penalty multipliers move; None leaves the environment its constant one.
         hidden: width of the controller's MLPs.
         runner_threads: torch threads of each remote env runner.
         restart_timeout_s: longest wait for a first runner to come back when all are dead.
@@ -82,7 +82,7 @@ class GRPOConfig(AlgorithmConfig):
         self.entropy_rounds: int = 0
         self.max_staleness: int = 0
         self.ratio_max: float = 3.0
-        self.prices: PriceSettings | None = None
+        self.lagrangian: LagrangianSettings | None = None
         self.average: float = 0.0
         self.hidden: int = 256
         self.runner_threads: int = 1

@@ -1,8 +1,7 @@
-"""The price of overrunning the budget, one per budget bin, moved until violations meet a target."""
+"""Penalty multipliers, one per budget bin, moved until the policy that ships meets a violation rate. Pure numpy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -12,139 +11,129 @@ from envs.errors import UserError
 
 FloatArray = npt.NDArray[np.float64]
 FLOOR: Final = 0.01
-"""Lowest price, so that a rise can begin, and lowest rate that an excess is measured against."""
-
-
-def overrun_cost(latency_ms: npt.ArrayLike, budget_ms: npt.ArrayLike) -> FloatArray:
-    """What the price is paid for, (B,): 0 within budget, else 1 plus the relative overrun, at most 2.
-
-    The 1 is the violation itself, whose rate the prices steer. The overrun on top never matters where the
-    budget can be met, but where no knobs meet it, it still makes the faster ones better; without it such
-    budgets teach the controller to ignore budgets.
-    """
-    overrun = np.asarray(latency_ms, dtype=np.float64) / np.asarray(budget_ms, dtype=np.float64) - 1.0
-    return np.where(overrun > 0.0, 1.0 + np.minimum(overrun, 1.0), 0.0)
+"""Lowest multiplier, so that a rise can begin, and lowest rate that an excess is measured against."""
+FEWEST: Final = 4.0
+"""Effective number of contexts below which a bin's rate is too noisy to move its multiplier."""
 
 
 @dataclass(frozen=True)
-class PriceSettings:
-    """How prices move.
+class LagrangianSettings:
+    """How multipliers move.
 
     Attributes:
-        edges: inner edges, rising, in log(budget / reference latency); k edges make k + 1 bins, open at both ends.
-        target: violation rate every bin should meet, 0 to 1.
-        step: largest change of a price's logarithm per update.
-        initial: price at the start.
-        maximum: highest price.
-        memory: weight of the past in the running violation rate, 0 (none) to below 1.
-        utilisation: return for the whole budget used, 0 or more. A tie-breaker: of plans that answered the samples seen
-            equally well it prefers the dearer one in time, which on unseen samples answers no worse.
+        bins: number of budget bins, as the environment numbers them in `budget_bin`.
+        max_violation_rate: rate every bin should stay below, 0 to 1.
+        lr: largest change of a multiplier's logarithm per update.
+        init: multiplier at the start.
+        maximum: largest multiplier.
+        smoothing: weight of the past in the running violation rate, 0 (none) to below 1.
     """
 
-    edges: tuple[float, ...] = (-2.0, -1.5, -1.0, -0.5, 0.0)
-    target: float = 0.05
-    step: float = 0.1
-    initial: float = 0.5
-    maximum: float = 5.0
-    memory: float = 0.8
-    utilisation: float = 0.0
+    bins: int
+    max_violation_rate: float
+    lr: float
+    init: float
+    maximum: float
+    smoothing: float
 
     def __post_init__(self) -> None:
-        edges = tuple(float(edge) for edge in self.edges)
-        object.__setattr__(self, "edges", edges)
-        if not np.isfinite(edges).all() or any(low >= high for low, high in pairwise(edges)):
-            raise UserError(f"price bin edges {edges} are not allowed: give finite, rising log ratios")
         allowed = {
-            "target": 0.0 <= self.target <= 1.0,
-            "step": 0.0 <= self.step < np.inf,
-            "initial": 0.0 <= self.initial <= self.maximum,
+            "bins": self.bins >= 1,
+            "max_violation_rate": 0.0 <= self.max_violation_rate <= 1.0,
+            "lr": 0.0 <= self.lr < np.inf,
+            "init": 0.0 <= self.init <= self.maximum,
             "maximum": 0.0 <= self.maximum < np.inf,
-            "memory": 0.0 <= self.memory < 1.0,
-            "utilisation": 0.0 <= self.utilisation < np.inf,
+            "smoothing": 0.0 <= self.smoothing < 1.0,
         }
         for name, fine in allowed.items():
             if not fine:
                 raise UserError(
-                    f"price {name} {getattr(self, name)!r} is not allowed: target in [0, 1], step >= 0, "
-                    "0 <= initial <= maximum, memory in [0, 1), utilisation >= 0"
+                    f"penalty {name} {getattr(self, name)!r} is not allowed: bins >= 1, max_violation_rate in [0, 1], "
+                    "lr >= 0, 0 <= init <= maximum, smoothing in [0, 1)"
                 )
 
-    @property
-    def bins(self) -> int:
-        return len(self.edges) + 1
+
+def greedy_violation_rates(
+    bins: npt.ArrayLike,
+    violation: npt.ArrayLike,
+    greedy: npt.ArrayLike,
+    log_prob: npt.ArrayLike,
+    avoidable: npt.ArrayLike,
+    count: int,
+) -> tuple[FloatArray, FloatArray]:
+    """Violation rate per bin of the argmax policy, estimated from samples of the stochastic one.
+
+    A rollout whose decisions were both the most likely ones shows what the argmax policy does in its context. Weighting
+    it by one over its probability makes up for contexts in which that was sampled rarely, so the rate is consistent
+    however much entropy the sampling policy has, and costs no further run of the model (self-normalized importance
+    sampling towards the argmax policy).
+
+    Args:
+        bins: (N,) budget bin of each rollout.
+        violation: (N,) 1 where latency > budget.
+        greedy: (N,) whether every decision was the policy's most likely one.
+        log_prob: (N,) log-probability of all its decisions together.
+        avoidable: (N,) whether any plan could have met the budget; the others are left out.
+        count: number of bins.
+
+    Returns:
+        Rates (count,), NaN where nothing was seen, and effective sample sizes (count,) (Kish 1965).
+    """
+    weights = np.exp(-np.asarray(log_prob, np.float64)) * np.asarray(greedy, bool) * np.asarray(avoidable, bool)
+    index = np.asarray(bins, np.int64)
+    late = np.asarray(violation, np.float64)
+    total, squares, bad = (
+        np.bincount(index, values, minlength=count) for values in (weights, weights**2, weights * late)
+    )
+    seen = total > 0
+    rates = np.divide(bad, total, out=np.full(count, np.nan), where=seen)
+    return rates, np.divide(total**2, squares, out=np.zeros(count), where=seen)
 
 
 @dataclass(frozen=True)
-class Prices:
-    """Prices and running violation rates, one per bin (NaN: no rollout of that bin seen yet). Immutable."""
+class PenaltyMultipliers:
+    """Multipliers and running violation rates, one per bin (NaN: nothing seen yet). Immutable."""
 
-    settings: PriceSettings
+    settings: LagrangianSettings
     values: FloatArray = field(default_factory=lambda: np.empty(0))
     rates: FloatArray = field(default_factory=lambda: np.empty(0))
 
     @classmethod
-    def start(cls, settings: PriceSettings) -> "Prices":
-        return cls(settings, np.full(settings.bins, settings.initial), np.full(settings.bins, np.nan))
+    def start(cls, settings: LagrangianSettings) -> "PenaltyMultipliers":
+        return cls(settings, np.full(settings.bins, settings.init), np.full(settings.bins, np.nan))
 
-    def bin_of(self, log_ratio: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Bin (B,) of each log(budget / reference latency) (B,)."""
-        return np.searchsorted(self.settings.edges, np.asarray(log_ratio, dtype=np.float64), side="right")
+    def updated(self, rates: FloatArray, effective: FloatArray) -> "PenaltyMultipliers":
+        """Multipliers after one iteration: up where the running violation rate is above the allowed one, else down.
 
-    def of(self, log_ratio: npt.ArrayLike) -> FloatArray:
-        """Current price (B,) for each log ratio (B,)."""
-        return self.values[self.bin_of(log_ratio)]
-
-    def returns(
-        self,
-        accuracy: npt.ArrayLike,
-        latency_ms: npt.ArrayLike,
-        budget_ms: npt.ArrayLike,
-        log_ratio: npt.ArrayLike,
-    ) -> FloatArray:
-        """What is maximised, (B,): accuracy, less the price of overrunning, plus the bonus for the budget used."""
-        used = np.minimum(np.asarray(latency_ms, np.float64) / np.asarray(budget_ms, np.float64), 1.0)
-        cost = self.of(log_ratio) * overrun_cost(latency_ms, budget_ms)
-        return np.asarray(accuracy, np.float64) - cost + self.settings.utilisation * used
-
-    def updated(self, log_ratio: npt.ArrayLike, violation: npt.ArrayLike) -> "Prices":
-        """Prices after one iteration's rollouts: up where the running violation rate is above target, else down.
-
-        Dual ascent on the Lagrangian of "maximise accuracy, violation rate <= target" (Tessler et al. 2019), in the
-        logarithm of the price and by the excess relative to the target, at most `step`. A bin that nobody overruns
-        gives up its price as fast as one that is overrun twice too often raises it: were the fall slower, dear plans
-        would have died out of the policy before they become affordable. The rate is smoothed over iterations, the
-        price kept within [`FLOOR`, maximum]. Bins without rollouts stay as they are.
+        Dual ascent on the Lagrangian of "maximize accuracy, violation rate <= target" (Tessler et al. 2019), in the
+        logarithm of the multiplier and by the excess relative to the target, at most `lr` either way.
 
         Args:
-            log_ratio: (B,) of every rollout.
-            violation: (B,) 1 where latency > budget, else 0.
+            rates: (bins,) this iteration's, as `greedy_violation_rates` gives them.
+            effective: (bins,) effective sample sizes; bins with fewer than 4 stay as they are.
         """
-        bins = self.bin_of(log_ratio)
-        count = np.bincount(bins, minlength=self.settings.bins)
-        total = np.bincount(bins, weights=np.asarray(violation, dtype=np.float64), minlength=self.settings.bins)
-        seen = count > 0
-        fresh = np.divide(total, count, out=np.zeros_like(total), where=seen)
-        past = np.where(np.isnan(self.rates), fresh, self.rates)
-        memory = self.settings.memory
-        rates = np.where(seen, memory * past + (1.0 - memory) * fresh, self.rates)
-        target = max(self.settings.target, FLOOR)
-        moved = self.values * np.exp(self.settings.step * np.clip((rates - self.settings.target) / target, -1.0, 1.0))
-        values = np.where(seen, np.clip(moved, min(FLOOR, self.settings.maximum), self.settings.maximum), self.values)
-        return Prices(self.settings, values, rates)
+        s = self.settings
+        seen = effective >= FEWEST
+        past = np.where(np.isnan(self.rates), rates, self.rates)
+        running = np.where(seen, s.smoothing * past + (1.0 - s.smoothing) * rates, self.rates)
+        excess = (running - s.max_violation_rate) / max(s.max_violation_rate, FLOOR)
+        moved = self.values * np.exp(s.lr * np.clip(excess, -1.0, 1.0))
+        bounded = np.clip(moved, min(FLOOR, s.maximum), s.maximum)
+        return PenaltyMultipliers(s, np.where(seen, bounded, self.values), running)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"edges": list(self.settings.edges), "values": self.values.tolist(), "rates": self.rates.tolist()}
+        return {"values": self.values.tolist(), "rates": self.rates.tolist()}
 
-    def restored(self, state: Mapping[str, Any]) -> "Prices":
-        """These settings with the prices of a checkpoint.
+    def restored(self, state: Mapping[str, Any]) -> "PenaltyMultipliers":
+        """These settings with the multipliers of a checkpoint.
 
         Raises:
-            UserError: the checkpoint has other bins.
+            UserError: the checkpoint has another number of bins.
         """
-        if list(state["edges"]) != list(self.settings.edges):
+        if len(state["values"]) != self.settings.bins:
             raise UserError(
-                f"checkpoint has price bins at {state['edges']}, the configuration at {list(self.settings.edges)}: "
-                "resume with the configuration of the run"
+                f"checkpoint has {len(state['values'])} penalty bins, the configuration {self.settings.bins}: resume "
+                "with the configuration of the run"
             )
-        return Prices(self.settings, np.array(state["values"], float), np.array(state["rates"], float))
+        return PenaltyMultipliers(self.settings, np.array(state["values"], float), np.array(state["rates"], float))

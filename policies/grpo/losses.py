@@ -34,12 +34,12 @@ class LossInputs:
     """One minibatch: rows are single decisions (stage-1 and stage-2 steps mixed).
 
     Attributes:
-        old_logits: (B, 18) masked logits of the policy that acted.
+        old_logits: (B, 40) masked logits of the policy that acted.
         actions: (B, 4) indices.
         old_log_prob: (B,) log-probability of the action when it was taken.
         advantages: (B,).
         weights: (B,) mean 1 over an epoch; 0 for padding.
-        reference_logits: (B, 18) of the frozen reference, or None.
+        reference_logits: (B, 40) of the frozen reference, or None.
         entropy_shares: (B,) part of the entropy bonus given, 0 to 1; None gives all of it.
     """
 
@@ -71,7 +71,7 @@ def grpo_loss(logits: Tensor, inputs: LossInputs, settings: LossSettings) -> tup
     """Scalar loss, and its terms and diagnostics as detached scalars.
 
     Args:
-        logits: (B, 18) masked logits of the policy being trained.
+        logits: (B, 40) masked logits of the policy being trained.
     """
     policy = KnobDistribution(logits)
     log_prob_B = policy.log_prob(inputs.actions)

@@ -22,6 +22,7 @@ from policies.distribution import KnobDistribution
 from policies.grpo.rl_module import BaselineModule
 
 Array = npt.NDArray[Any]
+MULTIPLIERS = "penalty_multipliers"
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,11 @@ class RolloutRunner(SingleAgentEnvRunner):
         """Take the controller's weights, whatever their age.
 
         Args:
-            weights: the module's state, or a reference to it in the object store.
+            weights: the module's state, or a reference to it in the object store. Under `MULTIPLIERS` it may hold the
+                environment's penalty multipliers; without them the constant one applies.
         """
-        state = ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights
+        state = dict(ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights)
+        self.env.unwrapped.set_multipliers(state.pop(MULTIPLIERS, None))
         self.module.set_state(state)
 
     def sample_chunk(self, *, round_number: int, chunk: int, chunks: int, attempt: int, weights: Any) -> Rollouts:
@@ -158,7 +161,11 @@ class RolloutRunner(SingleAgentEnvRunner):
             log_probs=np.stack([step.log_probs for step in steps], 1),
             logits=np.stack([step.logits for step in steps], 1),
             rewards=rewards,
-            infos={key: value for key, value in infos.items() if np.issubdtype(np.asarray(value).dtype, np.number)},
+            infos={
+                key: value
+                for key, value in infos.items()
+                if np.asarray(value).dtype.kind in "biuf" and not key.startswith("_")
+            },
         )
 
 
@@ -185,6 +192,11 @@ def _decide(module: Any, observation: Mapping[str, Array], generator: torch.Gene
     policy = KnobDistribution(logits)
     chosen = policy.argmax() if generator is None else policy.sample(generator)
     return _Step(obs, *(part.numpy(force=True) for part in (chosen, policy.log_prob(chosen), logits)))
+
+
+def _is_numeric(key: str, value: Any) -> bool:
+    """Numbers and flags; gymnasium's `_key` only says which environments have a value."""
+    return np.asarray(value).dtype.kind in "biuf" and not key.startswith("_")
 
 
 def _seed(*parts: int | None) -> int:

@@ -10,7 +10,7 @@ from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution
 from envs.env_resources import World
 from envs.knobs import KnobSpace
-from envs.reward import RewardConfig
+from envs.reward import RewardSettings
 from envs.tasks.sample import ImageRef, Sample
 from policies.controller import Controller
 from ray_ctrl.steering import Steering
@@ -40,7 +40,7 @@ class _Engine:
 
 
 def _environment_choice(controller: Controller, engine: Any, sample: Sample, budget_ms: float) -> Any:
-    world = World(engine, (sample,), _Clock(), BudgetDistribution(10.0, 90.0), RewardConfig(), SPACE)  # type: ignore[arg-type]
+    world = World(engine, (sample,), _Clock(), BudgetDistribution(10.0, 90.0), RewardSettings(), SPACE)  # type: ignore[arg-type]
     environment = AdaptiveVQAVectorEnv({"world": world, "num_envs": 1, "contexts": [(0, budget_ms)]})
     observation, _ = environment.reset()
     first = controller.act({k: torch.as_tensor(v) for k, v in observation.items()}).numpy()

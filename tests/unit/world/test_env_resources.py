@@ -8,7 +8,7 @@ import torch
 from envs.budgets import BudgetDistribution
 from envs.env_resources import WorldConfig, resolve_device
 from envs.errors import UserError
-from envs.reward import RewardConfig
+from envs.reward import RewardSettings
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_bad_settings_are_named(settings, named):
 
 def test_settings_travel_to_workers():
     config = WorldConfig(
-        limit=7, reward=RewardConfig(overrun=3.0), budgets=BudgetDistribution.over(5.0, 50.0), threads=2
+        limit=7, reward=RewardSettings(penalty=3.0), budgets=BudgetDistribution.over(5.0, 50.0), threads=2
     )
     copy = pickle.loads(pickle.dumps(config))
     assert copy == config

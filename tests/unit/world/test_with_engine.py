@@ -21,7 +21,7 @@ from envs.latency_token import budget_level
 from envs.model import AdaptiveMolmoE, MolmoEProcessor
 from envs.model.config import MolmoEConfig
 from envs.model.embedded.shape import write_files
-from envs.reward import RewardConfig
+from envs.reward import RewardSettings
 from envs.tasks.scenes import load_scenes
 
 
@@ -49,14 +49,15 @@ def world(engine, samples):
     text_only = replace(samples[0], id="text-only", image=None)
     clock = RooflineClock(engine.model.config)
     budgets = BudgetDistribution.over(5.0, 50.0)
-    return World(engine, (*samples, text_only), clock, budgets, RewardConfig(), KnobSpace(PUBLISHED_IMPORTANCE))
+    return World(engine, (*samples, text_only), clock, budgets, RewardSettings(), KnobSpace(PUBLISHED_IMPORTANCE))
 
 
 def play(env, rng):
     observations = [env.reset()[0]]
     for _ in range(2):
-        heads = np.split(observations[-1]["action_mask"], [3, 8, 13], axis=1)
-        actions = np.stack([(rng.random(head.shape) * head).argmax(1) for head in heads], axis=1)
+        first, second = np.split(observations[-1]["action_mask"], [15], axis=1)
+        pairs = [(rng.random(part.shape) * part).argmax(1) for part in (first, second)]
+        actions = np.stack([index for pair in pairs for index in divmod(pair, 5)], axis=1)
         observation, rewards, _, _, infos = env.step(actions)
         observations.append(observation)
     return observations, rewards, infos
