@@ -351,7 +351,7 @@ class AdaptiveVQAEnv(gym.Env[Observation, Array]):
         """Options (18,) of each head that some legal pair has; see `AdaptiveVQAVectorEnv.action_masks`."""
         return self.vector.action_masks()[0]
 
-    def render(self) -> Array | None:  # type: ignore[override]
+    def render(self) -> Array | None:
         """The request as an image (height, width, 3) uint8, in render mode `rgb_array`."""
         if self.render_mode is None:
             return None

@@ -29,7 +29,7 @@ from ray_ctrl.steering import Steering
 
 TABLE_FILE = "profile.json"
 BUDGETS_FILE = "budgets.json"
-GUARDRAIL_FILE = "guardrail.json"
+GUARDRAIL_FILE = "guardrail-{clock}.json"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Setting:
             table = self._kept_table(home)
         known = replace(self, table=table)
         known = replace(known, given_budgets=_budgets(known, folder / BUDGETS_FILE))
-        return replace(known, guardrail=_guardrail(known, folder / GUARDRAIL_FILE))
+        return replace(known, guardrail=_guardrail(known, folder / GUARDRAIL_FILE.format(clock=clock.kind)))
 
     def _kept_table(self, folder: Path) -> Path | None:
         """A profile table that holds here, where there is one; nothing is measured, and one that does not is named."""

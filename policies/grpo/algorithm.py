@@ -131,7 +131,9 @@ class GRPO(Algorithm):
 
     def _sample(self) -> tuple[Rollouts, dict[str, float]]:
         """Complete groups of this round; when they are here, the rounds ahead are in the runners' queues."""
-        self.rounds.order(self.round, self.weights())
+        # The multipliers travel with the weights: rollouts are scored by those in force when they were ordered.
+        multipliers = None if self.multipliers is None else self.multipliers.values
+        self.rounds.order(self.round, _shared({**self._latest(), MULTIPLIERS: multipliers}))
         rollouts, runner_metrics, counts = self.rounds.collect(self.round)
         self.spread.fill()
         self.metrics.aggregate(runner_metrics, key=ENV_RUNNER_RESULTS)
@@ -178,9 +180,8 @@ class GRPO(Algorithm):
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
 
     def weights(self) -> Any:
-        """The latest weights, by which rollouts are sampled, and the penalty multipliers, as runners take them."""
-        multipliers = None if self.multipliers is None else self.multipliers.values
-        return _shared(self._latest() | {MULTIPLIERS: multipliers})
+        """The latest weights, by which rollouts are sampled, as runners take them."""
+        return _shared(self._latest())
 
     def evaluated_weights(self) -> Any:
         """What is evaluated and exported, as runners take it: the average, or the latest weights if none is kept."""
@@ -222,8 +223,14 @@ class GRPO(Algorithm):
         if STATE in state:
             self.rounds.restore(state[STATE]["rounds"])
             self.round = int(state[STATE]["round"])
+            stored = state[STATE]["multipliers"]
+            if (stored is None) != (self.multipliers is None):
+                raise UserError(
+                    "checkpoint and configuration differ in whether penalty bins have multipliers of their own: resume "
+                    "with the reward.mode of the run"
+                )
             if self.multipliers is not None:
-                self.multipliers = self.multipliers.restored(state[STATE]["multipliers"])
+                self.multipliers = self.multipliers.restored(stored)
             self.average = self.average.restored(state[STATE].get("average"))
 
     def save_to_path(self, path: Any = None, **kwargs: Any) -> str:
@@ -242,7 +249,7 @@ class GRPO(Algorithm):
         checkpoint.check_runners(self)
 
 
-def _shared(state: Weights) -> Any:
+def _shared(state: Mapping[str, Any]) -> Any:
     """Weights as runners take them: in the object store if they are remote."""
     return ray.put(state) if ray.is_initialized() else state
 

@@ -160,10 +160,10 @@ def test_checkpoints_are_whole_or_refused(tmp_path: Path) -> None:
     assert fingerprint(ray.get(algorithm.weights())) == before
     restore_checkpoint(algorithm, folder)
 
-    # Another shape, other price bins: refused as well.
+    # Another shape, other penalty bins: refused as well.
     for other in (resumable(0).training(hidden=16), configuration(0)):
         foreign = other.build_algo()
-        with pytest.raises(UserError, match=r"does not fit|price bins"):
+        with pytest.raises(UserError, match=r"does not fit|penalty bins"):
             restore_checkpoint(foreign, folder)
         foreign.stop()
     algorithm.stop()
@@ -233,7 +233,7 @@ def test_the_entropy_bonus_of_a_round_reaches_the_learner(monkeypatch: pytest.Mo
 
 
 def test_equal_groups_can_be_dropped_and_everything_equal_is_survived() -> None:
-    # One environment step decides everything equally: accuracy less a price of 0 is still graded, so fix the knobs.
+    # One environment step decides everything equally: accuracy at a multiplier of 0 is still graded, so fix the knobs.
     algorithm = configuration(drop_equal_groups=True).build_algo()
     row = train(algorithm, 1)[0]
     assert row["groups"] == 8.0
@@ -260,3 +260,21 @@ def test_equal_groups_can_be_dropped_and_everything_equal_is_survived() -> None:
 def test_settings_that_do_not_fit_are_refused_before_anything_starts(training: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         configuration(**training).build_algo()
+
+
+def test_the_reward_that_is_learned_is_the_one_environments_return_at_moving_multipliers() -> None:
+    algorithm = resumable(1).build_algo()
+    seen = []
+    for _ in range(3):
+        before = algorithm.multipliers.values.copy()
+        sampled, _ = algorithm._sample()
+        infos = sampled.infos
+        assert (infos["multiplier"] == before[infos["budget_bin"].astype(int)]).all()
+        cost = grpo_toy.penalty(infos["latency_ms"], infos["budget_ms"])
+        np.testing.assert_allclose(sampled.rewards, infos["accuracy"] - infos["multiplier"] * cost)
+        assert (algorithm._returns(sampled) == sampled.rewards).all()
+        result = algorithm.train()
+        assert result["env_runners"]["episode_return_mean"] == pytest.approx(result["grpo"]["reward_mean"], abs=0.2)
+        seen.append(before)
+    assert (seen[0] != seen[-1]).any()
+    algorithm.stop()
