@@ -37,6 +37,7 @@ RAY_FREE = [
     "envs.tasks",
     "policies.controller",
     "policies.networks",
+    "policies.baselines.rules",
     "policies.grpo.advantages",
     "policies.grpo.losses",
     "policies.grpo.lagrangian",
