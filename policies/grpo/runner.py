@@ -93,7 +93,9 @@ class RolloutRunner(SingleAgentEnvRunner):
                 environment's penalty multipliers; without them the constant one applies.
         """
         state = dict(ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights)
-        self.env.unwrapped.set_multipliers(state.pop(MULTIPLIERS, None))
+        multipliers = state.pop(MULTIPLIERS, None)
+        if self.env is not None:  # beside remote runners the local one has no environment
+            self.env.unwrapped.set_multipliers(multipliers)
         self.module.set_state(state)
 
     def sample_chunk(self, *, round_number: int, chunk: int, chunks: int, attempt: int, weights: Any) -> Rollouts:
