@@ -1,8 +1,8 @@
 """Rules fitted on the outcomes of all plans on training samples: one interface, with or without the guardrail.
 
 A rule scores every plan for every request; `choose` takes the best of those allowed: with the guardrail those predicted
-to fit this very request, without it those that kept the budget on nearly all training samples. Predict-then-choose rules
-score a plan by its predicted accuracy. Numpy and scikit-learn only.
+to fit this very request, without it those that kept the budget on nearly all training samples. Predict-then-choose
+rules score a plan by its predicted accuracy. Numpy and scikit-learn only.
 """
 
 from collections.abc import Callable

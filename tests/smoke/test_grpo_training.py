@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -264,17 +265,15 @@ def test_settings_that_do_not_fit_are_refused_before_anything_starts(training: d
 
 def test_the_reward_that_is_learned_is_the_one_environments_return_at_moving_multipliers() -> None:
     algorithm = resumable(1).build_algo()
-    seen = []
-    for _ in range(3):
-        before = algorithm.multipliers.values.copy()
+    for turn in range(2):
+        values = np.array([0.2, 0.7, 1.9]) * (1 + turn)
+        algorithm.multipliers = replace(algorithm.multipliers, values=values)
         sampled, _ = algorithm._sample()
         infos = sampled.infos
-        assert (infos["multiplier"] == before[infos["budget_bin"].astype(int)]).all()
+        assert (infos["multiplier"] == values[infos["budget_bin"].astype(int)]).all()
         cost = grpo_toy.penalty(infos["latency_ms"], infos["budget_ms"])
         np.testing.assert_allclose(sampled.rewards, infos["accuracy"] - infos["multiplier"] * cost)
         assert (algorithm._returns(sampled) == sampled.rewards).all()
-        result = algorithm.train()
-        assert result["env_runners"]["episode_return_mean"] == pytest.approx(result["grpo"]["reward_mean"], abs=0.2)
-        seen.append(before)
-    assert (seen[0] != seen[-1]).any()
+        row = algorithm.train()["grpo"]  # samples the same round again, under the same multipliers
+        assert row["reward_mean"] == pytest.approx(sampled.rewards.mean())
     algorithm.stop()
