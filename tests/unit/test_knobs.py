@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from envs.errors import UserError
 from envs.knobs import (
     BLOCK_COUNTS,
     HEAD_SIZES,
     INSERTIONS,
+    PAIRS,
+    STAGE1_PAIRS,
     TIERS,
     TOP_KS,
     ExecutionPlan,
@@ -20,6 +23,8 @@ from envs.knobs import (
     KnobSpace,
     block_options,
     drop_order,
+    head_masks,
+    nearest_legal,
 )
 
 PUBLISHED = (0.56, 0.08, 0.004, 0.03, 0.001, 0.08, 0.04, 0.05, 0.07, 0.06, 0.003, 0.04, 0.06, 0.002, 0.06, 0.06)
@@ -56,36 +61,73 @@ def test_actions_round_trip(knobs):
     assert SPACE.decode(SPACE.encode(knobs)) == knobs
 
 
+fits_any = arrays(np.bool_, HEAD_SIZES)
+
+
+def first_pairs(mask):
+    return mask[:STAGE1_PAIRS].reshape(HEAD_SIZES[:2])
+
+
+def second_pairs(mask):
+    return mask[STAGE1_PAIRS:].reshape(HEAD_SIZES[2:])
+
+
 @given(st.tuples(*(st.integers(0, size - 1) for size in HEAD_SIZES)))
 def test_masks_allow_exactly_what_decodes(action):
     tier, insertion, top_k, blocks = action
-    mask = SPACE.stage2_mask(INSERTIONS[insertion])
-    allowed = mask[8 + top_k] and mask[13 + blocks]
     try:
         SPACE.decode(action)
         legal = True
     except UserError:
         legal = False
-    assert legal == bool(allowed)
-    assert SPACE.stage1_mask()[tier]
-    assert SPACE.stage1_mask()[3 + insertion]
+    assert legal == bool(second_pairs(SPACE.stage2_mask(INSERTIONS[insertion]))[top_k, blocks])
+    assert first_pairs(SPACE.stage1_mask())[tier, insertion]
 
 
 def test_masks_pin_the_other_stage_and_text_only_tiers():
-    heads = np.split(SPACE.stage1_mask(has_image=False), np.cumsum(HEAD_SIZES)[:-1])
-    assert [head.tolist() for head in heads] == [
-        [True, False, False],
-        [True] * 5,
-        [True] + [False] * 4,
-        [True] + [False] * 4,
-    ]
-    heads = np.split(SPACE.stage2_mask(4), np.cumsum(HEAD_SIZES)[:-1])
-    assert [head.tolist() for head in heads] == [
-        [True, False, False],
-        [True] + [False] * 4,
-        [True] * 5,
-        [False, False, False, True, True],
-    ]
+    text_only, second = SPACE.stage1_mask(has_image=False), SPACE.stage2_mask(4)
+    assert first_pairs(text_only).tolist() == [[True] * 5, [False] * 5, [False] * 5]
+    assert np.flatnonzero(second_pairs(text_only)).tolist() == [0]
+    assert np.flatnonzero(first_pairs(second)).tolist() == [0]
+    assert second_pairs(second).tolist() == [[False, False, False, True, True]] * 5
+
+
+@given(fits_any, st.booleans())
+def test_a_pair_of_stage_1_is_legal_if_some_completion_fits(fits, has_image):
+    """By brute force over all legal knobs; if none fits, only the cheapest plan is left at either stage."""
+    legal = {SPACE.encode(knobs) for knobs in SPACE.all if has_image or knobs.tier == "low"}
+    fitting = {action for action in legal if fits[action]}
+    first = first_pairs(SPACE.stage1_mask(has_image=has_image, fits=fits))
+    wanted = {action[:2] for action in fitting} or {(0, 0)}
+    assert set(map(tuple, np.argwhere(first).tolist())) == wanted
+    for tier, place in wanted:
+        second = second_pairs(SPACE.stage2_mask(INSERTIONS[place], fits[tier, place]))
+        completions = {action[2:] for action in fitting if action[:2] == (tier, place)}
+        assert set(map(tuple, np.argwhere(second).tolist())) == (completions or {(0, 0)})
+
+
+@given(st.integers(1, 5))
+def test_a_stage_2_without_anything_that_fits_takes_the_cheapest(insertion):
+    mask = second_pairs(SPACE.stage2_mask(insertion, np.zeros((5, 5), np.bool_)))
+    assert np.argwhere(mask).tolist() == [[0, BLOCK_COUNTS.index(block_options(insertion)[0])]]
+
+
+@given(arrays(np.int64, (3, 4), elements=st.integers(0, 2)), arrays(np.bool_, (3, PAIRS)))
+def test_projection_takes_the_nearest_legal_pair(actions, masks):
+    masks[:, [STAGE1_PAIRS - 1, PAIRS - 1]] = True
+    found = nearest_legal(actions, masks)
+    for action, mask, chosen in zip(actions, masks, found, strict=True):
+        for pairs, some, ours in ((first_pairs, action[:2], chosen[:2]), (second_pairs, action[2:], chosen[2:])):
+            legal = np.argwhere(pairs(mask))
+            distances = np.abs(legal - some).sum(1)
+            assert ours.tolist() == legal[distances.argmin()].tolist()
+
+
+@given(arrays(np.bool_, (2, PAIRS)))
+def test_head_masks_hold_what_some_pair_has(masks):
+    for mask, heads in zip(masks, head_masks(masks), strict=True):
+        first, second = first_pairs(mask), second_pairs(mask)
+        assert heads.tolist() == [*first.any(1), *first.any(0), *second.any(1), *second.any(0)]
 
 
 @given(importances, legal_knobs)

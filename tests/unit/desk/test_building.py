@@ -40,8 +40,9 @@ def test_settings_arrive_under_the_names_of_the_algorithm(built: Any) -> None:
     assert (settings.entropy_coef, settings.grad_clip, settings.lr, settings.num_epochs) == (0.07, 0.6, 0.0002, 3)
 
 
-def test_prices_exist_only_where_overruns_are_constrained(built: Any) -> None:
-    prices = built("reward.mode=lagrangian").prices
-    assert prices is not None
-    assert len(prices.edges) + 1 == load_config("smoke").budgets.penalty_bins
-    assert built("reward.mode=fixed").prices is None
+def test_multipliers_move_only_in_lagrangian_mode(built: Any) -> None:
+    settings = built("reward.mode=lagrangian", "reward.penalty_init=9", "reward.penalty_max=4").lagrangian
+    assert settings is not None
+    assert settings.bins == load_config("smoke").budgets.price_bins
+    assert settings.init == settings.maximum == 4.0
+    assert built("reward.mode=fixed").lagrangian is None

@@ -9,7 +9,6 @@ import pytest
 
 from cluster.connect import ConnectError
 from envs.budgets import BudgetDistribution
-from envs.config import RewardSettings
 from envs.errors import UserError
 from ray_ctrl import cli, console
 from ray_ctrl.commands import evaluate, train
@@ -106,41 +105,13 @@ def test_iteration_line_and_clock_time() -> None:
     assert console.clock_time(3723) == "1:02:03"
 
 
-def test_checkpoints_are_chosen_by_what_training_aims_at() -> None:
-    rows = [
-        {"accuracy": 1.0, "reward": 0.4, "latency_ms": ms, "budget_ms": budget}
-        for ms, budget in ((9.0, 10.0), (11.0, 10.0), (9.0, 20.0), (9.0, 20.0))
-    ]
-    fixed = RewardSettings(mode="fixed")
-    strict = RewardSettings(mode="lagrangian", max_violation_rate=0.1, penalty_max=2.0)
-    assert train.validation_score(rows, fixed) == pytest.approx(0.4)
-    # Half of the requests of one budget in two are late, 0.4 above the target, of which chance may explain a part.
-    chance = (0.1 * 0.9 / 2) ** 0.5
-    assert train.validation_score(rows, strict) == pytest.approx(1.0 - 2.0 * (0.4 - chance) / 2)
-
-
-def test_late_answers_that_chance_explains_do_not_count_against_a_checkpoint() -> None:
-    settings = RewardSettings(mode="lagrangian", max_violation_rate=0.05, penalty_max=5.0)
-
-    def score(late: int) -> float:
-        rows = [
-            {"accuracy": 0.8, "reward": 0.0, "latency_ms": 11.0 if i < late else 9.0, "budget_ms": 10.0}
-            for i in range(128)
-        ]
-        return train.validation_score(rows, settings)
-
-    assert score(0) == score(6) == score(8) == pytest.approx(0.8)
-    assert score(10) < 0.8
-    assert score(20) < score(10)
-
-
-def test_the_error_of_a_score_is_that_of_samples_not_of_requests() -> None:
+def test_checkpoints_are_chosen_by_the_objective_with_the_error_of_samples() -> None:
     per_sample = [0.0, 1.0, 1.0, 0.0]
-    rows = [{"accuracy": a, "reward": 2 * a} for a in per_sample for _ in range(train.VALIDATION_BUDGETS)]
-    spread = np.std(per_sample, ddof=1) / 2
-    assert train.validation_error(rows, RewardSettings(mode="lagrangian")) == pytest.approx(spread)
-    assert train.validation_error(rows, RewardSettings(mode="fixed")) == pytest.approx(2 * spread)
-    assert train.validation_error(rows[: train.VALIDATION_BUDGETS], RewardSettings()) == 0.0
+    rows = [{"reward": 2 * a} for a in per_sample for _ in range(train.VALIDATION_BUDGETS)]
+    score, error = train.validation_score(rows)
+    assert score == pytest.approx(1.0)
+    assert error == pytest.approx(2 * np.std(per_sample, ddof=1) / 2)
+    assert train.validation_score(rows[: train.VALIDATION_BUDGETS]) == (0.0, 0.0)
 
 
 def test_validation_never_sees_a_held_out_budget() -> None:

@@ -9,20 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from envs.config import RewardSettings
-from envs.reward import TERMS
-from policies.distribution import HEADS
+from policies.distribution import HEADS, LOGITS_WIDTH
 from policies.grpo.algorithm import GRPO
 from policies.grpo.config import GRPOSettings
 from policies.grpo.ema import WeightAverage
 from policies.grpo.env_runner import Rollouts
-from policies.grpo.prices import Prices, PriceSettings
+from policies.grpo.lagrangian import LagrangianSettings, PenaltyMultipliers
 from policies.grpo.sampling import COUNTS
 from ray_ctrl.commands import train
 
 DOCS = Path(__file__).parents[3] / "docs"
-EDGES = (-0.5,)
-ENDINGS = {"<term>": TERMS, "<head>": HEADS, "<bin>": ("0", "1")}
+ENDINGS = {"<head>": HEADS, "<bin>": ("0", "1")}
 
 
 def documented(page: str, heading: str) -> set[str]:
@@ -45,22 +42,26 @@ def _whole(name: str) -> list[str]:
 def rollouts(count: int) -> Rollouts:
     """What runners send of `count` rollouts, in both bins of budgets."""
     numbers = np.linspace(0.1, 1.0, count)
-    keys = ("accuracy", "latency_ms", "budget_ms", *HEADS, *(f"reward_{term}" for term in TERMS))
-    budgets = np.where(np.arange(count) % 2, -1.0, 0.0).reshape(count, 1, 1).repeat(2, axis=1)
-    two = np.zeros((count, 2, 1), np.float32)
-    infos = dict.fromkeys(keys, numbers)
-    return Rollouts(obs={"budget": budgets}, actions=two, log_probs=two, logits=two, rewards=numbers, infos=infos)
+    infos = dict.fromkeys(("accuracy", "latency_ms", "budget_ms", "feasible", "avoidable", *HEADS), numbers)
+    infos["budget_bin"] = np.arange(count) % 2
+    return Rollouts(
+        obs={},
+        actions=np.zeros((count, 2, 4), np.int64),
+        log_probs=np.zeros((count, 2), np.float32),
+        logits=np.zeros((count, 2, LOGITS_WIDTH), np.float32),
+        rewards=numbers,
+        infos=infos,
+    )
 
 
 def iteration() -> dict[str, float]:
     """`result["grpo"]` of an iteration in which everything there is happened."""
-    prices = PriceSettings(edges=EDGES)
-    config = {"grpo": GRPOSettings(group_size=4, kl_coef=0.1), "prices": prices}
+    settings = LagrangianSettings(bins=2, max_violation_rate=0.05, lr=0.1, init=0.5, maximum=5.0, smoothing=0.8)
     algorithm: Any = SimpleNamespace(
-        config=SimpleNamespace(**config),
+        config=SimpleNamespace(grpo=GRPOSettings(group_size=4, kl_coef=0.1), lagrangian=settings),
         updates=1,
         average=WeightAverage(0.0),
-        prices=Prices.start(prices).updated(np.array([-1.0, 0.0]), np.array([True, False])),
+        multipliers=PenaltyMultipliers.start(settings).updated(np.array([0.5, 0.0]), np.full(2, 9.0)),
         metrics=SimpleNamespace(peek=lambda key, default: 0.5, aggregate=lambda results, key: None),
         _all_or_nothing=nullcontext,
         _refresh_reference=lambda: None,
@@ -83,7 +84,6 @@ def test_the_columns_of_metrics_jsonl_are_documented(monkeypatch: pytest.MonkeyP
     rows: list[dict[str, Any]] = []
     trainer: Any = SimpleNamespace(
         algorithm=SimpleNamespace(train=lambda: {"grpo": iteration()}, engine_stats=dict),
-        config=SimpleNamespace(reward=RewardSettings()),
         contexts=[(0, 10.0)],
         done=0,
         folder=SimpleNamespace(append_metrics=rows.append),

@@ -8,10 +8,12 @@ import torch
 
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution
+from envs.config import RewardSettings
 from envs.data.sample import ImageRef, Sample
-from envs.knobs import KnobSpace
-from envs.reward import RewardConfig
-from envs.world import World
+from envs.env_resources import World
+from envs.knobs import TIERS, ExecutionPlan, KnobSpace
+from envs.latency import LatencyRecord, RequestShape
+from envs.latency.guardrail import AnswerLengths, Guardrail, LatencyPredictor
 from policies.controller import Controller
 from ray_ctrl.serving import Steering
 
@@ -21,6 +23,9 @@ SPACE = KnobSpace([1.0 - 0.05 * block for block in range(16)])
 
 class _Clock:
     name, deterministic, reference_ms = "fixed", True, 80.0
+
+    def latency(self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> LatencyRecord:
+        return LatencyRecord(vision=4.0 * shape.crops, suffix=0.4 * sum(plan.top_k_per_block), decode=0.3 * new_tokens)
 
 
 class _Engine:
@@ -35,12 +40,17 @@ class _Engine:
     def language_features(self, samples: Any) -> torch.Tensor:
         return self.language.expand(len(samples), -1)
 
+    def shape(self, sample: Sample, tier: str) -> RequestShape:
+        return RequestShape(0 if sample.image is None else 1 + TIERS.index(tier), 0, 9, 0)
+
     def latency_tokens(self, samples: Any, tiers: Any, levels: Any) -> torch.Tensor:
         return torch.stack([self.tokens[level] for level in levels])
 
 
-def _environment_choice(controller: Controller, engine: Any, sample: Sample, budget_ms: float) -> Any:
-    world = World(engine, (sample,), _Clock(), BudgetDistribution(10.0, 90.0), RewardConfig(), SPACE)  # type: ignore[arg-type]
+def _environment_choice(
+    controller: Controller, engine: Any, sample: Sample, budget_ms: float, guardrail: Guardrail | None
+) -> Any:
+    world = World(engine, (sample,), _Clock(), BudgetDistribution(10.0, 90.0), RewardSettings(), SPACE, guardrail)  # type: ignore[arg-type]
     environment = AdaptiveVQAVectorEnv({"world": world, "num_envs": 1, "contexts": [(0, budget_ms)]})
     observation, _ = environment.reset()
     first = controller.act({k: torch.as_tensor(v) for k, v in observation.items()}).numpy()
@@ -52,16 +62,25 @@ def _environment_choice(controller: Controller, engine: Any, sample: Sample, bud
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("budget_ms", [5.0, 40.0, 200.0])
 @pytest.mark.parametrize("has_image", [True, False])
-def test_serving_equals_the_environment(seed: int, budget_ms: float, has_image: bool) -> None:
+@pytest.mark.parametrize("guarded", [True, False])
+def test_serving_equals_the_environment(seed: int, budget_ms: float, has_image: bool, guarded: bool) -> None:
     torch.manual_seed(seed)
     controller, engine = Controller(WIDTH, 16).eval(), _Engine()
     for parameter in controller.parameters():  # far from uniform, so that a wrong input would show
         torch.nn.init.normal_(parameter, std=0.7)
     image = _Picture() if has_image else None
-    steering = Steering(controller, SPACE, budget_ms, _Clock.reference_ms)
+    sample = Sample("s", image, "what?", ("a",))
+    guardrail, fits = None, None
+    if guarded:
+        guardrail = Guardrail(0.9, AnswerLengths.fit(engine.language[None], [2], 0.9), 1.05)
+        fits = LatencyPredictor(guardrail, engine, SPACE, _Clock()).predicted_ms(sample) <= budget_ms  # type: ignore[arg-type]
+    steering = Steering(controller, SPACE, budget_ms, _Clock.reference_ms, fits)
     tier, insertion = steering.first(engine.language, has_image)
     top_k, blocks = steering.second(engine.tokens[steering.level, insertion - 1], insertion)
-    wanted = _environment_choice(controller, engine, Sample("s", image, "what?", ("a",)), budget_ms)
+    wanted = _environment_choice(controller, engine, sample, budget_ms, guardrail)
+    assert steering.feasible == (fits is None or bool(fits.any()))
+    if fits is not None:
+        assert fits[SPACE.encode(wanted)] if fits.any() else wanted == SPACE.cheapest
     assert steering.knobs == wanted
     assert (tier, insertion, top_k) == (wanted.tier, wanted.insertion, wanted.top_k)
     assert blocks == SPACE.plan(wanted).blocks

@@ -15,6 +15,12 @@ from policies.distribution import LOGITS_WIDTH, KnobDistribution, mask_logits
 from policies.grpo.algorithm_config import GRPOConfig
 from policies.grpo.config import GRPOSettings
 from policies.grpo.ema import WeightAverage
+from policies.grpo.lagrangian import (
+    FLOOR,
+    LagrangianSettings,
+    PenaltyMultipliers,
+    greedy_violation_rates,
+)
 from policies.grpo.objective import (
     LossInputs,
     clipped_surrogate,
@@ -22,7 +28,6 @@ from policies.grpo.objective import (
     grpo_loss,
     minibatches,
 )
-from policies.grpo.prices import FLOOR, Prices, PriceSettings, overrun_cost
 
 RETURNS = arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(2, 8)), elements=st.floats(-5, 5))
 
@@ -81,7 +86,7 @@ def distributions() -> tuple[KnobDistribution, KnobDistribution, torch.Tensor]:
 @pytest.mark.parametrize(("advantage", "value", "slope"), [(-1.0, 3.0, 0.0), (1.0, -1.28, 0.0)])
 def test_a_ratio_beyond_its_maximum_is_cut_off(advantage: float, value: float, slope: float) -> None:
     """An action five times as likely as when it was taken; uncut, a bad one would weigh five times as much."""
-    logits = torch.zeros(1, 18)
+    logits = torch.zeros(1, LOGITS_WIDTH)
     logits.requires_grad_()
     old = KnobDistribution(logits.detach()).log_prob(torch.zeros(1, 4, dtype=torch.long))
     inputs = LossInputs(
@@ -221,63 +226,75 @@ def test_entropies_count_only_rows_that_decide() -> None:
         assert metrics[f"entropy_{name}"].item() == pytest.approx(np.log(options), abs=1e-5)
 
 
-def test_a_missed_budget_costs_more_the_more_it_is_missed() -> None:
-    assert overrun_cost([50.0, 100.0, 101.0, 150.0, 200.0, 900.0], 100.0).tolist() == pytest.approx(
-        [0.0, 0.0, 1.01, 1.5, 2.0, 2.0]
-    )
+def lagrangian(**changes: float) -> LagrangianSettings:
+    values = {"bins": 2, "max_violation_rate": 0.05, "lr": 0.1, "init": 0.5, "maximum": 5.0, "smoothing": 0.8}
+    return LagrangianSettings(**(values | changes))  # type: ignore[arg-type]
 
 
-def test_prices_move_until_each_bin_meets_its_target() -> None:
+def test_rates_are_those_of_the_argmax_policy_whatever_the_entropy() -> None:
+    """Contexts whose argmax violates are sampled greedily less often; weighting makes up for that."""
     rng = np.random.default_rng(0)
-    prices = Prices.start(PriceSettings(edges=(-1.0, 0.0), target=0.1, step=0.03))
-    needed = np.array([2.0, 1.0, 0.2])  # price at which half of a bin's rollouts stop overrunning
+    count = 200_000
+    bins, late_if_greedy = rng.integers(0, 2, count), rng.random(count) < 0.3
+    chance = np.where(late_if_greedy, 0.05, 0.6)  # of taking the argmax
+    greedy = rng.random(count) < chance
+    late = np.where(greedy, late_if_greedy, rng.random(count) < 0.9)  # exploring exceeds nearly always
+    rates, effective = greedy_violation_rates(bins, late, greedy, np.log(chance), np.ones(count, bool), 3)
+    np.testing.assert_allclose(rates[:2], 0.3, atol=0.01)
+    assert np.isnan(rates[2])
+    assert effective[2] == 0
+    assert effective[0] > 1000
+
+
+def test_what_no_plan_can_meet_is_left_out_of_the_rates() -> None:
+    avoidable = [True, True, False, False]
+    rates, effective = greedy_violation_rates([0] * 4, [1, 0, 1, 1], [True] * 4, np.zeros(4), avoidable, 1)
+    assert (rates[0], effective[0]) == (0.5, 2.0)
+
+
+def test_multipliers_move_until_each_bin_meets_its_target() -> None:
+    rng = np.random.default_rng(0)
+    multipliers = PenaltyMultipliers.start(lagrangian(bins=3, max_violation_rate=0.1, lr=0.03))
+    needed = np.array([2.0, 1.0, 0.2])  # multiplier at which half of a bin's violations stop
     for _ in range(400):
-        ratio = rng.uniform(-2, 1, 300)
-        bins = prices.bin_of(ratio)
-        chance = 1 / (1 + np.exp(4 * (prices.of(ratio) - needed[bins])))
-        prices = prices.updated(ratio, rng.random(300) < chance)
-    np.testing.assert_allclose(prices.rates, 0.1, atol=0.05)
-    np.testing.assert_allclose(prices.values, needed + np.log(9) / 4, atol=0.15)
+        chance = 1 / (1 + np.exp(4 * (multipliers.values - needed)))
+        multipliers = multipliers.updated(rng.binomial(100, chance) / 100, np.full(3, 100.0))
+    np.testing.assert_allclose(multipliers.rates, 0.1, atol=0.05)
+    np.testing.assert_allclose(multipliers.values, needed + np.log(9) / 4, atol=0.15)
 
 
-def test_prices_stay_within_bounds_and_move_smoothly() -> None:
-    prices = Prices.start(PriceSettings(edges=(0.0,), target=0.05, step=0.2, initial=0.5, maximum=1.0))
+def test_multipliers_stay_within_bounds_and_move_smoothly() -> None:
+    multipliers = PenaltyMultipliers.start(lagrangian(lr=0.2, maximum=1.0))
     for _ in range(50):
-        before = prices
-        prices = prices.updated([-1.0, 1.0], [1, 0])
-        assert np.abs(np.log(prices.values / before.values)).max() <= 0.2 + 1e-9
-    assert prices.values.tolist() == [1.0, FLOOR]
+        before = multipliers
+        multipliers = multipliers.updated(np.array([1.0, 0.0]), np.full(2, 9.0))
+        assert np.abs(np.log(multipliers.values / before.values)).max() <= 0.2 + 1e-9
+    assert multipliers.values.tolist() == [1.0, FLOOR]
 
 
-def test_of_equal_answers_the_one_that_uses_the_budget_is_preferred() -> None:
-    prices = Prices.start(PriceSettings(edges=(0.0,), initial=0.5, utilisation=0.1))
-    returns = prices.returns([1.0, 1.0, 1.0, 0.5], [50.0, 100.0, 110.0, 100.0], 100.0, np.full(4, -1.0))
-    np.testing.assert_allclose(returns, [1.05, 1.1, 1.1 - 0.5 * 1.1, 0.6])
+def test_bins_hardly_seen_keep_their_multiplier() -> None:
+    multipliers = PenaltyMultipliers.start(lagrangian()).updated(np.array([np.nan, 1.0]), np.array([0.0, 9.0]))
+    assert multipliers.values[0] == 0.5
+    assert multipliers.values[1] > 0.5
+    assert np.isnan(multipliers.rates[0])
+    assert multipliers.rates[1] == 1.0
 
 
-def test_bins_without_rollouts_keep_their_price() -> None:
-    prices = Prices.start(PriceSettings(edges=(0.0,))).updated([1.0], [1])
-    assert prices.values[0] == 0.5
-    assert np.isnan(prices.rates[0])
-    assert prices.rates[1] == 1.0
-
-
-def test_prices_survive_a_checkpoint_and_refuse_other_bins() -> None:
-    prices = Prices.start(PriceSettings(edges=(-1.0, 0.0))).updated([-2.0, 0.5], [1, 0])
-    again = Prices.start(PriceSettings(edges=(-1.0, 0.0))).restored(prices.state())
-    np.testing.assert_array_equal(again.values, prices.values)
-    np.testing.assert_array_equal(again.rates, prices.rates)
-    with pytest.raises(UserError, match="price bins"):
-        Prices.start(PriceSettings(edges=(-1.0,))).restored(prices.state())
+def test_multipliers_survive_a_checkpoint_and_refuse_other_bins() -> None:
+    multipliers = PenaltyMultipliers.start(lagrangian()).updated(np.array([1.0, 0.0]), np.full(2, 9.0))
+    again = PenaltyMultipliers.start(lagrangian()).restored(multipliers.state())
+    np.testing.assert_array_equal(again.values, multipliers.values)
+    np.testing.assert_array_equal(again.rates, multipliers.rates)
+    with pytest.raises(UserError, match="penalty bins"):
+        PenaltyMultipliers.start(lagrangian(bins=3)).restored(multipliers.state())
 
 
 @pytest.mark.parametrize(
-    "bad",
-    [{"edges": (1.0, 0.0)}, {"edges": (np.nan,)}, {"target": 1.5}, {"memory": 1.0}, {"step": -1.0}, {"initial": 9.0}],
+    "bad", [{"bins": 0}, {"max_violation_rate": 1.5}, {"smoothing": 1.0}, {"lr": -1.0}, {"init": 9.0}]
 )
-def test_price_settings_are_checked(bad: dict) -> None:
+def test_lagrangian_settings_are_checked(bad: dict) -> None:
     with pytest.raises(UserError, match="not allowed"):
-        PriceSettings(**bad)
+        lagrangian(**bad)
 
 
 @settings(deadline=None)

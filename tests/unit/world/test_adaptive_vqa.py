@@ -3,6 +3,7 @@
 import math
 import pickle
 import warnings
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -13,13 +14,13 @@ from hypothesis import strategies as st
 from world_double import EngineDouble, make_world
 
 from envs.adaptive_vqa import AdaptiveVQAEnv, AdaptiveVQAVectorEnv
+from envs.budgets import BudgetDistribution
 from envs.errors import UserError
-from envs.knobs import HEAD_SIZES, TIERS, Knobs
+from envs.knobs import HEAD_SIZES, STAGE1_PAIRS, TIERS, Knobs
 from envs.latency import MeasuredClock
+from envs.latency.guardrail import AnswerLengths, Guardrail
 from envs.latency_token import budget_level
-from envs.reward import TERMS, plan_share, reward
-
-STARTS = np.cumsum((0, *HEAD_SIZES[:-1]))
+from envs.reward import reward
 
 
 def vector(world=None, num_envs=12, group_size=4, **settings):
@@ -31,8 +32,8 @@ def act(observation, rng):
     """A random legal action for every row."""
     rows = []
     for mask in observation["action_mask"]:
-        heads = np.split(mask, STARTS[1:])
-        rows.append([int(rng.choice(np.flatnonzero(head))) for head in heads])
+        first, second = (int(rng.choice(np.flatnonzero(part))) for part in np.split(mask, [STAGE1_PAIRS]))
+        rows.append([*divmod(first, HEAD_SIZES[1]), *divmod(second, HEAD_SIZES[3])])
     return np.array(rows)
 
 
@@ -98,11 +99,11 @@ def test_rewards_and_infos_are_those_of_the_chosen_plans():
         latency = world.clock.latency(shape, plan, answer.n_tokens).total
         assert infos["latency_ms"][row] == pytest.approx(latency)
         assert infos["accuracy"][row] == world.engine.accuracy(sample, answer)
-        judged = reward(
-            world.reward, [infos["accuracy"][row]], [latency], [infos["budget_ms"][row]], [plan_share(plan)]
-        )
-        assert rewards[row] == pytest.approx(float(judged.total[0]))
-    assert np.allclose(sum(infos[f"reward_{term}"] for term in TERMS), rewards)
+        expected = reward(infos["accuracy"][row], latency, infos["budget_ms"][row], world.reward.penalty)
+        assert rewards[row] == pytest.approx(float(expected))
+        cheapest = world.space.plan(world.space.cheapest)
+        least = world.clock.latency(world.engine.shape(sample, "low"), cheapest, answer.n_tokens).total
+        assert infos["avoidable"][row] == (least <= infos["budget_ms"][row])
     assert infos["context"].dtype == infos["sample"].dtype == np.int64
     assert all(infos[f"_{key}"].all() for key in infos if not key.startswith("_"))
 
@@ -219,10 +220,12 @@ def test_contexts_can_be_replaced_and_withdrawn():
 def test_text_only_samples_have_one_tier():
     env = vector(make_world(text_only=True))
     observation, _ = env.reset()
-    assert (observation["action_mask"][:, :3] == [1, 0, 0]).all()
+    assert (observation["action_mask"][:, :STAGE1_PAIRS].reshape(12, 3, 5).any(2) == [1, 0, 0]).all()
     actions = np.zeros((12, 4), np.int64)
     actions[5, 0] = 2
-    with pytest.raises(UserError, match=r"2 \(high\) of head tier .* environment 5: choose one of 0 \(low\)"):
+    with pytest.raises(
+        UserError, match=r"actions 2, 0 of heads tier and insertion .* environment 5: .* 0, 0 \(low, 1\)"
+    ):
         env.step(actions)
     env.step(np.zeros((12, 4), np.int64))
 
@@ -230,15 +233,15 @@ def test_text_only_samples_have_one_tier():
 @pytest.mark.parametrize(
     ("stage", "action", "named"),
     [
-        (0, [3, 0, 0, 0], r"3 of head tier .*0 \(low\), 1 \(medium\), 2 \(high\)"),
-        (0, [-1, 0, 0, 0], r"-1 of head tier"),
-        (0, [0, 5, 0, 0], r"5 of head insertion .*0 \(1\), 1 \(2\)"),
-        (1, [0, 0, 5, 4], r"5 of head top-k .*0 \(4\)"),
-        (1, [0, 0, 0, 1], r"1 \(13\) of head blocks .*choose one of 3 \(15\), 4 \(16\)"),
-        (1, [0, 0, 0, 7], r"7 of head blocks"),
+        (0, [3, 0, 0, 0], r"3, 0 of heads tier and insertion .*0, 0 \(low, 1\).*2, 4 \(high, 5\)"),
+        (0, [-1, 0, 0, 0], r"-1, 0 of heads tier"),
+        (0, [0, 5, 0, 0], r"0, 5 of heads tier and insertion"),
+        (1, [0, 0, 5, 4], r"5, 4 of heads top-k and blocks .*0, 3 \(4, 15\)"),
+        (1, [0, 0, 0, 1], r"0, 1 of heads top-k and blocks .*choose one of 0, 3 \(4, 15\); 0, 4 \(4, 16\)"),
+        (1, [0, 0, 0, 7], r"0, 7 of heads top-k and blocks"),
     ],
 )
-def test_illegal_actions_name_head_value_and_options(stage, action, named):
+def test_illegal_actions_name_heads_values_and_options(stage, action, named):
     env = vector(num_envs=4)
     env.reset()
     if stage == 1:
@@ -336,18 +339,99 @@ def test_a_profiled_world_runs():
     assert (infos["latency_ms"] > 0).all()
 
 
-def test_the_single_environment_passes_gymnasiums_check():
-    for text_only in (False, True):
-        env = AdaptiveVQAEnv({"world": make_world(text_only=text_only)})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if text_only:
-                env.action_space.seed(0)
-                env.reset(seed=0)
-                _, reward_now, ended, cut, info = env.step(np.array([0, 3, 4, 4]))
-                assert (reward_now, ended, cut, info) == (0.0, False, False, {})
-            else:
-                check_env(env)
+@pytest.mark.parametrize("text_only", [False, True])
+@pytest.mark.parametrize("guarded", [False, True])
+def test_the_single_environment_passes_gymnasiums_check(text_only, guarded):
+    world = make_world(text_only=text_only)
+    env = AdaptiveVQAEnv({"world": guard(world) if guarded else world})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_env(env)
+
+
+def test_the_standard_loop_runs_on_any_sampled_action():
+    import envs.adaptive_vqa  # noqa: F401  (registers the id)
+
+    env = gym.make("ray_ctrl/AdaptiveVQA-v0", config={"world": guard(make_world())}, disable_env_checker=True)
+    env.action_space.seed(0)
+    for _ in range(50):
+        env.reset()
+        ended = False
+        while not ended:
+            _, _, ended, _, info = env.step(env.action_space.sample())
+        assert info["latency_ms"] <= info["budget_ms"] or not info["feasible"]
+
+
+def test_projection_takes_the_nearest_legal_pair_and_is_off_for_vectors():
+    world = make_world()
+    env = vector(world, 4, 4, illegal_actions="project")
+    env.reset()
+    env.step(np.tile([0, 3, 0, 0], (4, 1)))
+    *_, infos = env.step(np.tile([0, 0, 2, 0], (4, 1)))
+    assert (infos["top_k"] == 6).all()
+    assert (infos["blocks"] == 15).all()
+    with pytest.raises(UserError, match="error, project"):
+        vector(world, illegal_actions="ignore")
+
+
+def test_masks_per_head_hold_what_some_legal_pair_has():
+    env = AdaptiveVQAEnv({"world": make_world()})
+    env.reset()
+    assert env.action_masks().tolist() == [True] * 8 + [True, *[False] * 4] * 2
+    env.step(np.array([0, 3, 0, 0]))
+    assert env.action_masks().tolist() == [
+        *[True, False, False], *[True, *[False] * 4], *[True] * 5, *[False] * 3, True, True,
+    ]  # fmt: skip
+
+
+def test_rendering_shows_the_episode():
+    env = AdaptiveVQAEnv({"world": make_world()}, render_mode="rgb_array")
+    env.reset()
+    before = env.render()
+    env.step(np.array([0, 0, 0, 0]))
+    env.step(np.array([0, 0, 0, 0]))
+    after = env.render()
+    assert before.dtype == np.uint8
+    assert before.shape == after.shape == (480, 384, 3)
+    assert (before != after).any()  # choice, answer and latency are written below the question
+    assert AdaptiveVQAEnv({"world": make_world()}).render() is None
+
+
+def test_multipliers_reach_the_reward():
+    world = make_world(budgets=BudgetDistribution.over(0.5, 2.0, bins=2))  # nothing is that fast
+    env = vector(world)
+    env.set_multipliers([0.25, 0.75])
+    *_, rewards, infos = episode(env)
+    expected = np.where(infos["budget_ms"] < 1.0, 0.25, 0.75)
+    assert (infos["multiplier"] == expected).all()
+    cost = 1 + np.minimum(infos["latency_ms"] / infos["budget_ms"] - 1, 1)
+    np.testing.assert_allclose(rewards, infos["accuracy"] - expected * cost)
+    assert not infos["avoidable"].any()
+    env.set_multipliers(None)
+    assert (env.multipliers == world.reward.penalty).all()
+    with pytest.raises(UserError, match="2 budget bins"):
+        env.set_multipliers([1.0])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1000), st.booleans())
+def test_under_the_guardrail_no_legal_play_exceeds_a_feasible_budget(seed, text_only):
+    world = guard(make_world(text_only=text_only, budgets=BudgetDistribution.over(4.0, 40.0)), longest=True)
+    *_, infos = episode(vector(world, seed=seed), seed)
+    late = infos["latency_ms"] > infos["budget_ms"]
+    assert not (late & infos["feasible"]).any()
+    fallback = ~infos["feasible"]
+    assert (infos["tier"][fallback] == 0).all()
+    assert (infos["insertion"][fallback] == 1).all()
+    assert (infos["top_k"][fallback] == 4).all()
+    assert (infos["blocks"][fallback] == 12).all()
+
+
+def guard(world, longest=False):
+    """The world with a guardrail that knows every answer's length, or takes the longest possible one for all."""
+    features = world.engine.language_features(world.samples).numpy()
+    lengths = AnswerLengths.fit(features, [6] * len(features) if longest else [2] * len(features), 1.0)
+    return replace(world, guardrail=Guardrail(0.99, lengths, 1.0 if longest else 3.0))
 
 
 def test_the_single_environment_is_a_vector_of_one():

@@ -1,4 +1,4 @@
-"""The reward's terms and the priced return."""
+"""The one objective: accuracy - multiplier x cost."""
 
 import math
 
@@ -6,87 +6,63 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from envs.errors import UserError
-from envs.knobs import ExecutionPlan
-from envs.reward import TERMS, RewardConfig, plan_share, reward
+from envs.config import RewardSettings
+from envs.reward import reward, violation_cost
 
-ALL = RewardConfig(accuracy=1.0, latency=0.5, temperature=0.1, overrun=2.0, efficiency=0.3, complexity=0.2)
 times = st.floats(0.01, 1e4)
 shares = st.floats(0, 1)
-batches = st.lists(st.tuples(shares, times, times, shares), min_size=1, max_size=20)
+multipliers = st.floats(0, 10)
+batches = st.lists(st.tuples(shares, times, times, multipliers), min_size=1, max_size=20)
 
 
-def one(config, accuracy, latency, budget, share=0.0):
-    judged = reward(config, [accuracy], [latency], [budget], [share])
-    return float(judged.total[0]), {name: float(values[0]) for name, values in judged.terms.items()}
+def test_a_missed_budget_costs_more_the_more_it_is_missed() -> None:
+    latencies = [50.0, 100.0, 101.0, 150.0, 200.0, 900.0]
+    assert violation_cost(latencies, 100.0).tolist() == pytest.approx([0.0, 0.0, 1.01, 1.5, 2.0, 2.0])
 
 
-def test_terms_within_the_budget():
-    total, terms = one(ALL, 1.0, 80.0, 100.0, 0.5)
-    assert terms["accuracy"] == 1.0
-    assert terms["latency"] == pytest.approx(-0.5 / (1 + math.exp(2.0)))
-    assert terms["overrun"] == 0.0
-    assert terms["efficiency"] == pytest.approx(0.3 * 0.2)
-    assert terms["complexity"] == pytest.approx(-0.1)
-    assert total == pytest.approx(sum(terms.values()))
+def test_rewards_by_hand() -> None:
+    assert reward([1.0, 1.0, 0.5], [80.0, 150.0, 300.0], 100.0, [2.0, 2.0, 0.5]).tolist() == [1.0, -2.0, -0.5]
 
 
-def test_terms_beyond_the_budget():
-    _, terms = one(ALL, 1.0, 150.0, 100.0)
-    assert terms["latency"] == pytest.approx(-0.5 / (1 + math.exp(-5.0)))
-    assert terms["overrun"] == pytest.approx(-2.0 * 0.25)
-    assert terms["efficiency"] == 0.0
-
-
-def test_at_the_budget_the_smooth_penalty_is_half_its_weight():
-    _, terms = one(ALL, 0.0, 100.0, 100.0)
-    assert terms["latency"] == pytest.approx(-0.25)
-    assert terms["overrun"] == terms["efficiency"] == 0.0
-
-
-def test_wrong_answers_earn_no_bonus():
-    assert one(ALL, 0.0, 10.0, 100.0)[1]["efficiency"] == 0.0
+def test_of_equal_answers_the_bonus_prefers_the_one_that_uses_the_budget() -> None:
+    found = reward([1.0, 1.0, 1.0, 0.5], [50.0, 100.0, 110.0, 100.0], 100.0, 0.5, 0.1)
+    np.testing.assert_allclose(found, [1.05, 1.1, 1.1 - 0.5 * 1.1, 0.6])
 
 
 @given(batches)
-def test_total_is_the_sum_of_terms_row_by_row(rows):
-    accuracy, latency, budget, share = map(np.array, zip(*rows, strict=True))
-    judged = reward(ALL, accuracy, latency, budget, share)
-    assert set(judged.terms) == set(TERMS)
-    assert np.allclose(sum(judged.terms.values()), judged.total)
-    for i, row in enumerate(rows):
-        assert one(ALL, *row)[0] == pytest.approx(float(judged.total[i]))
-    assert np.isfinite(judged.total).all()
+def test_rows_do_not_influence_one_another(rows) -> None:
+    columns = [np.array(column) for column in zip(*rows, strict=True)]
+    together = reward(*columns)
+    assert np.isfinite(together).all()
+    for row, value in zip(rows, together, strict=True):
+        assert float(reward(*row)) == value
 
 
-@given(shares, times, times, st.floats(1.0, 10.0))
-def test_slower_is_never_better(accuracy, latency, budget, factor):
-    assert one(ALL, accuracy, latency * factor, budget)[0] <= one(ALL, accuracy, latency, budget)[0] + 1e-9
+@given(shares, times, times, multipliers, st.floats(1.0, 10.0))
+def test_slower_is_never_better(accuracy, latency, budget, multiplier, factor) -> None:
+    assert reward(accuracy, latency * factor, budget, multiplier) <= reward(accuracy, latency, budget, multiplier)
 
 
-@given(shares, times, times, st.floats(0.01, 100))
-def test_only_the_ratio_to_the_budget_counts(accuracy, latency, budget, scale):
-    scaled = one(ALL, accuracy, latency * scale, budget * scale)[0]
-    assert scaled == pytest.approx(one(ALL, accuracy, latency, budget)[0], rel=1e-6, abs=1e-6)
-
-
-def test_extreme_overruns_do_not_overflow():
-    with np.errstate(all="raise"):
-        assert np.isfinite(one(ALL, 0.0, 1e6, 0.1)[0])
+@given(shares, times, st.floats(1.001, 1e3), multipliers, st.floats(0.01, 100))
+def test_only_the_ratio_to_the_budget_counts(accuracy, budget, factor, multiplier, scale) -> None:
+    scaled = reward(accuracy, budget * factor * scale, budget * scale, multiplier)
+    np.testing.assert_allclose(scaled, reward(accuracy, budget * factor, budget, multiplier), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("accuracy", -1.0), ("overrun", math.nan), ("latency", math.inf), ("temperature", 0.0), ("temperature", -0.1)],
+    [
+        ("mode", "constrained"),
+        ("penalty", -1.0),
+        ("penalty_init", math.nan),
+        ("penalty_max", math.inf),
+        ("budget_use_bonus", -0.1),
+        ("penalty_smoothing", 1.0),
+        ("max_violation_rate", 1.1),
+    ],
 )
-def test_bad_weights_are_named(field, value):
-    with pytest.raises(UserError, match=field):
-        RewardConfig(**{field: value})
-
-
-def test_shares_of_the_full_plan():
-    assert plan_share(ExecutionPlan()) == 1.0
-    assert plan_share(ExecutionPlan("low")) == pytest.approx(4 / 13)
-    cheapest = ExecutionPlan("low", 1, 4, tuple(range(12)))
-    assert plan_share(cheapest) == pytest.approx(4 / 13 * (8 + 11 * 4) / 128)
+def test_bad_settings_are_named(field, value) -> None:
+    with pytest.raises(ValidationError, match=field):
+        RewardSettings(**{field: value})

@@ -11,19 +11,18 @@ from world_double import PUBLISHED_IMPORTANCE
 
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution, budget_range
-from envs.config import LatencySettings, ModelSettings, StoreSettings, TaskSettings
+from envs.config import LatencySettings, ModelSettings, RewardSettings, StoreSettings, TaskSettings
 from envs.data.scenes import load_scenes
 from envs.engine import RolloutEngine
+from envs.env_resources import EnvConfig, World
 from envs.errors import UserError
-from envs.knobs import TIERS, Knobs, KnobSpace
+from envs.knobs import INSERTIONS, TIERS, Knobs, KnobSpace
 from envs.latency import MeasuredClock, ProfiledClock, RooflineClock, hold_out, is_measuring, profile, reference_shape
 from envs.latency.measured import reference_sample
 from envs.latency_token import budget_level
 from envs.model import AdaptiveMolmoE
 from envs.model.config import MolmoEConfig
 from envs.processing import MolmoEProcessor
-from envs.reward import RewardConfig
-from envs.world import EnvConfig, World
 from recipes.embedded_model.shape import write_files
 
 
@@ -51,14 +50,15 @@ def world(engine, samples):
     text_only = replace(samples[0], id="text-only", image=None)
     clock = RooflineClock(engine.model.config)
     budgets = BudgetDistribution.over(5.0, 50.0)
-    return World(engine, (*samples, text_only), clock, budgets, RewardConfig(), KnobSpace(PUBLISHED_IMPORTANCE))
+    return World(engine, (*samples, text_only), clock, budgets, RewardSettings(), KnobSpace(PUBLISHED_IMPORTANCE))
 
 
 def play(env, rng):
     observations = [env.reset()[0]]
     for _ in range(2):
-        heads = np.split(observations[-1]["action_mask"], [3, 8, 13], axis=1)
-        actions = np.stack([(rng.random(head.shape) * head).argmax(1) for head in heads], axis=1)
+        first, second = np.split(observations[-1]["action_mask"], [15], axis=1)
+        pairs = [(rng.random(part.shape) * part).argmax(1) for part in (first, second)]
+        actions = np.stack([index for pair in pairs for index in divmod(pair, 5)], axis=1)
         observation, rewards, _, _, infos = env.step(actions)
         observations.append(observation)
     return observations, rewards, infos
@@ -99,7 +99,7 @@ def test_text_only_and_image_requests_run_side_by_side(world):
     contexts = [(24, 30.0), (0, 30.0), (24, 20.0), (1, 20.0)]
     env = AdaptiveVQAVectorEnv({"world": world, "num_envs": 4, "contexts": contexts})
     (first, *_), _, infos = play(env, np.random.default_rng(1))
-    assert first["action_mask"][:, 1].tolist() == [0, 1, 0, 1]
+    assert first["action_mask"][:, len(INSERTIONS)].tolist() == [0, 1, 0, 1]
     assert infos["tier"][[0, 2]].tolist() == [0, 0]
     assert (infos["latency_ms"] > 0).all()
 

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from envs.budgets import BudgetDistribution
+from envs.config import RewardSettings
 from envs.data.sample import ImageRef, Sample
+from envs.env_resources import World
 from envs.knobs import TIER_CROPS, TIERS, ExecutionPlan, KnobSpace
 from envs.latency import LatencyRecord, RequestShape, RooflineClock
 from envs.latency.clock import image_tokens
 from envs.model.config import MolmoEConfig
-from envs.reward import RewardConfig
-from envs.world import World
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 PUBLISHED_IMPORTANCE = (
@@ -122,6 +122,9 @@ class EngineDouble:
         }
         return answer, LatencyRecord(**noisy)
 
+    def text(self, outcome: Answer) -> str:
+        return " ".join(map(str, outcome.token_ids))
+
     def stats(self) -> dict[str, float]:
         return {"engine/executed": float(self.rows["outcomes"])}
 
@@ -147,7 +150,7 @@ def make_world(count: int = 20, *, text_only: bool = False, **changes: Any) -> W
         samples=make_samples(count, text_only),
         clock=RooflineClock(config, "laptop-2-core"),
         budgets=BudgetDistribution.over(8.0, 40.0),
-        reward=RewardConfig(efficiency=0.1, complexity=0.05),
+        reward=RewardSettings(),
         space=KnobSpace(PUBLISHED_IMPORTANCE),
     )
     return replace(world, **changes)

@@ -31,10 +31,11 @@ from envs.latency import (
     ProfiledClock,
     ProfileTable,
     RooflineClock,
+    is_measuring,
 )
+from envs.latency.guardrail import Guardrail, LatencyPredictor
 from envs.model.device import resolve_device, resolve_dtype
 from envs.model.importance import read_importance
-from envs.reward import RewardConfig
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,26 @@ class World:
         samples: what contexts index.
         clock: gives latencies.
         budgets: training and held-out budgets.
-        reward: weights at fixed prices.
+        reward: penalty of violations.
         space: legal knobs and the plans behind them.
+        guardrail: leaves only plans predicted to meet the budget; None is off.
     """
 
     engine: Any
     samples: Sequence[Sample]
     clock: Clock | MeasuringClock
     budgets: BudgetDistribution
-    reward: RewardConfig
+    reward: RewardSettings
     space: KnobSpace
+    guardrail: Guardrail | None = None
+
+    @cached_property
+    def predictor(self) -> LatencyPredictor | None:
+        """Predicted latencies of a request's plans; None without a guardrail."""
+        if self.guardrail is None:
+            return None
+        clock = None if is_measuring(self.clock) else self.clock
+        return LatencyPredictor(self.guardrail, self.engine, self.space, clock)
 
     @cached_property
     def d_model(self) -> int:
@@ -69,6 +80,7 @@ class EnvConfig(Section):
     Attributes:
         split: train, validation or test.
         distribution: budgets; None computes the device's range over this split's samples.
+        guardrail: fitted by `envs.calibrate_guardrail`; None is off.
     """
 
     model: ModelSettings = ModelSettings()
@@ -79,6 +91,7 @@ class EnvConfig(Section):
     reward: RewardSettings = RewardSettings()
     split: str = "train"
     distribution: BudgetDistribution | None = None
+    guardrail: Guardrail | None = None
 
     def model_post_init(self, context: Any) -> None:
         if self.latency.source == "profiled" and self.latency.profile is None:
@@ -103,7 +116,7 @@ class EnvConfig(Section):
         space = KnobSpace(engine.importance)
         clock = self.build_clock(engine)
         budgets = self.distribution or self._budgets(engine, clock, space, samples)
-        return World(engine, samples, clock, budgets, RewardConfig(), space)
+        return World(engine, samples, clock, budgets, self.reward, space, self.guardrail)
 
     def build_engine(self) -> Any:
         """The engine alone; equal settings share one engine in a process."""
@@ -134,7 +147,7 @@ class EnvConfig(Section):
                     f"{least:.1f} to {most:.1f} ms; change budgets.low_factor or budgets.high_factor, or set both "
                     "budgets.low_ms and budgets.high_ms"
                 )
-        return BudgetDistribution.over(low, high, settings.held_out_bands)
+        return BudgetDistribution.over(low, high, settings.held_out_bands, settings.penalty_bins)
 
 
 # One measured clock per engine: its reference latency is measured once and stays put.

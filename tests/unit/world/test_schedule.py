@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.budgets import BudgetDistribution
-from envs.contexts import PADDING, TrainingSchedule, listed
 from envs.errors import UserError
+from envs.schedule import PADDING, TrainingSchedule, listed
 
 BUDGETS = BudgetDistribution.over(10.0, 100.0)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from envs.budgets import BudgetDistribution
-from envs.config import BudgetSettings, LatencySettings
+from envs.config import BudgetSettings, LatencySettings, RewardSettings, TaskSettings
+from envs.env_resources import EnvConfig
 from envs.errors import UserError
 from envs.model.device import resolve_device, resolve_dtype
-from envs.world import EnvConfig
 
 
 def test_the_profiled_source_needs_a_profile():
@@ -22,7 +22,12 @@ def _config(**budgets):
 
 
 def test_settings_travel_to_workers():
-    config = EnvConfig(latency=LatencySettings(source="roofline"), distribution=BudgetDistribution.over(5.0, 50.0))
+    config = EnvConfig(
+        latency=LatencySettings(source="roofline"),
+        task=TaskSettings(train_samples=7),
+        reward=RewardSettings(penalty=3.0),
+        distribution=BudgetDistribution.over(5.0, 50.0),
+    )
     copy = pickle.loads(pickle.dumps(config))
     assert copy == config
     assert copy.distribution.held_out() == config.distribution.held_out()
@@ -34,7 +39,7 @@ def test_budgets_in_ms_hold_on_any_device():
 
 
 def test_one_end_in_ms_leaves_the_other_to_the_device(monkeypatch):
-    monkeypatch.setattr("envs.world.budget_range", lambda *_: (20.0, 80.0))
+    monkeypatch.setattr("envs.env_resources.budget_range", lambda *_: (20.0, 80.0))
     low = _config(low_ms=30, high_factor=2.0)._budgets(None, None, None, ())
     high = _config(high_ms=60, low_factor=1.5)._budgets(None, None, None, ())
     assert (low.low_ms, low.high_ms, high.low_ms, high.high_ms) == (30, 160, 30, 60)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from envs.errors import UserError
-from envs.knobs import HEAD_SIZES, KnobSpace
+from envs.knobs import HEAD_SIZES, STAGE1_PAIRS, KnobSpace, nearest_legal
 
 Observation = Mapping[str, npt.NDArray[np.float32]]
 Action = tuple[int, int, int, int]
@@ -61,14 +61,14 @@ class LookupKnobs:
 
         def act(obs: Observation) -> npt.NDArray[np.int64]:
             chosen = table[np.searchsorted(self.edges, obs["budget"][:, 0], side="right")]
-            return _pin(chosen, obs["action_mask"])
+            return nearest_legal(chosen, obs["action_mask"] > 0)
 
         return act
 
 
 @dataclass(frozen=True)
 class RandomKnobs:
-    """Every legal option of every head equally likely. The seed makes a run repeatable, whatever runs where."""
+    """Every legal pair of a stage equally likely. The seed makes a run repeatable, whatever runs where."""
 
     seed: int = 0
 
@@ -78,19 +78,10 @@ class RandomKnobs:
         def act(obs: Observation) -> npt.NDArray[np.int64]:
             mask = obs["action_mask"] > 0
             scores = np.where(mask, generator.random(mask.shape), -1.0)
-            heads = np.split(scores, np.cumsum(HEAD_SIZES)[:-1], axis=1)
-            return np.stack([head.argmax(1) for head in heads], axis=1)
+            first, second = scores[:, :STAGE1_PAIRS].argmax(1), scores[:, STAGE1_PAIRS:].argmax(1)
+            return np.stack((*np.divmod(first, HEAD_SIZES[1]), *np.divmod(second, HEAD_SIZES[3])), axis=1)
 
         return act
-
-
-def _pin(actions: npt.NDArray[np.int64], mask: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """Actions (B, 4) with heads pinned by the mask (B, 18), and options it forbids, set to the first legal option."""
-    offsets = np.cumsum((0, *HEAD_SIZES[:-1]))
-    legal = np.take_along_axis(mask > 0, actions + offsets, axis=1)
-    heads = np.split(mask > 0, offsets[1:], axis=1)
-    first = np.stack([head.argmax(1) for head in heads], axis=1)
-    return np.where(legal, actions, first)
 
 
 def _check(action: Action) -> None:

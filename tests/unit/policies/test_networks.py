@@ -7,9 +7,7 @@ import torch
 
 from envs.errors import UserError
 from envs.knobs import BLOCK_COUNTS
-from policies.budget_feature import BUDGET_WIDTH, SHORTEST_WAVE, budget_feature
-from policies.stage1 import Stage1
-from policies.stage2 import Stage2
+from policies.networks import BUDGET_WIDTH, SHORTEST_WAVE, Stage1, Stage2, budget_feature
 
 
 @pytest.mark.parametrize("d_model", [8, 2048])
