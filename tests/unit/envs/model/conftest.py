@@ -11,7 +11,7 @@ from torch import Tensor
 from envs.knobs import ExecutionPlan
 from envs.model import AdaptiveMolmoE
 
-GOLDEN = Path(__file__).parents[2] / "golden"
+GOLDEN = Path(__file__).parents[3] / "golden"
 
 
 @pytest.fixture(scope="session")

@@ -262,7 +262,7 @@ def test_names_are_forgiving() -> None:
 
 
 def test_the_documented_table_is_the_table() -> None:
-    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    page = (Path(__file__).parents[4] / "docs" / "data.md").read_text()
     assert table_markdown() in page
     assert hub_markdown() in page
     assert fields_markdown() in page

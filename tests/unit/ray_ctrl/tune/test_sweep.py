@@ -11,7 +11,7 @@ import yaml
 from envs.errors import UserError
 from ray_ctrl.tune.sweep import Sweep, dump, load_sweep, make_sweep
 
-SWEEPS = Path(__file__).resolve().parents[3] / "ray_ctrl" / "presets" / "sweeps"
+SWEEPS = Path(__file__).resolve().parents[4] / "ray_ctrl" / "presets" / "sweeps"
 LR: dict[str, Any] = {"grpo.lr": {"log_uniform": ["1e-4", 1e-2]}}
 SPACE = LR | {"controller.hidden": {"choice": [16, 32]}}
 

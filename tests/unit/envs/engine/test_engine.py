@@ -112,7 +112,7 @@ def test_each_image_is_encoded_once(engine, samples, space):
 
 
 def test_every_counter_is_documented(engine):
-    page = (Path(__file__).parents[3] / "docs" / "runs.md").read_text("utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "runs.md").read_text("utf-8")
     assert set(engine.stats()) == set(re.findall(r"`(engine/\w+)`", page))
 
 

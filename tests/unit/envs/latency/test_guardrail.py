@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from doubles import EngineDouble, make_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from world_double import EngineDouble, make_world
 
 from envs.calibrate_guardrail import fit_guardrail
 from envs.errors import UserError

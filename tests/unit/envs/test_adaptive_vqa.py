@@ -8,10 +8,10 @@ from dataclasses import replace
 import gymnasium as gym
 import numpy as np
 import pytest
+from doubles import EngineDouble, make_world
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from world_double import EngineDouble, make_world
 
 from envs.adaptive_vqa import AdaptiveVQAEnv, AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution

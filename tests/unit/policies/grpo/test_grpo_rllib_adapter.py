@@ -10,7 +10,7 @@ import ray
 
 from policies.grpo.rllib_adapter import ERROR_LOGGERS, PRIVATE_NAMES
 
-FOLDER = Path(__file__).parents[3] / "policies" / "grpo"
+FOLDER = Path(__file__).parents[4] / "policies" / "grpo"
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from doubles import GOLDEN, EngineDouble, make_samples, make_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from world_double import GOLDEN, EngineDouble, make_samples, make_world
 
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan

@@ -9,7 +9,7 @@ import pytest
 from envs.data import scoring
 from envs.errors import UserError
 
-GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "text" / "text_scores.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[3] / "golden" / "text" / "text_scores.json").read_text())
 
 
 @pytest.mark.parametrize("pair", GOLDEN["pairs"], ids=range(len(GOLDEN["pairs"])))

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton (the dev extra on linux x86_64)")
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def run(script, interpret):

@@ -16,7 +16,7 @@ from envs.model import AdaptiveMolmoE
 from envs.model.decode import DecodeBatch
 from envs.model.device_indices import DeviceIndices
 
-GOLDEN = Path(__file__).parents[2] / "golden"
+GOLDEN = Path(__file__).parents[3] / "golden"
 WAITING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "repeat_interleave")
 
 

@@ -13,7 +13,7 @@ from envs.model import AdaptiveMolmoE, MolmoEConfig
 from envs.model.decode import DecodeBatch
 from envs.model.execution_tree import build_execution_tree
 
-GOLDEN = Path(__file__).parents[2] / "golden"
+GOLDEN = Path(__file__).parents[3] / "golden"
 
 MODEL = AdaptiveMolmoE.from_pretrained(GOLDEN)
 

@@ -13,7 +13,7 @@ from envs.model.decode import DecodeBatch
 from envs.model.importance import read_importance
 from envs.model.static import Cell, StaticDecoder, plain_step
 
-GOLDEN = Path(__file__).parents[2] / "golden"
+GOLDEN = Path(__file__).parents[3] / "golden"
 CAPACITY = 96
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ray_ctrl.load_config import load_config
-from ray_ctrl.run_folder import RunFolder, write_text
+from ray_ctrl.run_folder import RunFolder
 from ray_ctrl.tune.summary import read_results, write_summary
 from ray_ctrl.tune.sweep import Sweep, dump, make_sweep
 

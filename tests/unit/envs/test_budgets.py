@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from doubles import EngineDouble, make_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from world_double import EngineDouble, make_world
 
 from envs.budgets import BudgetDistribution, budget_range, check_budget
 from envs.errors import UserError

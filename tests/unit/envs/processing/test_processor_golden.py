@@ -14,7 +14,7 @@ from envs.processing.image_processor import ImageGeometry, ImageProcessor, make_
 from envs.processing.images import open_image
 from envs.processing.processor import MolmoEProcessor, prompt_text, with_options
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 GOLDEN = ROOT / "tests" / "golden"
 TOKENIZER = ROOT.parent / "shared" / "tokenizer"
 PREPROC = json.loads((GOLDEN / "preproc" / "preproc.json").read_text())
