@@ -164,8 +164,8 @@ def test_an_ended_sweep_says_so_and_is_finished_again(tmp_path: Path, capsys: py
 
     run(tmp_path, "a", {1: 0.1}, lr=0.01)
     run(tmp_path, "b", {1: 0.2}, lr=0.001)
-    write_text(tmp_path / "sweep.yaml", dump(sweep()))
-    write_text(tmp_path / "statuses.json", json.dumps({"a": "TERMINATED", "b": "TERMINATED"}))
+    atomic_write(tmp_path / "sweep.yaml", dump(sweep()))
+    atomic_write(tmp_path / "statuses.json", json.dumps({"a": "TERMINATED", "b": "TERMINATED"}))
     for _ in range(2):
         tune.run(None, run_dir=tmp_path, resume=True)
         assert "all 2 trials of this sweep ended before" in capsys.readouterr().out
@@ -180,7 +180,7 @@ def test_statuses_are_known_where_tune_had_nothing_left_to_run(tmp_path: Path) -
     progress = Progress(sweep(), tmp_path)
     progress.on_experiment_end([SimpleNamespace(trial_id=name, status="TERMINATED") for name in "ab"])
     assert progress.statuses() == {"a": "TERMINATED", "b": "TERMINATED"}
-    write_text(tmp_path / "statuses.json", json.dumps(progress.statuses()))
+    atomic_write(tmp_path / "statuses.json", json.dumps(progress.statuses()))
     tune.summarise(sweep(), tmp_path, {})
     assert tune.recorded(tmp_path) == progress.statuses()
 
