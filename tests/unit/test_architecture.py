@@ -1,6 +1,7 @@
 """Which package may import which: one direction, and nothing imports the recipes."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,3 +131,15 @@ assert not {{"ray", "gymnasium"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
+
+
+def test_every_function_that_the_walk_names_exists():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rollout, gradient = (part.split("\n## ")[0] for part in page.split("## One ")[1:3])
+    for walk, most in ((rollout, 20), (gradient, 10)):
+        steps = re.findall(r"^\d+\. `([\w/]+\.py):(\w+)`", walk, re.M)
+        assert 5 < len(steps) <= most
+        for path, name in steps:
+            tree = ast.parse((ROOT / path).read_text("utf-8"))
+            names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+            assert name in names, f"{path} has no function {name}"
