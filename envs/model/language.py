@@ -18,6 +18,9 @@ from envs.model.experts import TopK, mixture, spread_top_k
 from envs.model.prefill import Prefilled, PrefillRun, Prefix
 
 MAX_INSERTION = max(INSERTIONS)
+# cuDNN's attention, which torch prefers on Hopper, builds a plan for every new shape, for tens of milliseconds. Prompts,
+# batches and caches hardly ever come in the same shape twice.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class Block(nn.Module):
