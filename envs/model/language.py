@@ -148,6 +148,13 @@ class Language(nn.Module):
         """Logits (..., vocabulary) of hidden states after the final norm."""
         return F.linear(hidden, self.lm_head)
 
+    def next_logits(self, last: Tensor) -> Tensor:
+        """Logits (..., vocabulary) of the next token from the last block's output; in float32 on a GPU.
+
+        Rounded to bfloat16, the highest logits tie every few tokens, and batches of other sizes would choose others.
+        """
+        return fused.float32_logits(self.final_norm(last), self.lm_head)
+
     def final_norm(self, x: Tensor) -> Tensor:
         """The norm after the last block."""
         return F.rms_norm(x, x.shape[-1:], self.ln_f, self.config.norm_eps)
