@@ -184,9 +184,10 @@ def dynamic_speed(language: Language, length: int, experts: str, plan: str = "16
     def step() -> Tensor:
         state = x
         for index, block in enumerate(language.blocks):
-            keys, values = batch.keys[index], batch.values[index]
-            if keys is None or values is None:
+            own = batch.blocks[index]
+            if own is None:
                 continue
+            keys, values = own.keys, own.values
             assert isinstance(block, Block)
             query, key, value = block.project(state, language.rope(length + 1)[length : length + 1])
             keys[:, length : length + 1], values[:, length : length + 1] = key, value

@@ -53,6 +53,8 @@ class LookAhead(Generic[K, T, R]):
             if key in self._running:
                 continue
             # Each thread works alone: libraries that split its work again would only crowd the cores.
-            self._pool = self._pool or ThreadPoolExecutor(self._threads, "prepare", initializer=torch.set_num_threads, initargs=(1,))
+            self._pool = self._pool or ThreadPoolExecutor(
+                self._threads, "prepare", initializer=torch.set_num_threads, initargs=(1,)
+            )
             self._running[key] = self._pool.submit(self.work, item), size
             held += size

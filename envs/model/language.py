@@ -18,7 +18,7 @@ from envs.model.experts import TopK, mixture, spread_top_k
 from envs.model.prefill import Prefilled, PrefillRun, Prefix
 
 MAX_INSERTION = max(INSERTIONS)
-# cuDNN's attention, which torch prefers on Hopper, builds a plan for every new shape, for tens of milliseconds. Prompts,
+# cuDNN's attention, which torch prefers on Hopper, takes tens of milliseconds to plan for every new shape, and prompts,
 # batches and caches hardly ever come in the same shape twice.
 torch.backends.cuda.enable_cudnn_sdp(False)
 

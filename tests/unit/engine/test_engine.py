@@ -273,7 +273,7 @@ def test_images_prepared_by_threads_give_the_same_embeddings(small_model, proces
     plan = space.plan(space.full)
     found = []
     for threads in (0, 3):
-        prompts = RolloutEngine(small_model, processor, max_new_tokens=LIMIT).prompts
+        prompts = RolloutEngine(small_model, processor, max_new_tokens=4).prompts
         waves = [[prompts.prompt(sample, tier) for sample in samples] for tier in ("low", plan.tier)]
         prompts._ahead._threads = threads
         prompts._ahead.expect((key, prompt, 1) for wave in waves for key, prompt in prompts._missing(wave).items())
