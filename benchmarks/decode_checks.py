@@ -11,7 +11,7 @@ from torch import Tensor
 
 from envs.knobs import ExecutionPlan
 from envs.model.config import MolmoEConfig
-from envs.model.kernels_step import KernelStep, Tuning
+from envs.model.kernels.decode_step import KernelStep, Tuning
 from envs.model.language import Block, Language
 from envs.model.prefill import BlockCache, Prefilled
 from envs.model.static import Cell, StaticDecoder

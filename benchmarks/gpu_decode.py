@@ -31,7 +31,7 @@ from benchmarks.decode_checks import (
     top_k_of,
 )
 from envs.model.decode import DecodeBatch
-from envs.model.kernels_step import KernelStep, Tuning, launches
+from envs.model.kernels.decode_step import KernelStep, Tuning, launches
 from envs.model.language import Block, Language, attend
 from envs.model.static import Cell, StaticDecoder
 

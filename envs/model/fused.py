@@ -50,7 +50,7 @@ def register(
 @lru_cache(maxsize=1)
 def _has_triton() -> bool:
     try:
-        importlib.import_module("envs.model.prefill_kernels")
+        importlib.import_module("envs.model.kernels.prefill")
     except ImportError:
         return False
     return True
@@ -69,7 +69,7 @@ def _launch(name: str) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         if not found:
-            found.append(getattr(importlib.import_module("envs.model.prefill_kernels"), name))
+            found.append(getattr(importlib.import_module("envs.model.kernels.prefill"), name))
         return found[0](*args)
 
     return call

@@ -22,7 +22,7 @@ from envs.model.language import Block, Language, attend
 from envs.model.prefill import Prefilled
 
 if TYPE_CHECKING:
-    from envs.model.kernels_step import Tuning
+    from envs.model.kernels.decode_step import Tuning
 
 # The longest prompt with images has 1,525 tokens; the rest is for a long question and the answer.
 CAPACITY = 2176
@@ -108,7 +108,7 @@ class StaticDecoder:
         self.cell = Cell(language, capacity, room)
         self._step = None
         if kernels_usable(language) if kernels is None else kernels:
-            from envs.model.kernels_step import KernelStep  # Needs Triton.
+            from envs.model.kernels.decode_step import KernelStep  # Needs Triton.
 
             self._step = KernelStep(language, self.cell, tuning)
         self._most_graphs = graphs if cuda else 0

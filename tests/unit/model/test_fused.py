@@ -54,7 +54,7 @@ def _wide(operand, interpreter):
 
 @pytest.fixture(scope="module")
 def kernels(interpreter):
-    from envs.model import prefill_kernels
+    from envs.model.kernels import prefill as prefill_kernels
 
     return prefill_kernels
 
@@ -167,7 +167,7 @@ _COMPILE = """
 import sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from envs.model import prefill_kernels as kernels
+from envs.model.kernels import prefill as kernels
 B, F, I = "*bf16", "*fp32", "*i32"
 cases = [
     (kernels._route, dict(logits=F, per_token="*i64", weights=F, experts=I, E="i32"),

@@ -6,7 +6,7 @@ programs (attention splits, down projection, argmax) are added up in a fixed ord
 that results are reproducible. Vectors between kernels are float32, except the normed expert input, which is rounded to
 the weights' dtype as everywhere else.
 
-Importing this module needs Triton. `kernels_step` launches the kernels; `static` decides whether they are used.
+`decode_step` launches the kernels; `static` decides whether they are used.
 Letters: D model width, E experts, N rows of a weight; BLOCK, WIDTH ... powers of two at or above a size.
 """
 

@@ -7,8 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
-from envs.model import kernels
 from envs.model.execution_tree import FULL_TOP_K
+from envs.model.kernels import decode as kernels
 from envs.model.language import Block, Language
 
 _PDL_CAPABILITY = (9, 0)
