@@ -26,8 +26,8 @@ _VIEWS = 1  # the global view comes before the crops
 class SingleRow:
     """Vision, prefill and decoding of one request of `model`, whose weights must stay where they are.
 
-    Where `static` is off, all is done as for a batch; where it is on, at padded sizes and by the static decoder, which a
-    GPU runs as CUDA graphs. Answers are the same within rounding.
+    Where `static` is off, all is done as for a batch; where it is on, at padded sizes and by the static decoder, on a
+    GPU as CUDA graphs. Answers are the same within rounding.
 
     Args:
         static: on where the decoding kernels run, if not said.
