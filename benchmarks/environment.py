@@ -17,14 +17,14 @@ import torch
 
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution
+from envs.config import RewardSettings
 from envs.data.sample import Sample
+from envs.env_resources import World
 from envs.knobs import TIER_CROPS, ExecutionPlan, KnobSpace
 from envs.latency import LatencyRecord, ProfiledClock, ProfileTable, RequestShape, RooflineClock
 from envs.latency.profiler import profile
 from envs.model.config import MolmoEConfig, VisionConfig
 from envs.model.importance import PUBLISHED_IMPORTANCE
-from envs.reward import RewardConfig
-from envs.world import World
 
 VISION = VisionConfig(56, 7, 64, 3, 4, 16, 128, 1e-5, (-1, -2), (2, 2))
 CONFIG = MolmoEConfig(64, 4, 16, 16, 16, 2000, 2000, 128, 1e-5, 1e4, 4096, 1999, 1, 16, 12, (2, 2), VISION)
@@ -111,7 +111,7 @@ def main() -> None:
             [dataclasses.replace(s, image=object()) for s in samples],
             clock,
             BudgetDistribution.over(5.0, 50.0),
-            RewardConfig(),
+            RewardSettings(),
             KnobSpace(PUBLISHED_IMPORTANCE),
         )
         for count, group in ((options.envs, options.group), (1, 1)):

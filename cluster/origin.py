@@ -9,7 +9,7 @@ from pathlib import Path
 # Package -> a file that only this project's package of that name holds.
 MARKERS: Mapping[str, str] = {
     "envs": "knobs.py",
-    "policies": "stage1.py",
+    "policies": "networks.py",
     "cluster": "origin.py",
     "ray_ctrl": "cli.py",
 }

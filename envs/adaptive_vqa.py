@@ -15,20 +15,19 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from envs.contexts import Context, Listed, ListedSchedule, Schedule, TrainingSchedule, listed
+from envs.env_resources import EnvConfig, World
 from envs.errors import UserError
-from envs.knobs import BLOCK_COUNTS, HEAD_SIZES, INSERTIONS, TIERS, TOP_KS
-from envs.latency_token import budget_level
-from envs.rollout import Finished, finish
-from envs.world import EnvConfig, World
+from envs.knobs import BLOCK_COUNTS, HEAD_SIZES, INSERTIONS, STAGE1_PAIRS, TIERS, TOP_KS, head_masks, nearest_legal
+from envs.observation import Observation, observation_bounds, observe_latency_token, observe_question, plans_that_fit
+from envs.schedule import Context, Listed, ListedSchedule, Schedule, TrainingSchedule, listed
+from envs.scoring_step import Finished, finish
 
 Array = npt.NDArray[Any]
-Observation = dict[str, Array]
 Step = tuple[Observation, Array, Array, Array, dict[str, Any]]
-_CONFIG_KEYS: Final = ("world", "num_envs", "group_size", "seed", "contexts")
+_CONFIG_KEYS: Final = ("world", "num_envs", "group_size", "seed", "contexts", "illegal_actions")
+ILLEGAL_ACTIONS: Final = ("error", "project")
 _HEADS: Final = ("tier", "insertion", "top-k", "blocks")
 _OPTIONS: Final[tuple[Sequence[Any], ...]] = (TIERS, INSERTIONS, TOP_KS, BLOCK_COUNTS)
-_STARTS: Final = np.cumsum((0, *HEAD_SIZES[:-1]))
 _STAGE_HEADS: Final = ((0, 1), (2, 3))
 
 
@@ -44,8 +43,10 @@ class AdaptiveVQAVectorEnv(VectorEnv):
             `num_envs`: 1 or more (default 1);
             `group_size`: environments per context, a divisor of `num_envs` (default 1);
             `seed`: of the training schedule (default 0);
-            `contexts`: explicit ones as `envs.contexts.listed` takes them, each run once by one environment; None
-            trains.
+            `contexts`: explicit ones as `envs.schedule.listed` takes them, each run once by one environment; None
+            trains;
+            `illegal_actions`: `error` (default) refuses a pair of choices that the mask forbids, `project` takes the
+            nearest legal pair instead (`envs.knobs.nearest_legal`).
 
     Raises:
         UserError: an unknown or missing key, or numbers that do not fit together.
@@ -62,7 +63,9 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         self.num_envs = int(config.get("num_envs", 1))
         self.group_size = int(config.get("group_size", 1))
         self.seed = int(config.get("seed", 0))
+        self.illegal_actions = str(config.get("illegal_actions", "error"))
         self._check_sizes()
+        self.set_multipliers(None)
         self.single_observation_space = observation_space(self.world.d_model)
         self.single_action_space = gym.spaces.MultiDiscrete(HEAD_SIZES)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
@@ -109,6 +112,20 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         else:
             self.schedule = listed(contexts, len(self.world.samples))
 
+    def set_multipliers(self, values: npt.ArrayLike | None) -> None:
+        """Penalty multipliers of the next rewards, one per budget bin; None takes the constant one of the settings.
+
+        Raises:
+            UserError: another number of values than budget bins.
+        """
+        bins = self.world.budgets.bins
+        given = np.full(bins, self.world.reward.penalty) if values is None else np.array(values, np.float64)
+        if given.shape != (bins,):
+            raise UserError(
+                f"{given.size} penalty multipliers are not allowed: give one for each of {bins} budget bins"
+            )
+        self.multipliers = given
+
     def restart(self, seed: int) -> None:
         """Begin the training schedule of another seed at round 0."""
         self.seed = seed
@@ -143,13 +160,15 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         self._choices[:] = 0
         reference = self.world.clock.reference_ms
         self._log_ratios = [math.log(context.shown_ms / reference) for context in self._contexts]
-        return self._observe_question(), {}
+        self._fits = plans_that_fit(self.world, self._contexts)
+        self._observation = observe_question(self.world, self._contexts, self._log_ratios, self._fits)
+        return self._observation, {}
 
     def step(self, actions: Any) -> Step:
         """Take actions (num_envs, 4): indices into tier, insertion, top-k and blocks.
 
         Raises:
-            UserError: an action that the mask of this stage forbids.
+            UserError: an index outside its head, or, unless projected, a pair that the mask of this stage forbids.
         """
         if self._stage is None:
             raise gym.error.ResetNeeded("call reset() before step()")
@@ -160,11 +179,31 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         self._take(self._checked(actions))
         self._stage += 1
         if self._stage == 1:
-            self._observation = self._observe_latency_token()
+            self._observation = observe_latency_token(
+                self.world, self._contexts, self._log_ratios, self._fits, self._choices
+            )
             return self._observation, np.zeros(self.num_envs), running, running.copy(), {}
-        finished = finish(self.world, self._contexts, self._choices)
+        feasible = np.array([fits is None or bool(fits.any()) for fits in self._fits])
+        finished = finish(self.world, self._contexts, self._choices, self.multipliers, feasible)
         ended = np.ones(self.num_envs, np.bool_)
         return self._observation, finished.rewards, ended, running, _infos(finished)
+
+    def action_masks(self) -> npt.NDArray[np.bool_]:
+        """Options (num_envs, 18) of each head that some legal pair has, as MaskablePPO takes them.
+
+        Which pairs are legal is in `action_mask` of the observation; two options allowed here may not go together.
+        """
+        return head_masks(self._observation["action_mask"] > 0)
+
+    def current(self) -> Context:
+        """What the first environment's running episode is about.
+
+        Raises:
+            ResetNeeded: there is none.
+        """
+        if not self._contexts:
+            raise gym.error.ResetNeeded("call reset() first")
+        return self._contexts[0]
 
     def stats(self) -> dict[str, float]:
         """The engine's cumulative counters."""
@@ -176,6 +215,10 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         if self.num_envs < 1 or self.group_size < 1:
             raise UserError(
                 f"{self.num_envs} environments in groups of {self.group_size} are not allowed: give 1 or more of each"
+            )
+        if self.illegal_actions not in ILLEGAL_ACTIONS:
+            raise UserError(
+                f"illegal_actions {self.illegal_actions!r} is not known: choose one of {', '.join(ILLEGAL_ACTIONS)}"
             )
         if self.num_envs % self.group_size:
             raise UserError(
@@ -195,49 +238,6 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         drawn = schedule.draw(round_index, groups, here * self._workers)
         return [context for context in drawn for _ in range(size)]
 
-    # Observations.
-
-    def _blank(self, stage: int) -> Observation:
-        width = self.world.d_model
-        return {
-            "stage": np.full((self.num_envs, 1), stage, np.float32),
-            "budget": np.array(self._log_ratios, np.float32)[:, None],
-            "language_feature": np.zeros((self.num_envs, width), np.float32),
-            "latency_token": np.zeros((self.num_envs, width), np.float32),
-            "insertion": np.zeros((self.num_envs, 1), np.float32),
-            "action_mask": np.zeros((self.num_envs, sum(HEAD_SIZES)), np.float32),
-        }
-
-    def _observe_question(self) -> Observation:
-        observation = self._blank(0)
-        distinct, rows = np.unique([context.sample for context in self._contexts], return_inverse=True)
-        samples = [self.world.samples[int(index)] for index in distinct]
-        features = self.world.engine.language_features(samples).numpy()
-        masks = np.stack([self.world.space.stage1_mask(has_image=s.image is not None) for s in samples])
-        observation["language_feature"][:] = features[rows]
-        observation["action_mask"][:] = masks[rows]
-        self._observation = observation
-        return observation
-
-    def _observe_latency_token(self) -> Observation:
-        observation = self._blank(1)
-        insertions = self._choices[:, 1] + 1
-        keys = [
-            (context.sample, TIERS[tier], budget_level(log_ratio))
-            for context, tier, log_ratio in zip(
-                self._contexts, self._choices[:, 0].tolist(), self._log_ratios, strict=True
-            )
-        ]
-        places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-        samples, tiers, levels = zip(*places, strict=True)
-        tokens = self.world.engine.latency_tokens([self.world.samples[s] for s in samples], tiers, levels)
-        rows = np.array([places[key] for key in keys])
-        observation["latency_token"][:] = tokens.numpy()[rows, insertions - 1]
-        observation["insertion"][:, 0] = insertions
-        masks = np.stack([self.world.space.stage2_mask(position) for position in INSERTIONS])
-        observation["action_mask"][:] = masks[insertions - 1]
-        return observation
-
     # Actions.
 
     def _checked(self, actions: Any) -> Array:
@@ -248,25 +248,29 @@ class AdaptiveVQAVectorEnv(VectorEnv):
                 f"actions of shape {chosen.shape} and type {chosen.dtype} are not allowed: give whole numbers of shape "
                 f"{self._choices.shape}"
             )
-        masks = self._observation["action_mask"]
-        for head in _STAGE_HEADS[self._stage or 0]:
-            values = chosen[:, head]
-            inside = (values >= 0) & (values < HEAD_SIZES[head])
-            places = _STARTS[head] + np.where(inside, values, 0)
-            legal = inside & (masks[np.arange(self.num_envs), places] > 0)
-            if not legal.all():
-                raise self._illegal(head, int(np.argmin(legal)), chosen)
-        return chosen
+        heads = list(_STAGE_HEADS[self._stage or 0])
+        outside = [(head, int(row)) for head in heads for row in np.flatnonzero(_outside(chosen[:, head], head))]
+        if outside:
+            raise self._illegal(outside[0][1], chosen)
+        # Heads of the other stage are ignored, whatever they hold.
+        mine = np.zeros_like(self._choices)
+        mine[:, heads] = chosen[:, heads]
+        legal = nearest_legal(mine, self._observation["action_mask"] > 0)
+        wrong = np.flatnonzero((legal != mine)[:, heads].any(axis=1))
+        if wrong.size and self.illegal_actions == "error":
+            raise self._illegal(int(wrong[0]), chosen)
+        return legal
 
-    def _illegal(self, head: int, row: int, chosen: Array) -> UserError:
-        options, value = _OPTIONS[head], int(chosen[row, head])
-        start = _STARTS[head]
-        mask = self._observation["action_mask"][row, start : start + HEAD_SIZES[head]]
-        allowed = [f"{index} ({options[index]})" for index in np.flatnonzero(mask).tolist()]
-        meant = f" ({options[value]})" if 0 <= value < len(options) else ""
+    def _illegal(self, row: int, chosen: Array) -> UserError:
+        first, second = _STAGE_HEADS[self._stage or 0]
+        mask = self._observation["action_mask"][row] > 0
+        pairs = np.flatnonzero(mask[STAGE1_PAIRS:] if self._stage else mask[:STAGE1_PAIRS])
+        shown = [divmod(int(pair), HEAD_SIZES[second]) for pair in pairs]
+        allowed = [f"{a}, {b} ({_OPTIONS[first][a]}, {_OPTIONS[second][b]})" for a, b in shown]
+        given = f"{chosen[row, first]}, {chosen[row, second]}"
         return UserError(
-            f"action {value}{meant} of head {_HEADS[head]} is not allowed in environment {row}: choose one of "
-            f"{', '.join(allowed)}"
+            f"actions {given} of heads {_HEADS[first]} and {_HEADS[second]} are not allowed together in environment "
+            f"{row}: choose one of {'; '.join(allowed)}"
         )
 
     def _take(self, actions: Array) -> None:
@@ -278,13 +282,18 @@ class AdaptiveVQAEnv(gym.Env[Observation, Array]):
     """One request at a time: a vector of one, for tools that want a plain `gymnasium.Env`.
 
     Args:
-        config: as for `AdaptiveVQAVectorEnv`; it has one environment, so groups have size 1.
+        config: as for `AdaptiveVQAVectorEnv`; it has one environment, so groups have size 1, and projects illegal
+            actions unless told otherwise, so that `env.step(env.action_space.sample())` works.
+        render_mode: `rgb_array`: `render()` shows image, question, budget, choices and answer.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 1}
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.vector = AdaptiveVQAVectorEnv({**config, "num_envs": 1, "group_size": 1})
+    def __init__(self, config: Mapping[str, Any], render_mode: str | None = None) -> None:
+        self.vector = AdaptiveVQAVectorEnv({"illegal_actions": "project", **config, "num_envs": 1, "group_size": 1})
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise UserError(f"render mode {render_mode!r} is not known: choose rgb_array or None")
+        self.render_mode = render_mode
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space
         self._ended = True
@@ -310,6 +319,7 @@ class AdaptiveVQAEnv(gym.Env[Observation, Array]):
         contexts = {"contexts": [(chosen["sample"], chosen["budget_ms"])]} if chosen else None
         observation, infos = self.vector.reset(options=contexts)
         self._ended = False
+        self._info: dict[str, Any] = {}
         return _first(observation), infos
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -319,27 +329,32 @@ class AdaptiveVQAEnv(gym.Env[Observation, Array]):
         observation, rewards, ended, _, infos = self.vector.step(np.asarray(action)[None])
         self._ended = bool(ended[0])
         info = {key: value[0] for key, value in infos.items() if not key.startswith("_")}
+        self._info = info
         return _first(observation), float(rewards[0]), self._ended, False, info
+
+    def action_masks(self) -> npt.NDArray[np.bool_]:
+        """Options (18,) of each head that some legal pair has; see `AdaptiveVQAVectorEnv.action_masks`."""
+        return self.vector.action_masks()[0]
+
+    def render(self) -> Array | None:
+        """The request as an image (height, width, 3) uint8, in render mode `rgb_array`."""
+        if self.render_mode is None:
+            return None
+        from envs.rendering import draw_episode
+
+        return draw_episode(self.vector.world, self.vector.current(), self._info)
+
+
+def _outside(values: Array, head: int) -> npt.NDArray[np.bool_]:
+    return (values < 0) | (values >= HEAD_SIZES[head])
 
 
 def observation_space(d_model: int) -> gym.spaces.Dict:
-    """What one environment shows: float32 boxes, see the fields of `AdaptiveVQAVectorEnv._blank`.
-
-    `budget` is log(budget / latency of the full plan on the reference request); `insertion` is 0 at stage 1, then the
-    chosen position; `action_mask` holds 1 for each legal option of the heads [3, 5, 5, 5].
-    """
-
-    def box(low: float, high: float, width: int) -> gym.spaces.Box:
-        return gym.spaces.Box(low, high, (width,), np.float32)
-
+    """What one environment shows: float32 boxes, see `envs.observation`."""
     return gym.spaces.Dict(
         {
-            "stage": box(0.0, 1.0, 1),
-            "budget": box(-np.inf, np.inf, 1),
-            "language_feature": box(-np.inf, np.inf, d_model),
-            "latency_token": box(-np.inf, np.inf, d_model),
-            "insertion": box(0.0, float(max(INSERTIONS)), 1),
-            "action_mask": box(0.0, 1.0, sum(HEAD_SIZES)),
+            name: gym.spaces.Box(low, high, (width,), np.float32)
+            for name, (low, high, width) in observation_bounds(d_model).items()
         }
     )
 
@@ -361,3 +376,6 @@ def _infos(finished: Finished) -> dict[str, Any]:
 
 def _first(observation: Observation) -> Observation:
     return {key: value[0] for key, value in observation.items()}
+
+
+gym.register(id="ray_ctrl/AdaptiveVQA-v0", entry_point=AdaptiveVQAEnv, vector_entry_point=AdaptiveVQAVectorEnv)

@@ -1,4 +1,4 @@
-"""Latency budgets: drawn for training, held out for evaluation."""
+"""Latency budgets: drawn for training, held out for evaluation, binned for penalty multipliers."""
 
 import math
 from collections.abc import Sequence
@@ -45,15 +45,17 @@ class BudgetDistribution:
     Attributes:
         low_ms, high_ms: ends of the training range.
         bands: held-out intervals inside the range, ms, rising and apart.
+        bins: number of penalty bins, equal in log budget.
 
     Raises:
         UserError: an end that is zero, negative or not finite, an empty or inverted range, a band outside the range
-            or overlapping another, or bands that leave nothing to train on.
+            or overlapping another, bands that leave nothing to train on, or fewer than 1 bin.
     """
 
     low_ms: float
     high_ms: float
     bands: tuple[tuple[float, float], ...] = ()
+    bins: int = 8
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bands", tuple((float(low), float(high)) for low, high in self.bands))
@@ -74,9 +76,11 @@ class BudgetDistribution:
             )
         if self._widths.sum() <= 0:
             raise UserError(f"held-out bands {self.bands} cover the whole range: leave budgets to train on")
+        if self.bins < 1:
+            raise UserError(f"{self.bins} penalty bins are not allowed: give 1 or more")
 
     @classmethod
-    def over(cls, low_ms: float, high_ms: float, bands: int = 3) -> "BudgetDistribution":
+    def over(cls, low_ms: float, high_ms: float, bands: int = 3, bins: int = 8) -> "BudgetDistribution":
         """The range with `bands` evenly spaced held-out bands, each 8 % of its logarithm wide (fewer where many).
 
         Raises:
@@ -84,11 +88,11 @@ class BudgetDistribution:
         """
         if bands < 0:
             raise UserError(f"{bands} held-out bands are not allowed: give 0 or more")
-        plain = cls(low_ms, high_ms)
+        plain = cls(low_ms, high_ms, (), bins)
         width = min(_BAND_SHARE, 0.5 / max(bands, 1))
         middles = [(i + 1) / (bands + 1) for i in range(bands)]
         cut = tuple((plain._at_share(m - width / 2), plain._at_share(m + width / 2)) for m in middles)
-        return cls(low_ms, high_ms, cut)
+        return cls(low_ms, high_ms, cut, bins)
 
     @classmethod
     def restored(cls, stored: Any) -> "BudgetDistribution":
@@ -124,13 +128,17 @@ class BudgetDistribution:
     def nearest(self, budget_ms: float, scale: float = 1.0) -> float:
         """The budget of the training range nearest to `budget_ms`, which is what a trained controller is shown.
 
-        What a network makes of budgets beyond all it has seen is anyone's guess: asked for the impossible it may choose
-        a dear plan, given all the time in the world a cheap one.
+        The controller does not extrapolate reliably, so budgets are clamped to the training range.
 
         Args:
             scale: of the range, for a device that takes so many times as long as the one trained for.
         """
         return min(max(budget_ms, self.low_ms * scale), self.high_ms * scale)
+
+    def bin_index(self, budget_ms: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Price bin 0 to bins - 1 of each budget; budgets beyond the range belong to the outermost bins."""
+        share = (np.log(np.asarray(budget_ms, dtype=np.float64)) - math.log(self.low_ms)) / self._log_width
+        return np.clip(np.floor(share * self.bins), 0, self.bins - 1).astype(np.int64)
 
     @property
     def _log_width(self) -> float:
@@ -161,7 +169,7 @@ def budget_range(
     samples: Sequence[Any],
     new_tokens: int | None = None,
 ) -> tuple[float, float]:
-    """The device's range over training samples, ms: p95 of the cheapest plan to p95 of the dearest.
+    """The device's range over training samples, ms: p95 of the cheapest plan to p95 of the most expensive.
 
     At the lower end 95 % of requests can be served at all, at the upper end 95 % of them in full, by the latency that
     rollouts are judged by: a spread on top, large in a table measured on a busy device, would put every plan in time.

@@ -173,14 +173,21 @@ class BudgetSettings(Section):
 
 
 class RewardSettings(Section):
-    """The one objective: accuracy - penalty multiplier x cost of a violation."""
+    """What a rollout is worth: accuracy - multiplier x cost, where the cost is 0 within budget, else 1 plus the excess
+    latency / budget - 1, at most 2.
+    """
 
     mode: Literal["fixed", "lagrangian"] = Field(
-        default="lagrangian",
-        description="`fixed`: the multiplier is `penalty` throughout; `lagrangian`: one multiplier per budget bin, "
-        "adapted until violations meet `max_violation_rate`.",
+        default="fixed",
+        description="`fixed`: the multiplier is `penalty` throughout; `lagrangian`: one multiplier per budget bin "
+        "moves until the argmax policy's avoidable violations meet `max_violation_rate`.",
     )
-    penalty: float = Field(default=1.3, ge=0, le=1000, description="Constant multiplier of mode `fixed`.")
+    penalty: float = Field(
+        default=1.3,
+        ge=0,
+        le=1000,
+        description="Constant multiplier of a violation; validation and evaluation use it in both modes.",
+    )
     penalty_init: float = Field(default=0.5, ge=0, le=1000, description="Multiplier of every bin at the start.")
     penalty_lr: float = Field(
         default=0.1, ge=0, le=100, description="Largest change of a multiplier's logarithm per iteration."
@@ -193,16 +200,24 @@ class RewardSettings(Section):
         description="Weight of the past in the running violation rate that moves the multipliers.",
     )
     max_violation_rate: float = Field(
-        default=0.04,
-        ge=0,
-        le=1,
-        description="Violation rate that mode `lagrangian` aims at: a little below what must be kept, as budgets "
-        "between those trained on are violated more often.",
+        default=0.04, ge=0, le=1, description="Violation rate that mode `lagrangian` aims at in every budget bin."
     )
     budget_use_bonus: float = Field(
         default=0.0,
         ge=0,
         le=1000,
-        description="Reward for the share of the budget used, in mode `lagrangian`: of plans that answer equally well "
-        "it prefers the more expensive one within budget. 0 is off.",
+        description="Reward for the share of the budget used; of plans that answer equally well it prefers the more "
+        "expensive one within budget. 0 is off.",
+    )
+
+
+class GuardrailSettings(Section):
+    """The latency mask: only plans predicted to meet the budget can be chosen, in training, evaluation and serving."""
+
+    confidence: float | None = Field(
+        default=0.95,
+        gt=0,
+        lt=1,
+        description="Share of requests that should meet their budget under any plan the guardrail allows, calibrated "
+        "on validation samples; `null` turns the guardrail off.",
     )

@@ -24,6 +24,10 @@ BLOCK_COUNTS: Final = (12, 13, 14, 15, 16)
 MODEL_BLOCKS: Final = 16
 MAX_DROPPED: Final = 4
 HEAD_SIZES: Final = (len(TIERS), len(INSERTIONS), len(TOP_KS), len(BLOCK_COUNTS))
+STAGE1_PAIRS: Final = len(TIERS) * len(INSERTIONS)
+"""Joint options of stage 1, (tier, insertion) in row-major order."""
+PAIRS: Final = STAGE1_PAIRS + len(TOP_KS) * len(BLOCK_COUNTS)
+"""Places of an action mask: the 15 pairs of stage 1, then the 25 (top-k, blocks) pairs of stage 2."""
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -192,25 +196,69 @@ class KnobSpace:
         return tuple(seen.values())
 
     @staticmethod
-    def stage1_mask(*, has_image: bool = True) -> BoolArray:
-        """Legal options (18,) before vision: tier and insertion; other heads are pinned to 0."""
-        mask = _pinned()
-        mask[: HEAD_SIZES[0]] = [True, has_image, has_image]
-        mask[HEAD_SIZES[0] : HEAD_SIZES[0] + HEAD_SIZES[1]] = True
+    def stage1_mask(*, has_image: bool = True, fits: BoolArray | None = None) -> BoolArray:
+        """Legal pairs (40,) before vision; stage 2 is pinned to its first pair.
+
+        Args:
+            has_image: without one the tier is low.
+            fits: (3, 5, 5, 5), which plans are predicted to meet the budget; None for all. A (tier, position) pair is
+                legal if any completion fits. If none does, only the cheapest plan is left.
+        """
+        mask = _PINNED.copy()
+        pairs = np.ones((len(TIERS), len(INSERTIONS)), np.bool_)
+        pairs[1:] = has_image
+        if fits is not None:
+            pairs &= (fits & _LEGAL).any(axis=(2, 3))
+        mask[:STAGE1_PAIRS] = pairs.reshape(-1) if pairs.any() else _PINNED[:STAGE1_PAIRS]
         return mask
 
     @staticmethod
-    def stage2_mask(insertion: int) -> BoolArray:
-        """Legal options (18,) after block `insertion`: top-k and totals; others pinned to 0."""
-        mask = _pinned()
-        start = HEAD_SIZES[0] + HEAD_SIZES[1]
-        mask[start : start + HEAD_SIZES[2]] = True
-        mask[start + HEAD_SIZES[2] :] = np.isin(BLOCK_COUNTS, block_options(insertion))
+    def stage2_mask(insertion: int, fits: BoolArray | None = None) -> BoolArray:
+        """Legal pairs (40,) after block `insertion`; stage 1 is pinned to its first pair.
+
+        Args:
+            fits: (5, 5), which (top-k, blocks) are predicted to meet the budget; None for all. If none does, 4 experts
+                and the fewest blocks are left.
+        """
+        mask = _PINNED.copy()
+        structural = _LEGAL[0, INSERTIONS.index(insertion)]
+        pairs = structural if fits is None else structural & fits
+        if not pairs.any():
+            pairs = structural & (np.arange(structural.size).reshape(structural.shape) == structural[0].argmax())
+        mask[STAGE1_PAIRS:] = pairs.reshape(-1)
         return mask
 
 
-def _pinned() -> BoolArray:
-    """A mask (18,) in which index 0 is every head's only legal option."""
-    mask = np.zeros(sum(HEAD_SIZES), dtype=np.bool_)
-    mask[np.cumsum((0, *HEAD_SIZES[:-1]))] = True
-    return mask
+def head_masks(pairs: BoolArray) -> BoolArray:
+    """Options (..., 18) of the four heads that occur in any legal pair of `pairs` (..., 40)."""
+    first = pairs[..., :STAGE1_PAIRS].reshape(*pairs.shape[:-1], *HEAD_SIZES[:2])
+    second = pairs[..., STAGE1_PAIRS:].reshape(*pairs.shape[:-1], *HEAD_SIZES[2:])
+    parts = (first.any(-1), first.any(-2), second.any(-1), second.any(-2))
+    return np.concatenate(parts, axis=-1)
+
+
+def nearest_legal(actions: npt.NDArray[np.int64], pairs: BoolArray) -> npt.NDArray[np.int64]:
+    """Actions (B, 4) with each stage's pair replaced by the nearest legal one.
+
+    Nearest is the least sum of index differences; of equally near pairs the one of lower, cheaper indices. A legal pair
+    stays as it is.
+
+    Args:
+        actions: indices inside their heads.
+        pairs: legal pairs (B, 40), at least one a stage.
+    """
+    result = np.array(actions, np.int64)
+    for heads, legal in (((0, 1), pairs[:, :STAGE1_PAIRS]), ((2, 3), pairs[:, STAGE1_PAIRS:])):
+        width = HEAD_SIZES[heads[1]]
+        first, second = np.divmod(np.arange(legal.shape[1]), width)
+        distance = np.abs(result[:, heads[0], None] - first) + np.abs(result[:, heads[1], None] - second)
+        nearest = np.where(legal, distance, np.iinfo(np.int64).max).argmin(1)
+        result[:, heads[0]], result[:, heads[1]] = first[nearest], second[nearest]
+    return result
+
+
+_LEGAL: Final = np.broadcast_to(
+    np.array([[n in block_options(p) for n in BLOCK_COUNTS] for p in INSERTIONS])[None, :, None, :], HEAD_SIZES
+)
+"""Which of the 3 x 5 x 5 x 5 actions decode to knobs."""
+_PINNED: Final = np.isin(np.arange(PAIRS), (0, STAGE1_PAIRS))

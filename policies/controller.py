@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from envs.errors import UserError, first_line
 from envs.files import atomic_folder
-from policies.budget_feature import budget_feature
-from policies.distribution import KnobDistribution, mask_logits
-from policies.stage1 import HIDDEN, Stage1
-from policies.stage2 import Stage2
+from policies.distribution import KnobDistribution, mask_logits, pair_logits
+from policies.networks import HIDDEN, Stage1, Stage2, budget_feature
 
 FORMAT_VERSION: Final = 1
 WEIGHTS_FILE: Final = "controller.safetensors"
@@ -43,16 +41,16 @@ class Controller(nn.Module):
         self.stage2 = Stage2(d_model, hidden)
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """Masked logits (B, 18) over [tier, insertion, top-k, blocks].
+        """Masked logits (B, 40) of the 15 (tier, insertion) pairs, then the 25 (top-k, blocks) pairs.
 
         Args:
-            obs: budget (B, 1), language_feature (B, D), latency_token (B, D), insertion (B, 1), action_mask (B, 18).
-                Rows of both stages may be mixed: the mask alone decides which heads count.
+            obs: budget (B, 1), language_feature (B, D), latency_token (B, D), insertion (B, 1), action_mask (B, 40).
+                Rows of both stages may be mixed: the mask alone decides which stage counts.
         """
         feature = budget_feature(obs["budget"])
         first = self.stage1(obs["language_feature"].float(), feature)
         second = self.stage2(obs["latency_token"].float(), feature, obs["insertion"][:, 0].round())
-        logits = torch.cat((*first.values(), *second.values()), dim=-1)
+        logits = torch.cat((pair_logits(*first.values()), pair_logits(*second.values())), dim=-1)
         return mask_logits(logits, obs["action_mask"])
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from pydantic import Field
 from envs.config import (
     BudgetSettings,
     Flag,
+    GuardrailSettings,
     Int,
     LatencySettings,
     ModelSettings,
@@ -116,6 +117,7 @@ class Config(Section):
     store: StoreSettings = StoreSettings()
     budgets: BudgetSettings = BudgetSettings()
     reward: RewardSettings = RewardSettings()
+    guardrail: GuardrailSettings = GuardrailSettings()
     controller: ControllerSettings = ControllerSettings()
     grpo: GRPOSettings = GRPOSettings()
     runners: RunnersConfig = RunnersConfig()

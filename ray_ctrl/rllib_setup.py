@@ -1,20 +1,19 @@
 """From configuration to RLlib: the algorithm that trains, and the one that only evaluates."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from ray import tune
 from ray.rllib.core import DEFAULT_MODULE_ID
 
 from cluster.connect import worker_device
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
-from envs.world import EnvConfig
+from envs.env_resources import EnvConfig
 from policies.controller import Controller
 from policies.grpo.algorithm import GRPO, GRPOConfig
 from policies.grpo.config import TimeoutSettings
-from policies.grpo.prices import PriceSettings
+from policies.grpo.lagrangian import LagrangianSettings
+from ray_ctrl.config import Config
 from ray_ctrl.run_context import Setting
 
 ENVIRONMENT = "ray_ctrl_adaptive_vqa"
@@ -43,7 +42,7 @@ def build_algorithm(setting: Setting, envs: int, contexts: int) -> GRPO:
         num_gpus_per_learner=runners.learner_gpus,
     )
     settings.training(
-        prices=price_settings(setting) if config.reward.mode == "lagrangian" else None,
+        lagrangian=lagrangian_settings(config) if config.reward.mode == "lagrangian" else None,
         total_iterations=config.run.iterations,
     )
     return settings.build_algo()
@@ -65,20 +64,16 @@ def build_evaluator(setting: Setting, controller: Controller, contexts: int) -> 
     return algorithm
 
 
-def price_settings(setting: Setting) -> PriceSettings:
-    """Price bins equal in log budget over the training range, in the controller's unit log(budget / reference)."""
-    config, budgets = setting.config, setting.budgets
+def lagrangian_settings(config: Config) -> LagrangianSettings:
+    """How penalty multipliers move."""
     reward = config.reward
-    low, high = (math.log(ms / setting.reference_ms) for ms in (budgets.low_ms, budgets.high_ms))
-    edges = np.linspace(low, high, config.budgets.penalty_bins + 1)[1:-1]
-    return PriceSettings(
-        edges=tuple(float(edge) for edge in edges),
-        target=reward.max_violation_rate,
-        step=reward.penalty_lr,
-        initial=min(reward.penalty_init, reward.penalty_max),
+    return LagrangianSettings(
+        bins=config.budgets.penalty_bins,
+        max_violation_rate=reward.max_violation_rate,
+        lr=reward.penalty_lr,
+        init=min(reward.penalty_init, reward.penalty_max),
         maximum=reward.penalty_max,
-        memory=reward.penalty_smoothing,
-        utilisation=reward.budget_use_bonus,
+        smoothing=reward.penalty_smoothing,
     )
 
 

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from envs.budgets import BudgetDistribution, budget_range
+from envs.calibrate_guardrail import fit_guardrail
 from envs.data import load_task
+from envs.env_resources import EnvConfig, World
 from envs.errors import UserError
 from envs.files import write_json
 from envs.knobs import MAX_DROPPED, ExecutionPlan, KnobSpace
-from envs.latency import Identity, ProfiledClock, ProfileTable, profile
+from envs.latency import Identity, ProfiledClock, ProfileTable, is_measuring, profile
+from envs.latency.guardrail import Guardrail
 from envs.latency.profiler import GOOD_FIT
 from envs.model.importance import removal_order
-from envs.world import EnvConfig, World
 from policies.controller import Controller
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted
@@ -26,6 +28,7 @@ from ray_ctrl.serving import Steering
 
 TABLE_FILE = "profile.json"
 BUDGETS_FILE = "budgets.json"
+GUARDRAIL_FILE = "guardrail-{clock}.json"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Setting:
     engine: Any
     table: Path | None = None
     given_budgets: BudgetDistribution | None = None
+    guardrail: Guardrail | None = None
 
     @property
     def budgets(self) -> BudgetDistribution:
@@ -51,7 +55,7 @@ class Setting:
 
     def world(self, split: str) -> EnvConfig:
         """The picklable world of one split; equal models share one engine in a process."""
-        return env_config(self.config, split, self.table, self.given_budgets)
+        return env_config(self.config, split, self.table, self.given_budgets, self.guardrail)
 
     def build(self, split: str) -> World:
         """The live world of one split in this process."""
@@ -68,7 +72,8 @@ class Setting:
         if latency.source == "measured":
             table = self._kept_table(home)
         known = replace(self, table=table)
-        return replace(known, given_budgets=_budgets(known, folder / BUDGETS_FILE))
+        known = replace(known, given_budgets=_budgets(known, folder / BUDGETS_FILE))
+        return replace(known, guardrail=_guardrail(known, folder / GUARDRAIL_FILE.format(clock=latency.source)))
 
     def _kept_table(self, folder: Path) -> Path | None:
         """A profile table that holds here, where there is one; nothing is measured, and one that does not is named."""
@@ -98,13 +103,18 @@ class Setting:
             "reference_ms": self.reference_ms,
             "device": Identity.of(self.engine).device,
             "budgets": asdict(self.budgets),
+            "guardrail": None if self.guardrail is None else self.guardrail.to_dict(),
             "hardware": hardware(),
             "versions": versions(),
         }
 
 
 def env_config(
-    config: Config, split: str, profile: Path | None = None, distribution: BudgetDistribution | None = None
+    config: Config,
+    split: str,
+    profile: Path | None = None,
+    distribution: BudgetDistribution | None = None,
+    guardrail: Guardrail | None = None,
 ) -> EnvConfig:
     """What environments of one split are built from; without its profile, the roofline model stands in."""
     latency = config.latency
@@ -112,7 +122,7 @@ def env_config(
         source, path = ("profiled", str(profile.absolute())) if profile else ("roofline", None)
         latency = latency.model_copy(update={"source": source, "profile": path})
     sections = {name: getattr(config, name) for name in ("model", "task", "store", "budgets", "reward")}
-    return EnvConfig(**sections, latency=latency, split=split, distribution=distribution)
+    return EnvConfig(**sections, latency=latency, split=split, distribution=distribution, guardrail=guardrail)
 
 
 def open_setting(config: Config) -> Setting:
@@ -244,6 +254,36 @@ def _budgets(setting: Setting, path: Path) -> BudgetDistribution:
         + f" ms; {setting.config.latency.source} latencies"
     )
     return budgets
+
+
+def _guardrail(setting: Setting, path: Path) -> Guardrail | None:
+    """The guardrail calibrated for this clock, stored with the budgets so that a resumed run has the same one.
+
+    None if it is off, or if a measuring clock has no profile to predict latencies from.
+    """
+    confidence = setting.config.guardrail.confidence
+    if confidence is None:
+        return None
+    if path.is_file():
+        try:
+            stored = Guardrail.from_dict(json.loads(path.read_text("utf-8")))
+        except (ValueError, UserError) as error:
+            raise UserError(f"{path} is damaged ({error}): start in a new run folder") from None
+        if stored.confidence == confidence:
+            return stored
+    profile = setting.profiled()
+    train, validation = setting.build("train"), setting.build("validation")
+    if profile is None and is_measuring(train.clock):
+        console.print("no profile to predict latencies from: the guardrail is off")
+        return None
+    with console.status("calibrating the guardrail"):
+        guardrail = fit_guardrail(train, validation, confidence, profile, setting.config.run.seed)
+    if path.parent.is_dir():
+        write_json(path, guardrail.to_dict())
+    console.print(
+        f"guardrail at {confidence:.0%}: plans predicted to take up to {1 / guardrail.factor:.1%} of the budget"
+    )
+    return guardrail
 
 
 def _compare_with_device(setting: Setting, budgets: BudgetDistribution) -> None:

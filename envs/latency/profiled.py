@@ -66,6 +66,11 @@ class ProfiledClock:
         rows = quantities(shape, plan, new_tokens)
         return LatencyRecord(*(sum(map(mul, rows[stage], self._costs[stage])) for stage in STAGES))
 
+    @property
+    def costs(self) -> dict[str, tuple[float, ...]]:
+        """Costs of each stage, ms, of the things that `quantities` counts."""
+        return dict(self._costs)
+
     def quantile(self, share: float) -> float:
         """Quantile of measured over predicted latency in the table: noise of the device and misfit of the clock."""
         return float(np.quantile(self._ratios, share))

@@ -1,1 +1,1 @@
-"""GRPO: pure arithmetic (`advantages`, `losses`, `prices`, `minibatches`), then RLlib; `algorithm` is the loop."""
+"""GRPO: pure arithmetic (`advantages`, `losses`, `lagrangian`, `minibatches`), then RLlib; `algorithm` is the loop."""

@@ -1,9 +1,9 @@
 """GRPO on RLlib, the whole loop in one file.
 
-One iteration: sample whole shards of complete groups -> returns -> advantages within groups -> epochs of minibatches on
-the learners -> moving average of the weights -> penalty multipliers -> reference. Everything random is derived from
-(seed, iteration), and the count of iterations is part of the checkpoint, so a resumed run repeats the undisturbed one.
-With `max_policy_lag` above 0, runners sample the next iterations meanwhile, under weights that old at most.
+One iteration: sample whole shards of complete groups -> advantages within groups -> epochs of minibatches on the
+learners -> moving average of the weights -> penalty multipliers -> reference. Everything random is derived from (seed,
+iteration), and the count of iterations is part of the checkpoint, so a resumed run repeats the undisturbed one. With
+`max_policy_lag` above 0, runners sample the next iterations meanwhile, under weights that old at most.
 """
 
 import time
@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import ray
+import torch
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
@@ -28,15 +29,16 @@ from ray.rllib.utils.metrics import (
 from envs.errors import UserError
 from envs.files import write_manifest
 from policies.controller import Controller
+from policies.distribution import KnobDistribution
 from policies.grpo import checkpoint
 from policies.grpo.algorithm_config import GRPOConfig
 from policies.grpo.ema import WeightAverage, Weights
-from policies.grpo.env_runner import STEPS, Rollouts
+from policies.grpo.env_runner import MULTIPLIERS, STEPS, Rollouts
 from policies.grpo.evaluation import EvaluationRequest, Row
+from policies.grpo.lagrangian import PenaltyMultipliers, greedy_violation_rates
 from policies.grpo.learner import ENTROPY_SHARES, WEIGHTS, kill_on_timeout, learner_errors
 from policies.grpo.metrics import as_runner_results, episode_metrics, learner_metrics, rollout_metrics
 from policies.grpo.objective import GroupAdvantages, group_advantages, minibatches
-from policies.grpo.prices import Prices, PriceSettings
 from policies.grpo.rllib_adapter import QuietAlgorithm, RunnerPool, each_learner, startup_errors
 from policies.grpo.sampling import Dispatcher, Sampler, summed
 
@@ -61,7 +63,8 @@ class GRPO(QuietAlgorithm):
 
     def setup(self, config: Any) -> None:
         self.updates = 0
-        self.prices = Prices.start(self.config.prices or PriceSettings())
+        lagrangian = self.config.lagrangian
+        self.multipliers = PenaltyMultipliers.start(lagrangian) if lagrangian else None
         self.average = WeightAverage(self.config.grpo.ema_decay)
         self.evaluation_request: EvaluationRequest | None = None
         self.evaluation_rows: list[Row] = []
@@ -111,10 +114,10 @@ class GRPO(QuietAlgorithm):
             learner_results = self._learn(rollouts, groups)
             if self.average.decay:
                 self.average = self.average.updated(self._latest())
-            row = rollout_metrics(rollouts, returns, groups, self.prices if self.config.prices else None)
-            if self.config.prices is not None:
-                violated = rollouts.infos["latency_ms"] > rollouts.infos["budget_ms"]
-                self.prices = self.prices.updated(_log_ratio(rollouts), violated)
+            row = rollout_metrics(rollouts, groups, self.multipliers)
+            if self.multipliers is not None:
+                rates = _greedy_rates(rollouts, self.multipliers.settings.bins)
+                self.multipliers = self.multipliers.updated(*rates)
             self._refresh_reference()
             self._publish()
             episodes = as_runner_results(episode_metrics(returns, STEPS))
@@ -129,14 +132,14 @@ class GRPO(QuietAlgorithm):
         """Return to the beginning of the iteration when anything is raised, an interrupt included.
 
         The next `train()` then repeats the iteration with the same numbers: what is drawn depends on (seed, iteration),
-        and the sampler samples again under the same weights.
+        and the sampler samples again under the same weights and multipliers.
         """
-        begun = self.prices, self.average, self.updates
+        begun = self.multipliers, self.average, self.updates
         self._each_learner(lambda learner: learner.remember())
         try:
             yield
         except BaseException:
-            self.prices, self.average, self.updates = begun
+            self.multipliers, self.average, self.updates = begun
             with suppress(ray.exceptions.RayError, UserError):  # a learner that died cannot, and was the error
                 self._each_learner(lambda learner: learner.roll_back())
             raise
@@ -160,19 +163,17 @@ class GRPO(QuietAlgorithm):
         return self.sampler.collect(self.updates, self.weights())
 
     def _returns(self, rollouts: Rollouts) -> npt.NDArray[np.float64]:
-        """Return of each rollout (N,): the environment's reward, or accuracy less the current penalty."""
-        infos = rollouts.infos
-        if self.config.prices is None:
-            returns = rollouts.rewards
-        else:
-            returns = self.prices.returns(
-                infos["accuracy"], infos["latency_ms"], infos["budget_ms"], _log_ratio(rollouts)
-            )
+        """What is learned, (N,): the environment's reward, under the multipliers that traveled with the weights.
+
+        Raises:
+            UserError: a reward that is not finite.
+        """
+        returns = np.asarray(rollouts.rewards, np.float64)
         if not np.isfinite(returns).all():
             raise UserError(
-                f"{int((~np.isfinite(returns)).sum())} of {len(returns)} returns are not finite: check the reward"
+                f"{int((~np.isfinite(returns)).sum())} of {len(returns)} rewards are not finite: check the environment"
             )
-        return np.asarray(returns, np.float64)
+        return returns
 
     def _learn(self, rollouts: Rollouts, groups: GroupAdvantages) -> list[Any]:
         """Epochs of minibatches over both decisions of every rollout, with the rollout's advantage given to both."""
@@ -204,8 +205,12 @@ class GRPO(QuietAlgorithm):
         return results
 
     def weights(self) -> Any:
-        """The latest weights, by which rollouts are sampled, as runners take them."""
-        return _shared(self._latest())
+        """The latest weights, by which rollouts are sampled, as runners take them.
+
+        The multipliers travel with them: rollouts are scored by those in force when they were ordered.
+        """
+        multipliers = None if self.multipliers is None else self.multipliers.values
+        return _shared({**self._latest(), MULTIPLIERS: multipliers})
 
     def evaluated_weights(self) -> Any:
         """What is evaluated and exported, as runners take it: the average, or the latest weights if none is kept."""
@@ -233,8 +238,13 @@ class GRPO(QuietAlgorithm):
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state: dict[str, Any] = super().get_state(*args, **kwargs)
-        state[STATE] = {"updates": self.updates, "seed": self.config.seed, "prices": self.prices.state()}
-        state[STATE] |= {"sampler": self.sampler.state(self.updates), "average": self.average.state()}
+        state[STATE] = {
+            "updates": self.updates,
+            "seed": self.config.seed,
+            "multipliers": self.multipliers and self.multipliers.state(),
+            "sampler": self.sampler.state(self.updates),
+            "average": self.average.state(),
+        }
         return state
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -243,7 +253,14 @@ class GRPO(QuietAlgorithm):
         if STATE in state:
             self.sampler.restore(state[STATE]["sampler"])
             self.updates = int(state[STATE]["updates"])
-            self.prices = self.prices.restored(state[STATE]["prices"])
+            stored = state[STATE]["multipliers"]
+            if (stored is None) != (self.multipliers is None):
+                raise UserError(
+                    "checkpoint and configuration differ in whether penalty bins have multipliers of their own: resume "
+                    "with the reward.mode of the run"
+                )
+            if self.multipliers is not None:
+                self.multipliers = self.multipliers.restored(stored)
             self.average = self.average.restored(state[STATE]["average"])
 
     def save_to_path(self, path: Any = None, **kwargs: Any) -> str:
@@ -265,7 +282,7 @@ class GRPO(QuietAlgorithm):
         self._publish()
 
 
-def _shared(state: Weights) -> Any:
+def _shared(state: Mapping[str, Any]) -> Any:
     """Weights as runners take them: in the object store if they are remote."""
     return ray.put(state) if ray.is_initialized() else state
 
@@ -290,6 +307,11 @@ def _take(columns: Mapping[str, Any], rows: npt.NDArray[np.int64]) -> dict[str, 
     return {key: _take(value, rows) if isinstance(value, Mapping) else value[rows] for key, value in columns.items()}
 
 
-def _log_ratio(rollouts: Rollouts) -> npt.NDArray[np.float64]:
-    """log(budget / reference latency) of each rollout (N,)."""
-    return rollouts.obs["budget"][:, 0, 0].astype(np.float64)
+def _greedy_rates(rollouts: Rollouts, bins: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Violation rates of the argmax policy, which is what ships, per budget bin, and their effective sample sizes."""
+    infos = rollouts.infos
+    best = KnobDistribution(torch.from_numpy(rollouts.logits.reshape(-1, rollouts.logits.shape[-1]))).argmax().numpy()
+    greedy = (best.reshape(rollouts.actions.shape) == rollouts.actions).all(axis=(1, 2))
+    late = infos["latency_ms"] > infos["budget_ms"]
+    log_prob = rollouts.log_probs.sum(axis=1)
+    return greedy_violation_rates(infos["budget_bin"], late, greedy, log_prob, infos["avoidable"], bins)

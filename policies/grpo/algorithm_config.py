@@ -10,8 +10,8 @@ from envs.errors import UserError
 from policies.grpo.config import OLD_KEYS, ControllerSettings, GRPOSettings, Section, TimeoutSettings
 from policies.grpo.env_runner import RolloutRunner
 from policies.grpo.evaluation import evaluate_with_runners
+from policies.grpo.lagrangian import LagrangianSettings
 from policies.grpo.learner import GRPOLearner
-from policies.grpo.prices import PriceSettings
 from policies.grpo.rl_module import ControllerModule
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ UNSUPPORTED: Final = {
     "input_": "GRPO learns from its own rollouts only",
     "train_batch_size_per_learner": "an iteration is groups_per_iteration times group_size rollouts",
 }
-OWN_NAMES: Final = ("prices", "total_iterations", "runner_threads")
+OWN_NAMES: Final = ("lagrangian", "total_iterations", "runner_threads")
 
 
 class GRPOConfig(AlgorithmConfig):
@@ -43,7 +43,7 @@ class GRPOConfig(AlgorithmConfig):
 
     Attributes:
         grpo, controller, timeouts: sections, see `policies.grpo.config`.
-        prices: the Lagrangian mode; None takes the environment's reward as the return.
+        lagrangian: how penalty multipliers move; None leaves the environment its constant one.
         total_iterations: iterations of the whole run, over which `anneal_entropy` lets the entropy bonus fall to 0;
             0 is unknown and keeps it constant.
         lr_schedule: learning rates over decisions sampled, as RLlib's `lr` takes them; None keeps `grpo.lr`.
@@ -59,7 +59,7 @@ class GRPOConfig(AlgorithmConfig):
         self.controller = ControllerSettings()
         self.timeouts = TimeoutSettings()
         self.lr_schedule: Sequence[Any] | None = None
-        self.prices: PriceSettings | None = None
+        self.lagrangian: LagrangianSettings | None = None
         self.total_iterations: int = 0
         self.runner_threads: int = 1
         self.seed = 0
@@ -88,7 +88,7 @@ class GRPOConfig(AlgorithmConfig):
         return self
 
     def training(self, **settings: Any) -> "GRPOConfig":
-        """RLlib's settings, the fields of the sections, and `prices`, `total_iterations`, `runner_threads`.
+        """RLlib's settings, the fields of the sections, and `lagrangian`, `total_iterations`, `runner_threads`.
 
         Raises:
             UserError: a value outside its range, or an earlier version's name.

@@ -16,7 +16,7 @@ import torch
 from ray.rllib.core.columns import Columns
 
 from policies.baselines import Baseline
-from policies.distribution import HEADS, KnobDistribution
+from policies.distribution import STAGES, KnobDistribution
 from policies.grpo.rl_module import BaselineModule
 from policies.grpo.rllib_adapter import EnvRunnerBase
 
@@ -25,6 +25,8 @@ STEPS: Final = 2
 """Decisions of an episode."""
 BLOCK: Final = 64
 """Rows of one forward pass: matrix products round differently for other numbers of rows."""
+MULTIPLIERS: Final = "penalty_multipliers"
+"""Where the penalty multipliers travel among the weights."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,13 @@ class RolloutRunner(EnvRunnerBase):
         """Take the controller's weights, whatever their age.
 
         Args:
-            weights: the module's state, or a reference to it in the object store.
+            weights: the module's state, or a reference to it in the object store. Under `MULTIPLIERS` it may hold the
+                environment's penalty multipliers; without them the constant one applies.
         """
-        state = ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights
+        state = dict(ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights)
+        multipliers = state.pop(MULTIPLIERS, None)
+        if self.env is not None:  # beside remote runners the local one has no environment
+            self.env.unwrapped.set_multipliers(multipliers)
         self.module.set_state(state)
 
     def sample_shard(self, *, iteration: int, shard: int, shards: int, weights: Any) -> Rollouts:
@@ -140,7 +146,7 @@ class RolloutRunner(EnvRunnerBase):
         every step, which for two-step episodes costs more than all the rest of a warm rollout.
 
         Args:
-            uniforms: (num_envs, STEPS, 4) in [0, 1), which choose the actions; None takes the most likely ones.
+            uniforms: (num_envs, STEPS, STAGES) in [0, 1), which choose the actions; None takes the most likely ones.
 
         Raises:
             RuntimeError: an episode that ends before the others.
@@ -165,7 +171,11 @@ class RolloutRunner(EnvRunnerBase):
             log_probs=np.stack([step.log_probs for step in steps], 1),
             logits=np.stack([step.logits for step in steps], 1),
             rewards=rewards,
-            infos={key: value for key, value in infos.items() if np.issubdtype(np.asarray(value).dtype, np.number)},
+            infos={
+                key: value
+                for key, value in infos.items()
+                if np.asarray(value).dtype.kind in "biuf" and not key.startswith("_")
+            },
         )
 
 
@@ -189,7 +199,7 @@ def _decide(module: Any, observation: Mapping[str, Array], uniforms: Array | Non
         return _Step(obs, actions, np.zeros(len(actions), np.float32), np.zeros((len(actions), 0), np.float32))
     logits = answer[Columns.ACTION_DIST_INPUTS]
     policy = KnobDistribution(logits)
-    chosen = policy.argmax() if uniforms is None else actions_at(policy, torch.from_numpy(uniforms).to(device))
+    chosen = policy.argmax() if uniforms is None else policy.at(torch.from_numpy(uniforms).to(device))
     return _Step(obs, *(part.numpy(force=True) for part in (chosen, policy.log_prob(chosen), logits)))
 
 
@@ -209,22 +219,12 @@ def _forward(module: Any, obs: Mapping[str, Array], device: Any, *, explore: boo
     return {key: torch.cat([part[key] for part in parts])[:rows] for key in parts[0]}
 
 
-def actions_at(policy: KnobDistribution, uniforms: torch.Tensor) -> torch.Tensor:
-    """Actions (B, 4) at uniform numbers (B, 4) in [0, 1) of each head's cumulative distribution."""
-    chosen = []
-    for log_p, uniform in zip(policy.log_probs, uniforms.unbind(-1), strict=True):
-        cumulative = log_p.double().exp().cumsum(-1)
-        cumulative = cumulative / cumulative[:, -1:]  # ends at 1 exactly, so masked options behind it are never reached
-        chosen.append(torch.searchsorted(cumulative, uniform[:, None].contiguous(), right=True)[:, 0])
-    return torch.stack(chosen, dim=-1)
-
-
 def group_uniforms(seed: int, iteration: int, groups: Sequence[int], group_size: int) -> Array:
-    """The random numbers (len(groups) * group_size, STEPS, 4) of some groups of an iteration."""
+    """The random numbers (len(groups) * group_size, STEPS, STAGES) of some groups of an iteration."""
     generators = [
         np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, iteration, group)))) for group in groups
     ]
-    return np.concatenate([generator.random((group_size, STEPS, len(HEADS))) for generator in generators])
+    return np.concatenate([generator.random((group_size, STEPS, STAGES)) for generator in generators])
 
 
 def _rows(rollouts: Rollouts, first: int, count: int) -> list[dict[str, float]]:

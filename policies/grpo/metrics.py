@@ -18,8 +18,8 @@ from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
 from policies.distribution import HEADS
 from policies.grpo.env_runner import Rollouts
+from policies.grpo.lagrangian import PenaltyMultipliers
 from policies.grpo.objective import GroupAdvantages
-from policies.grpo.prices import Prices
 
 LEARNER_KEYS: Final = (
     "loss",
@@ -35,31 +35,24 @@ LEARNER_KEYS: Final = (
 
 
 def rollout_metrics(
-    rollouts: Rollouts,
-    returns: npt.NDArray[np.float64],
-    groups: GroupAdvantages,
-    prices: Prices | None,
+    rollouts: Rollouts, groups: GroupAdvantages, multipliers: PenaltyMultipliers | None
 ) -> dict[str, float]:
-    """Means over this iteration's rollouts: reward (fixed prices), return (current prices), outcome, knobs, prices."""
+    """Means over this iteration's sampled rollouts: reward, outcome, knobs, feasibility; and the multipliers."""
     infos = rollouts.infos
     row = {
         "rollouts": float(len(rollouts)),
         "groups": float(groups.uniform.size),
         "groups_uniform_share": groups.uniform_share,
         "reward_mean": float(rollouts.rewards.mean()),
-        "return_mean": float(returns.mean()),
         "violation_rate": float((infos["latency_ms"] > infos["budget_ms"]).mean()),
     }
-    for key in ("accuracy", "latency_ms", "budget_ms", *HEADS):
+    for key in ("accuracy", "latency_ms", "budget_ms", "feasible", *HEADS):
         if key in infos:
             row[f"{key}_mean"] = float(np.mean(infos[key], dtype=np.float64))
-    for key in infos:
-        if key.startswith("reward_"):
-            row[f"{key}_mean"] = float(np.mean(infos[key], dtype=np.float64))
-    if prices is not None:
-        row |= {f"price_{index}": float(value) for index, value in enumerate(prices.values)}
-        seen = [(index, float(rate)) for index, rate in enumerate(prices.rates) if not np.isnan(rate)]
-        row |= {f"price_{index}_violation_rate": rate for index, rate in seen}
+    if multipliers is not None:
+        row |= {f"penalty_{index}": float(value) for index, value in enumerate(multipliers.values)}
+        seen = [(index, float(rate)) for index, rate in enumerate(multipliers.rates) if not np.isnan(rate)]
+        row |= {f"penalty_{index}_violation_rate": rate for index, rate in seen}
     return row
 
 

@@ -5,19 +5,54 @@ from typing import Any
 
 import torch
 from ray.rllib.core.columns import Columns
-from ray.rllib.core.distribution.torch.torch_distribution import TorchMultiCategorical
+from ray.rllib.core.distribution.torch.torch_distribution import TorchDistribution
 from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, ValueFunctionAPI
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor, nn
 
-from envs.knobs import HEAD_SIZES
 from policies.baselines import Baseline
-from policies.budget_feature import BUDGET_WIDTH, budget_feature
 from policies.controller import Controller
-from policies.stage1 import HIDDEN, Projections
+from policies.distribution import LOGITS_WIDTH, KnobDistribution
+from policies.networks import BUDGET_WIDTH, HIDDEN, Projections, budget_feature
 
 REFERENCE_LOGITS = "reference_logits"
-KnobActions = TorchMultiCategorical.get_partial_dist_cls(input_lens=list(HEAD_SIZES))
+
+
+class KnobActions(TorchDistribution):
+    """`KnobDistribution` as RLlib's connectors, PPO and offline algorithms take it."""
+
+    def __init__(self, logits: Tensor, best: bool = False) -> None:
+        self.policy, self.best = KnobDistribution(logits), best
+        super().__init__()
+
+    def _get_torch_distribution(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    @staticmethod
+    def required_input_dim(space: Any, **kwargs: Any) -> int:
+        return LOGITS_WIDTH
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, **kwargs: Any) -> "KnobActions":
+        return cls(logits)
+
+    def sample(self, *, sample_shape: Any = None, **kwargs: Any) -> Tensor:
+        return self.policy.argmax() if self.best else self.policy.sample()
+
+    def rsample(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError("choices are discrete: they have no reparameterized samples")
+
+    def logp(self, value: Tensor, **kwargs: Any) -> Tensor:
+        return self.policy.log_prob(value)
+
+    def entropy(self) -> Tensor:
+        return self.policy.entropy()
+
+    def kl(self, other: "KnobActions", **kwargs: Any) -> Tensor:
+        return self.policy.kl(other.policy)
+
+    def to_deterministic(self) -> "KnobActions":
+        return KnobActions(self.policy.logits, best=True)
 
 
 class ControllerModule(TorchRLModule, InferenceOnlyAPI):

@@ -19,7 +19,7 @@ from ray_ctrl.commands.evaluate import controller_config, find_controller, newes
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, table
 from ray_ctrl.run_context import check_importance, env_config
-from ray_ctrl.serving import Steering, shown_budget
+from ray_ctrl.serving import Steering, plans_within, shown_budget
 
 RUNS = Path("runs")
 
@@ -35,6 +35,7 @@ class Answer:
     reference_ms: float
     record: LatencyRecord
     new_tokens: int
+    feasible: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -45,6 +46,7 @@ class Answer:
             "budget_shown_ms": self.shown_ms,
             "latency_ms": self.record.total,
             "within_budget": self.record.total <= self.budget_ms,
+            "feasible": self.feasible,
             "stages_ms": self.record.to_dict(),
             "new_tokens": self.new_tokens,
             "reference_ms": self.reference_ms,
@@ -116,12 +118,26 @@ def answer(
             f"{shown_ms:.1f} ms, and may be late",
             stacklevel=2,
         )
-    steering = Steering(controller, space, shown_ms, reference_ms)
+    fits = plans_within(metadata, engine, space, sample, budget_ms, reference_ms)
+    steering = Steering(controller, space, shown_ms, reference_ms, fits)
+    if not steering.feasible:
+        warnings.warn(
+            f"no plan is predicted to meet {budget_ms:g} ms for this request: the cheapest one runs", stacklevel=2
+        )
     for _ in range(max(1, repeats)):
         outcome, record, _ = engine.run_steered(sample, steering)
     if steering.knobs is None:
         raise RuntimeError("the engine ended a request without asking the controller")
-    return Answer(engine.text(outcome), steering.knobs, budget_ms, shown_ms, reference_ms, record, outcome.n_tokens)
+    return Answer(
+        engine.text(outcome),
+        steering.knobs,
+        budget_ms,
+        shown_ms,
+        reference_ms,
+        record,
+        outcome.n_tokens,
+        steering.feasible,
+    )
 
 
 def _check_model(engine: Any, metadata: Mapping[str, Any]) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from envs.engine import Outcome
+from envs.env_resources import World
 from envs.errors import UserError
 from envs.files import atomic_write, write_json
 from envs.latency import is_measuring
-from envs.world import World
 from policies.baselines import Baseline, FixedKnobs, LookupKnobs, RandomKnobs
 from policies.controller import Controller
 from ray_ctrl import report

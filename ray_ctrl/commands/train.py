@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from envs.config import RewardSettings
 from envs.errors import UserError
 from envs.files import atomic_folder
 from ray_ctrl.config import Config
@@ -276,7 +275,7 @@ class Trainer:
         numbers = self.algorithm.train()["grpo"]
         self.done += 1
         row: Metrics = {"iteration": self.done}
-        # What was not seen (a price bin without rollouts) is NaN there and left out here: JSON has no NaN.
+        # What was not seen (a penalty bin without rollouts) is NaN there and left out here: JSON has no NaN.
         row |= {RENAMED.get(key, key): value for key, value in numbers.items() if math.isfinite(value)}
         if self._validates():
             row |= self._validate()
@@ -338,9 +337,7 @@ class Trainer:
         means = summary(rows)
         means.pop("contexts")
         figures = {f"validation/{RENAMED.get(key, key)}": value for key, value in means.items()}
-        reward = self.config.reward
-        figures["validation/score"] = validation_score(rows, reward)
-        figures["validation/score_error"] = validation_error(rows, reward)
+        figures["validation/score"], figures["validation/score_error"] = validation_score(rows)
         return figures
 
     def _checkpoint(self, row: Metrics) -> None:
@@ -355,35 +352,20 @@ class Trainer:
         self.folder.prune(self.config.run.keep_checkpoints)
 
 
-def validation_score(rows: Sequence[Mapping[str, float]], settings: RewardSettings) -> float:
-    """What checkpoints are chosen by, the aim of the training: higher is better.
+def validation_score(rows: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """What checkpoints are chosen by, and its standard error over samples, each of them seen under every budget.
 
-    Mode `fixed`: mean reward. Mode `lagrangian`: mean accuracy less the highest price times the violation rate beyond
-    the target, mean over budgets. A rate counts as beyond it from one standard error on: without that margin chance
-    overruns of a policy that meets the target cost more than accuracy brings, and timid early checkpoints win. The
-    reward at fixed prices would not do either: it goes on paying for every millisecond below the budget.
+    The mean reward by argmax under the constant multiplier `reward.penalty`, in both modes: what training maximizes, at
+    a multiplier that does not move from checkpoint to checkpoint.
 
     Args:
-        rows: one per (validation sample, budget), with accuracy, reward, latency_ms and budget_ms.
+        rows: one per (validation sample, budget), with `reward`, budgets of one sample next to one another.
     """
-    if settings.mode == "fixed":
-        return float(np.mean([row["reward"] for row in rows]))
-    late: dict[float, list[bool]] = {}
-    for row in rows:
-        late.setdefault(row["budget_ms"], []).append(row["latency_ms"] > row["budget_ms"])
-    target = settings.max_violation_rate
-    excess = [
-        max(0.0, float(np.mean(some)) - target - math.sqrt(target * (1 - target) / len(some))) for some in late.values()
-    ]
-    return float(np.mean([row["accuracy"] for row in rows]) - settings.penalty_max * np.mean(excess))
-
-
-def validation_error(rows: Sequence[Mapping[str, float]], settings: RewardSettings) -> float:
-    """Standard error of the score's mean reward or accuracy over samples, each of them seen under every budget."""
-    key = "reward" if settings.mode == "fixed" else "accuracy"
+    rewards = np.array([row["reward"] for row in rows])
     sample_of = np.arange(len(rows)) // VALIDATION_BUDGETS
-    means = np.bincount(sample_of, [row[key] for row in rows]) / np.bincount(sample_of)
-    return float(means.std(ddof=1) / math.sqrt(means.size)) if means.size > 1 else 0.0
+    means = np.bincount(sample_of, rewards) / np.bincount(sample_of)
+    error = float(means.std(ddof=1) / math.sqrt(means.size)) if means.size > 1 else 0.0
+    return float(rewards.mean()), error
 
 
 def validation_contexts(samples: int, budgets: Any) -> list[tuple[int, float]]:

@@ -16,19 +16,20 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from envs.errors import UserError
-from envs.knobs import HEAD_SIZES, KnobSpace
+from envs.knobs import HEAD_SIZES, PAIRS, KnobSpace
 
 ENVIRONMENT = "grpo-toy"
 
 WIDTH = 12
 SAMPLES = 30
 REFERENCE_MS = 100.0
+EDGES = (-1.0, -0.5)
 NEVER = -1
 
 
 def spaces() -> tuple[gym.spaces.Dict, gym.spaces.MultiDiscrete]:
     widths = {"stage": 1, "budget": 1, "language_feature": WIDTH, "latency_token": WIDTH}
-    widths |= {"insertion": 1, "action_mask": sum(HEAD_SIZES)}
+    widths |= {"insertion": 1, "action_mask": PAIRS}
     boxes = {key: gym.spaces.Box(-np.inf, np.inf, (width,), np.float32) for key, width in widths.items()}
     return gym.spaces.Dict(boxes), gym.spaces.MultiDiscrete(HEAD_SIZES)
 
@@ -66,6 +67,7 @@ class ToyVectorEnv(gym.vector.VectorEnv):
         self.needed = np.digitize(self.features[:, 0], (-0.4, 0.4))
         self.worker, self.workers, self.round = 0, 1, 0
         self.contexts: list[tuple[int, float]] | None = None
+        self.multipliers: np.ndarray | None = None
         self.stage = 0
 
     def set_worker(self, index: int, count: int) -> None:
@@ -79,6 +81,9 @@ class ToyVectorEnv(gym.vector.VectorEnv):
             if not 0 <= sample < len(self.features) or not budget > 0:
                 raise UserError(f"context ({sample}, {budget}) is not allowed: give a sample and a budget above 0")
         self.contexts = list(contexts)
+
+    def set_multipliers(self, values: Any) -> None:
+        self.multipliers = None if values is None else np.asarray(values, float)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         self._break()
@@ -111,12 +116,14 @@ class ToyVectorEnv(gym.vector.VectorEnv):
         knobs = list(zip(self.tier, self.insertion, top_k, blocks, strict=True))
         latency = np.array([latency_ms(*knob) for knob in knobs])
         accuracy = np.where(self.tier >= self.needed[self.sample], 1.0, 0.3) - 0.02 * (16 - blocks) - 0.01 * (8 - top_k)
-        reward = accuracy - penalty(latency, self.budget)
+        bins = np.digitize(np.log(self.budget / REFERENCE_MS), EDGES)
+        multiplier = np.ones(self.num_envs) if self.multipliers is None else self.multipliers[bins]
+        reward = accuracy - multiplier * penalty(latency, self.budget)
         infos = {
             "accuracy": accuracy, "latency_ms": latency, "budget_ms": self.budget,
             "context": self.context.astype(np.int64),
             "sample": self.sample, "tier": self.tier, "insertion": self.insertion, "top_k": top_k, "blocks": blocks,
-            "reward_accuracy": accuracy,
+            "budget_bin": bins, "multiplier": multiplier, "avoidable": self.budget >= latency_ms(0, 1, 4, 12),
         }  # fmt: skip
         if self.settings.get("partial"):
             infos["context"] = infos["context"].copy()
@@ -204,11 +211,13 @@ def configuration(runners: int = 0, *, broken: dict[str, Any] | None = None, **t
 
 
 def resumable(runners: int) -> Any:
-    """Everything a checkpoint must hold: optimizer, a reference and prices that move, an average of weights."""
-    from policies.grpo.prices import PriceSettings
+    """Everything a checkpoint must hold: optimizer, a reference and multipliers that move, an average of weights."""
+    from policies.grpo.lagrangian import LagrangianSettings
 
-    prices = PriceSettings(edges=(-1.0, -0.5))
-    return configuration(runners, kl_coef=0.1, reference_interval=2, prices=prices, ema_decay=0.9)
+    moving = LagrangianSettings(
+        bins=len(EDGES) + 1, max_violation_rate=0.05, lr=0.1, init=0.5, maximum=5.0, smoothing=0.8
+    )
+    return configuration(runners, kl_coef=0.1, reference_interval=2, lagrangian=moving, ema_decay=0.9)
 
 
 def two_more(algorithm: Any) -> dict[str, Any]:

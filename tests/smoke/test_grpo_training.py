@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +160,10 @@ def test_checkpoints_are_whole_or_refused(tmp_path: Path) -> None:
     assert fingerprint(ray.get(algorithm.weights())) == before
     restore_checkpoint(algorithm, folder)
 
-    # Another shape, other price bins: refused as well.
+    # Another shape, other penalty bins: refused as well.
     for other in (resumable(0).training(hidden=16), configuration(0)):
         foreign = other.build_algo()
-        with pytest.raises(UserError, match=r"does not fit|price bins"):
+        with pytest.raises(UserError, match=r"does not fit|penalty bins"):
             restore_checkpoint(foreign, folder)
         foreign.stop()
     algorithm.stop()
@@ -263,3 +264,19 @@ def test_equal_groups_can_be_dropped_and_everything_equal_is_survived() -> None:
 def test_settings_that_do_not_fit_are_refused_before_anything_starts(training: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         configuration(**training).build_algo()
+
+
+def test_the_reward_that_is_learned_is_the_one_environments_return_at_moving_multipliers() -> None:
+    algorithm = resumable(1).build_algo()
+    for turn in range(2):
+        values = np.array([0.2, 0.7, 1.9]) * (1 + turn)
+        algorithm.multipliers = replace(algorithm.multipliers, values=values)
+        sampled, _ = algorithm._sample()
+        infos = sampled.infos
+        assert (infos["multiplier"] == values[infos["budget_bin"].astype(int)]).all()
+        cost = grpo_toy.penalty(infos["latency_ms"], infos["budget_ms"])
+        np.testing.assert_allclose(sampled.rewards, infos["accuracy"] - infos["multiplier"] * cost)
+        assert (algorithm._returns(sampled) == sampled.rewards).all()
+        row = algorithm.train()["grpo"]  # samples the same round again, under the same multipliers
+        assert row["reward_mean"] == pytest.approx(sampled.rewards.mean())
+    algorithm.stop()

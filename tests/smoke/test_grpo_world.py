@@ -15,7 +15,7 @@ from policies.baselines import FixedKnobs
 from policies.grpo.evaluation import evaluate_contexts
 
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "world"))
-import world_double
+import doubles
 
 ENVIRONMENT = "grpo-world"
 
@@ -23,8 +23,8 @@ ENVIRONMENT = "grpo-world"
 @pytest.fixture(scope="module", autouse=True)
 def world() -> Any:
     grpo_toy.share_ray()
-    ray.cloudpickle.register_pickle_by_value(world_double)
-    world = world_double.make_world(12)
+    ray.cloudpickle.register_pickle_by_value(doubles)
+    world = doubles.make_world(12)
     register_env(ENVIRONMENT, lambda config: AdaptiveVQAVectorEnv({**config, "world": world}))
     return world
 

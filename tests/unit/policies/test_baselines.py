@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from envs.errors import UserError
-from envs.knobs import HEAD_SIZES, KnobSpace
+from envs.knobs import STAGE1_PAIRS, KnobSpace
 from policies.baselines import FixedKnobs, LookupKnobs, RandomKnobs
 
-STARTS = np.cumsum((0, *HEAD_SIZES[:-1]))
 SPACE = KnobSpace([0.0] * 16)
 FULL, CHEAPEST = SPACE.encode(SPACE.full), SPACE.encode(SPACE.cheapest)
 
@@ -42,14 +41,21 @@ def test_a_lookup_table_goes_by_budget() -> None:
 def test_random_knobs_are_legal_uniform_and_repeatable(mask: np.ndarray) -> None:
     obs = observation(mask, [0.0] * 6000)
     actions = RandomKnobs(3).start((5,))(obs)
-    assert mask[actions + STARTS].all()
+    pairs = np.stack((actions[:, 0] * 5 + actions[:, 1], STAGE1_PAIRS + actions[:, 2] * 5 + actions[:, 3]), axis=1)
+    assert mask[pairs].all()
     assert (actions == RandomKnobs(3).start((5,))(obs)).all()
-    if mask.sum() > 4:
-        assert (actions != RandomKnobs(3).start((6,))(obs)).any()
-    for head, (start, size) in enumerate(zip(STARTS, HEAD_SIZES, strict=True)):
-        legal = mask[start : start + size]
-        shares = np.bincount(actions[:, head], minlength=size) / len(actions)
-        np.testing.assert_allclose(shares[legal], 1 / legal.sum(), atol=0.03)
+    assert (actions != RandomKnobs(3).start((6,))(obs)).any()
+    shares = np.bincount(pairs.reshape(-1), minlength=len(mask)) / len(actions)
+    for legal, share in zip(np.split(mask, [STAGE1_PAIRS]), np.split(shares, [STAGE1_PAIRS]), strict=True):
+        np.testing.assert_allclose(share, legal / legal.sum(), atol=0.03)
+
+
+def test_fixed_knobs_take_the_nearest_plan_that_fits() -> None:
+    fits = np.zeros((3, 5, 5, 5), bool)
+    fits[1, 0, 2, 4] = fits[0, 0, 0, 0] = True
+    act = FixedKnobs(FULL).start((0,))
+    assert act(observation(KnobSpace.stage1_mask(fits=fits), [0.0])).tolist() == [[1, 0, 0, 0]]
+    assert act(observation(KnobSpace.stage2_mask(1, fits[1, 0]), [0.0])).tolist() == [[0, 0, 2, 4]]
 
 
 def test_baselines_travel_to_other_processes() -> None:

@@ -1,0 +1,217 @@
+"""The guardrail: which plans are predicted to meet a budget, before anything of the request runs. Pure numpy.
+
+A request's sizes and a plan give its latency up to the answer's length. The length is predicted from the question as a
+quantile over similar questions; what remains (unexpected lengths, a clock's noise) is covered by one factor on the
+predicted latency, calibrated on validation samples by split conformal prediction.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from operator import mul
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from envs.errors import UserError
+from envs.knobs import HEAD_SIZES, TIERS, KnobSpace
+from envs.latency.clock import Clock
+from envs.latency.profiled import quantities
+from envs.latency.record import STAGES, LatencyRecord, RequestShape
+
+Array = npt.NDArray[np.float64]
+WIDTH: Final = 32
+"""Dimensions of a question's key: distances survive a random projection (Johnson and Lindenstrauss 1984)."""
+NEIGHBORS: Final = 16
+
+
+class Costs(Protocol):
+    """What predictions need of a clock."""
+
+    def latency(self, shape: RequestShape, plan: Any, new_tokens: int) -> LatencyRecord: ...
+
+
+@dataclass(frozen=True)
+class ProfileCosts:
+    """Costs of a profile's stages, enough to predict latencies without its table.
+
+    Attributes:
+        stages: costs of each stage, ms, as `envs.latency.profiled.quantities` counts what they are for.
+    """
+
+    stages: Mapping[str, Sequence[float]]
+
+    def latency(self, shape: RequestShape, plan: Any, new_tokens: int) -> LatencyRecord:
+        rows = quantities(shape, plan, new_tokens)
+        return LatencyRecord(*(sum(map(mul, rows[stage], self.stages[stage])) for stage in STAGES))
+
+
+@dataclass(frozen=True)
+class AnswerLengths:
+    """Answer lengths of known questions, and a quantile over the nearest ones for a new one.
+
+    Attributes:
+        keys: (S, 32) of the known questions; empty predicts `longest` always.
+        lengths: (S,) tokens of their answers.
+        quantile: of the lengths of the nearest questions, 0 to 1.
+    """
+
+    keys: tuple[tuple[float, ...], ...]
+    lengths: tuple[int, ...]
+    quantile: float
+
+    @classmethod
+    def fit(cls, features: npt.ArrayLike, lengths: npt.ArrayLike, quantile: float) -> "AnswerLengths":
+        """The model of S questions.
+
+        Args:
+            features: (S, D) language features.
+            lengths: (S,) or (S, R): lengths of R answers to the same question under several plans; the longest counts.
+
+        Raises:
+            UserError: no questions, or a quantile outside 0 to 1.
+        """
+        rows = np.asarray(lengths)
+        if not rows.size or not 0.0 <= quantile <= 1.0:
+            raise UserError(
+                f"{len(rows)} questions at quantile {quantile} do not give a length model: give one answer or more "
+                "and a quantile of 0 to 1"
+            )
+        longest = rows.reshape(len(rows), -1)
+        keys = np.round(_keys(features), 4)
+        return cls(tuple(map(tuple, keys.tolist())), tuple(longest.max(1).astype(int).tolist()), float(quantile))
+
+    def predict(self, features: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Predicted lengths (B,), 1 or more, for language features (B, D)."""
+        distance = ((_keys(features)[:, None] - self._known) ** 2).sum(-1)
+        nearest = np.argsort(distance, axis=1, kind="stable")[:, :NEIGHBORS]
+        lengths = np.asarray(self.lengths)[nearest]
+        found = np.quantile(lengths, self.quantile, axis=1, method="higher")
+        return np.maximum(found.astype(np.int64), 1)
+
+    @cached_property
+    def _known(self) -> Array:
+        return np.asarray(self.keys, np.float64)
+
+
+@dataclass(frozen=True)
+class Guardrail:
+    """A calibrated guardrail, small and picklable; it travels to env runners and is exported with the controller.
+
+    Attributes:
+        confidence: share of requests that should meet their budget under any plan the guardrail allows.
+        lengths: predicts the answer's length.
+        factor: conformal factor on predicted latencies under the clock that judges.
+        noise: factor instead of it on a wall clock, whose noise the judging clock may lack.
+        costs: predicts latencies; None takes the clock in use.
+    """
+
+    confidence: float
+    lengths: AnswerLengths
+    factor: float
+    noise: float = 1.0
+    costs: ProfileCosts | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Guardrail":
+        """The inverse of `to_dict`.
+
+        Raises:
+            UserError: fields missing or foreign.
+        """
+        try:
+            values = dict(stored)
+            raw = values["lengths"]
+            keys = tuple(tuple(map(float, key)) for key in raw["keys"])
+            values["lengths"] = AnswerLengths(keys, tuple(map(int, raw["lengths"])), float(raw["quantile"]))
+            if values.get("costs") is not None:
+                values["costs"] = ProfileCosts(values["costs"]["stages"])
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"guardrail cannot be read ({error!r}): train again, or set guardrail.confidence=null"
+            ) from None
+
+
+class LatencyPredictor:
+    """Predicted latencies of all plans of a request.
+
+    Args:
+        guardrail: calibrated.
+        engine: gives a request's sizes and its question's language feature.
+        clock: predicts where the guardrail has no costs of its own.
+        factor: on predicted latencies; None takes the guardrail's.
+    """
+
+    def __init__(
+        self, guardrail: Guardrail, engine: Any, space: KnobSpace, clock: Clock | None, factor: float | None = None
+    ) -> None:
+        costs = guardrail.costs or clock
+        if costs is None:
+            raise UserError("the guardrail has no profile to predict latencies from: profile this device first")
+        self.guardrail, self.engine, self.space, self.costs = guardrail, engine, space, costs
+        self.factor = guardrail.factor if factor is None else factor
+        self._known: dict[tuple[Any, ...], Array] = {}
+
+    def predicted_ms(self, sample: Any) -> Array:
+        """Latency times the conformal factor, ms, of every plan on `sample`, (3, 5, 5, 5); infinite if illegal."""
+        features = self.engine.language_features([sample]).numpy()
+        length = int(self.guardrail.lengths.predict(features)[0])
+        shapes = tuple(self.engine.shape(sample, tier) for tier in TIERS)
+        key = (shapes, length)
+        if key not in self._known:
+            self._known[key] = plan_latencies(self.costs, self.space, shapes, length) * self.factor
+        return self._known[key]
+
+
+def plan_latencies(clock: Costs, space: KnobSpace, shapes: Sequence[RequestShape], new_tokens: int) -> Array:
+    """Latency, ms, of every action at one answer length, (3, 5, 5, 5); infinite for illegal actions.
+
+    Args:
+        shapes: sizes of the request at the three tiers.
+    """
+    ms = np.full(HEAD_SIZES, np.inf)
+    known: dict[tuple[RequestShape, Any], float] = {}
+    for knobs in space.all:
+        action, plan = space.encode(knobs), space.plan(knobs)
+        key = (shapes[action[0]], (plan.insertion, plan.top_k, plan.blocks))
+        if key not in known:
+            known[key] = clock.latency(key[0], plan, new_tokens).total
+        ms[action] = known[key]
+    return ms
+
+
+def conformal_factor(ratios: npt.ArrayLike, confidence: float) -> float:
+    """Factor f such that measured <= f x predicted holds for a new request with probability >= `confidence`.
+
+    Split conformal prediction (Papadopoulos et al. 2002; Lei et al. 2018): the ceil((n + 1) confidence)-th smallest of
+    n exchangeable ratios. With too few ratios for that rank the largest is taken, and the guarantee is n / (n + 1).
+
+    Args:
+        ratios: (n,) measured over predicted latency of calibration requests that prediction has not seen.
+
+    Raises:
+        UserError: no ratios, one that is not finite and above 0, or a confidence not in (0, 1).
+    """
+    values = np.sort(np.asarray(ratios, np.float64))
+    if not values.size or not np.isfinite(values).all() or values[0] <= 0 or not 0.0 < confidence < 1.0:
+        raise UserError(
+            f"{values.size} latency ratios at confidence {confidence} cannot be calibrated: give finite ratios above 0 "
+            "and a confidence between 0 and 1"
+        )
+    rank = min(math.ceil((values.size + 1) * confidence), values.size)
+    return float(values[rank - 1])
+
+
+def _keys(features: npt.ArrayLike) -> Array:
+    """Unit vectors (B, 32) by a fixed random projection of features (B, D)."""
+    rows = np.asarray(features, np.float64)
+    mix = np.random.Generator(np.random.Philox(rows.shape[1])).standard_normal((rows.shape[1], WIDTH))
+    keys = np.einsum("bd,dw->bw", rows, mix)
+    return np.asarray(keys / np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), 1e-12), np.float64)

@@ -1,0 +1,45 @@
+"""What the controller is compared with: ways to act on observations, and rules fitted on outcomes of all plans."""
+
+from policies.baselines.acting import Act, Action, Baseline, FixedKnobs, LookupKnobs, Observation, RandomKnobs
+from policies.baselines.rules import (
+    BestMean,
+    Boosted,
+    Cheapest,
+    Full,
+    KnownOutcomes,
+    MeanByFamily,
+    Nearest,
+    Neural,
+    Oracle,
+    RandomFeasible,
+    Requests,
+    Ridge,
+    Rule,
+    SingleKnob,
+    choose,
+)
+
+__all__ = [
+    "Act",
+    "Action",
+    "Baseline",
+    "BestMean",
+    "Boosted",
+    "Cheapest",
+    "FixedKnobs",
+    "Full",
+    "KnownOutcomes",
+    "LookupKnobs",
+    "MeanByFamily",
+    "Nearest",
+    "Neural",
+    "Observation",
+    "Oracle",
+    "RandomFeasible",
+    "RandomKnobs",
+    "Requests",
+    "Ridge",
+    "Rule",
+    "SingleKnob",
+    "choose",
+]

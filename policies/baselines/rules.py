@@ -1,0 +1,307 @@
+"""Rules fitted on the outcomes of all plans on training samples: one interface, with or without the guardrail.
+
+A rule scores every plan for every request; `choose` takes the best of those allowed: with the guardrail those predicted
+to fit this very request, without it those that kept the budget on nearly all training samples. Predict-then-choose
+rules score a plan by its predicted accuracy. Numpy and scikit-learn only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from envs.errors import UserError
+
+Array = npt.NDArray[np.float64]
+SAFE_RATE: Final = 0.05
+"""Share of training samples on which an allowed plan may exceed the budget, without the guardrail."""
+KNOBS: Final = ("tier", "insertion", "top_k", "blocks")
+
+
+@dataclass(frozen=True)
+class KnownOutcomes:
+    """All P plans on S training samples.
+
+    Attributes:
+        features: (S, D) language features.
+        actions: (P, 4) indices of each plan's knobs.
+        accuracy, latency_ms: (S, P).
+        families: (S,) kinds of question, where the task names them.
+    """
+
+    features: Array
+    actions: npt.NDArray[np.int64]
+    accuracy: Array
+    latency_ms: Array
+    families: npt.NDArray[Any] | None = None
+
+    def __post_init__(self) -> None:
+        samples, plans = self.accuracy.shape
+        if not samples or self.latency_ms.shape != (samples, plans) or len(self.features) != samples:
+            raise UserError(
+                f"outcomes of shape {self.accuracy.shape} do not go with latencies {self.latency_ms.shape} and "
+                f"{len(self.features)} features: give one row per sample and at least one sample"
+            )
+
+
+@dataclass(frozen=True)
+class Requests:
+    """B requests to choose for.
+
+    Attributes:
+        features: (B, D).
+        budget_ms: (B,).
+        predicted_ms: (B, P) latencies with the guardrail's margin; None chooses without the guardrail.
+        families: (B,), where the task names them.
+        accuracy: (B, P) true accuracies, for the oracle alone.
+    """
+
+    features: Array
+    budget_ms: Array
+    predicted_ms: Array | None = None
+    families: npt.NDArray[Any] | None = None
+    accuracy: Array | None = None
+
+
+class Rule(Protocol):
+    """A way to score plans.
+
+    Attributes:
+        name: for tables.
+        ignores_budget: without the guardrail it takes its favorite plan whatever the budget.
+    """
+
+    name: str
+    ignores_budget: bool
+
+    def fit(self, known: KnownOutcomes) -> None: ...
+    def scores(self, requests: Requests) -> Array: ...
+
+
+def choose(rule: Rule, known: KnownOutcomes, requests: Requests) -> npt.NDArray[np.int64]:
+    """Plan (B,) of each request, by a fitted rule; if none is allowed, the plan that is cheapest on average."""
+    cheapest = int(known.latency_ms.mean(0).argmin())
+    if requests.predicted_ms is not None:
+        allowed = requests.predicted_ms <= requests.budget_ms[:, None]
+    elif rule.ignores_budget:
+        allowed = np.ones((len(requests.budget_ms), known.accuracy.shape[1]), np.bool_)
+    else:
+        late = np.stack([(known.latency_ms > ms).mean(0) for ms in requests.budget_ms])
+        allowed = late <= SAFE_RATE
+    scores = np.where(allowed, rule.scores(requests), -np.inf)
+    found: npt.NDArray[np.int64] = np.where(np.isfinite(scores).any(1), scores.argmax(1), cheapest)
+    return found
+
+
+@dataclass
+class _ByPlan:
+    """One score per plan, the same for every request."""
+
+    name: str = ""
+    ignores_budget: bool = False
+    _scores: Array = field(default_factory=lambda: np.empty(0))
+
+    def scores(self, requests: Requests) -> Array:
+        return np.broadcast_to(self._scores, (len(requests.budget_ms), len(self._scores)))
+
+
+@dataclass
+class Full(_ByPlan):
+    """The most expensive plan; with the guardrail the most expensive that fits."""
+
+    name: str = "full"
+    ignores_budget: bool = True
+
+    def fit(self, known: KnownOutcomes) -> None:
+        self._scores = known.latency_ms.mean(0)
+
+
+@dataclass
+class Cheapest(_ByPlan):
+    """The cheapest plan."""
+
+    name: str = "cheapest"
+    ignores_budget: bool = True
+
+    def fit(self, known: KnownOutcomes) -> None:
+        self._scores = -known.latency_ms.mean(0)
+
+
+@dataclass
+class BestMean(_ByPlan):
+    """The plan of best mean accuracy: one plan per budget without the guardrail, best mean among feasible with it."""
+
+    name: str = "best mean"
+
+    def fit(self, known: KnownOutcomes) -> None:
+        self._scores = known.accuracy.mean(0)
+
+
+@dataclass
+class SingleKnob(_ByPlan):
+    """A controller of one knob: the others stay at their full setting; the best mean accuracy counts."""
+
+    knob: str = "tier"
+
+    def fit(self, known: KnownOutcomes) -> None:
+        self.name = f"{self.knob} alone"
+        if self.knob not in KNOBS:
+            raise UserError(f"knob {self.knob!r} is not known: choose one of {', '.join(KNOBS)}")
+        full = np.array((2, 0, 4, 4))
+        others = [index for index, name in enumerate(KNOBS) if name != self.knob]
+        mine = (known.actions[:, others] == full[others]).all(axis=1)
+        self._scores = np.where(mine, known.accuracy.mean(0), -np.inf)
+
+
+@dataclass
+class RandomFeasible:
+    """Every allowed plan equally likely, seeded."""
+
+    seed: int = 0
+    name: str = "random"
+    ignores_budget: bool = False
+    _plans: int = 0
+
+    def fit(self, known: KnownOutcomes) -> None:
+        self._plans = known.accuracy.shape[1]
+
+    def scores(self, requests: Requests) -> Array:
+        return np.random.default_rng(self.seed).random((len(requests.budget_ms), self._plans))
+
+
+@dataclass
+class MeanByFamily:
+    """Mean accuracy within the request's kind of question; of all samples where that was never seen.
+
+    Attributes:
+        prior: weight of the overall mean, in samples.
+    """
+
+    prior: float = 2.0
+    name: str = "per family"
+    ignores_budget: bool = False
+
+    def fit(self, known: KnownOutcomes) -> None:
+        if known.families is None:
+            raise UserError("the task does not name families of questions: leave out the rule per family")
+        self._mean = known.accuracy.mean(0)
+        self._means = {}
+        for family in np.unique(known.families):
+            rows = known.accuracy[known.families == family]
+            self._means[family] = (rows.sum(0) + self.prior * self._mean) / (len(rows) + self.prior)
+
+    def scores(self, requests: Requests) -> Array:
+        if requests.families is None:
+            raise UserError("requests without families cannot be chosen for by the rule per family")
+        return np.stack([self._means.get(family, self._mean) for family in requests.families])
+
+
+@dataclass
+class Oracle:
+    """The right plan of each request: unattainable, an upper bound. Ties go to better plans on average."""
+
+    name: str = "oracle (unattainable)"
+    ignores_budget: bool = False
+
+    def fit(self, known: KnownOutcomes) -> None:
+        self._mean = known.accuracy.mean(0)
+
+    def scores(self, requests: Requests) -> Array:
+        if requests.accuracy is None:
+            raise UserError("the oracle needs the true accuracies of the requests")
+        return requests.accuracy + 1e-6 * self._mean
+
+
+@dataclass
+class _Predictor:
+    """Predicted accuracy of every plan from the language feature, by a scikit-learn model of several outputs."""
+
+    name: str = ""
+    ignores_budget: bool = False
+
+    def fit(self, known: KnownOutcomes) -> None:
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        self._model = make_pipeline(StandardScaler(), self._regressor(len(known.features)))
+        self._model.fit(known.features, known.accuracy)
+
+    def scores(self, requests: Requests) -> Array:
+        return np.asarray(self._model.predict(requests.features), np.float64)
+
+    def _regressor(self, samples: int) -> Any:
+        raise NotImplementedError
+
+
+@dataclass
+class Ridge(_Predictor):
+    """Ridge regression; the penalty by leave-one-out cross-validation."""
+
+    name: str = "ridge"
+
+    def _regressor(self, samples: int) -> Any:
+        from sklearn.linear_model import RidgeCV
+
+        return RidgeCV(alphas=np.logspace(-1, 4, 11))
+
+
+@dataclass
+class Nearest(_Predictor):
+    """Mean over the k training questions nearest in the language feature."""
+
+    neighbors: int = 16
+    name: str = "k nearest"
+
+    def _regressor(self, samples: int) -> Any:
+        from sklearn.neighbors import KNeighborsRegressor
+
+        return KNeighborsRegressor(n_neighbors=min(self.neighbors, samples))
+
+
+@dataclass
+class Neural(_Predictor):
+    """A small MLP with weight decay."""
+
+    hidden: int = 64
+    seed: int = 0
+    name: str = "MLP"
+
+    def _regressor(self, samples: int) -> Any:
+        from sklearn.neural_network import MLPRegressor
+
+        return MLPRegressor(hidden_layer_sizes=(self.hidden,), alpha=1.0, max_iter=400, random_state=self.seed)
+
+
+@dataclass
+class Boosted:
+    """Gradient boosting over (request, plan) rows: language feature and knobs together, the practical ceiling."""
+
+    iterations: int = 200
+    seed: int = 0
+    name: str = "gradient boosting"
+    ignores_budget: bool = False
+    extra: Callable[[Requests | KnownOutcomes], Array] | None = None
+
+    def fit(self, known: KnownOutcomes) -> None:
+        from sklearn.ensemble import HistGradientBoostingRegressor
+
+        self._actions = known.actions
+        self._model = HistGradientBoostingRegressor(
+            max_iter=self.iterations,
+            learning_rate=0.1,
+            max_leaf_nodes=31,
+            l2_regularization=1.0,
+            random_state=self.seed,
+        )
+        self._model.fit(self._rows(known), known.accuracy.reshape(-1))
+
+    def scores(self, requests: Requests) -> Array:
+        predicted = self._model.predict(self._rows(requests))
+        return np.asarray(predicted, np.float64).reshape(len(requests.features), -1)
+
+    def _rows(self, some: Requests | KnownOutcomes) -> Array:
+        features = some.features if self.extra is None else np.hstack((some.features, self.extra(some)))
+        plans = len(self._actions)
+        return np.hstack((np.repeat(features, plans, axis=0), np.tile(self._actions, (len(features), 1))))

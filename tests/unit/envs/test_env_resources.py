@@ -1,0 +1,62 @@
+"""Building a world from its settings."""
+
+import pickle
+
+import pytest
+import torch
+
+from envs.budgets import BudgetDistribution
+from envs.config import BudgetSettings, LatencySettings, RewardSettings, TaskSettings
+from envs.env_resources import EnvConfig
+from envs.errors import UserError
+from envs.model.device import resolve_device, resolve_dtype
+
+
+def test_the_profiled_source_needs_a_profile():
+    with pytest.raises(UserError, match="needs a profile"):
+        EnvConfig(latency=LatencySettings(source="profiled"))
+
+
+def _config(**budgets):
+    return EnvConfig(latency=LatencySettings(source="roofline"), budgets=BudgetSettings(**budgets))
+
+
+def test_settings_travel_to_workers():
+    config = EnvConfig(
+        latency=LatencySettings(source="roofline"),
+        task=TaskSettings(train_samples=7),
+        reward=RewardSettings(penalty=3.0),
+        distribution=BudgetDistribution.over(5.0, 50.0),
+    )
+    copy = pickle.loads(pickle.dumps(config))
+    assert copy == config
+    assert copy.distribution.held_out() == config.distribution.held_out()
+
+
+def test_budgets_in_ms_hold_on_any_device():
+    found = _config(low_ms=170, high_ms=380)._budgets(None, None, None, ())
+    assert (found.low_ms, found.high_ms) == (170, 380)
+
+
+def test_one_end_in_ms_leaves_the_other_to_the_device(monkeypatch):
+    monkeypatch.setattr("envs.env_resources.budget_range", lambda *_: (20.0, 80.0))
+    low = _config(low_ms=30, high_factor=2.0)._budgets(None, None, None, ())
+    high = _config(high_ms=60, low_factor=1.5)._budgets(None, None, None, ())
+    assert (low.low_ms, low.high_ms, high.low_ms, high.high_ms) == (30, 160, 30, 60)
+
+
+def test_the_number_format_follows_the_device():
+    assert resolve_dtype(None, torch.device("cpu")) == torch.float32
+    assert resolve_dtype(None, torch.device("cuda")) == torch.bfloat16
+    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", ""])
+def test_devices_that_are_not_there_are_named(device):
+    with pytest.raises(UserError, match=f"device {device!r} cannot be used"):
+        resolve_device(device)
+
+
+def test_auto_takes_what_there_is():
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert resolve_device("cpu") == torch.device("cpu")

@@ -1,0 +1,98 @@
+"""The tables of metrics in the documents name what a run writes down, no more and no less."""
+
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from policies.distribution import HEADS, LOGITS_WIDTH
+from policies.grpo.algorithm import GRPO
+from policies.grpo.config import GRPOSettings
+from policies.grpo.ema import WeightAverage
+from policies.grpo.env_runner import Rollouts
+from policies.grpo.lagrangian import LagrangianSettings, PenaltyMultipliers
+from policies.grpo.sampling import COUNTS
+from ray_ctrl.commands import train
+
+DOCS = Path(__file__).parents[3] / "docs"
+ENDINGS = {"<head>": HEADS, "<bin>": ("0", "1")}
+
+
+def documented(page: str, heading: str) -> set[str]:
+    """Names in the first column of the table under a heading, with every ending that a placeholder stands for."""
+    section = (DOCS / page).read_text("utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]
+    columns = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    names = [name for column in columns for name in re.findall(r"`([^`]+)`", column)]
+    found = [one for name in names for one in _whole(name)]
+    assert len(found) == len(set(found)), "a name is in the table twice"
+    return set(found)
+
+
+def _whole(name: str) -> list[str]:
+    for ending, values in ENDINGS.items():
+        if ending in name:
+            return [name.replace(ending, value) for value in values]
+    return [name]
+
+
+def rollouts(count: int) -> Rollouts:
+    """What runners send of `count` rollouts, in both bins of budgets."""
+    numbers = np.linspace(0.1, 1.0, count)
+    infos = dict.fromkeys(("accuracy", "latency_ms", "budget_ms", "feasible", "avoidable", *HEADS), numbers)
+    infos["budget_bin"] = np.arange(count) % 2
+    return Rollouts(
+        obs={},
+        actions=np.zeros((count, 2, 4), np.int64),
+        log_probs=np.zeros((count, 2), np.float32),
+        logits=np.zeros((count, 2, LOGITS_WIDTH), np.float32),
+        rewards=numbers,
+        infos=infos,
+    )
+
+
+def iteration() -> dict[str, float]:
+    """`result["grpo"]` of an iteration in which everything there is happened."""
+    settings = LagrangianSettings(bins=2, max_violation_rate=0.05, lr=0.1, init=0.5, maximum=5.0, smoothing=0.8)
+    algorithm: Any = SimpleNamespace(
+        config=SimpleNamespace(grpo=GRPOSettings(group_size=4, kl_coef=0.1), lagrangian=settings),
+        updates=1,
+        average=WeightAverage(0.0),
+        multipliers=PenaltyMultipliers.start(settings).updated(np.array([0.5, 0.0]), np.full(2, 9.0)),
+        metrics=SimpleNamespace(peek=lambda key, default: 0.5, aggregate=lambda results, key: None),
+        _all_or_nothing=nullcontext,
+        _refresh_reference=lambda: None,
+        _publish=lambda: None,
+        _sample=lambda: (rollouts(8), [], dict.fromkeys(COUNTS, 0.0)),
+        _returns=lambda found: found.rewards,
+        _learn=lambda found, groups: [],
+    )
+    GRPO.training_step(algorithm)
+    return dict(algorithm._row)
+
+
+def test_the_loops_numbers_are_documented() -> None:
+    assert set(iteration()) == documented("grpo.md", 'The numbers of an iteration: `result["grpo"]`')
+
+
+def test_the_columns_of_metrics_jsonl_are_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts = [{"reward": 0.5, "accuracy": 1.0, "latency_ms": 9.0, "budget_ms": 10.0}]
+    monkeypatch.setattr("policies.grpo.evaluation.evaluate_contexts", lambda *given: contexts)
+    rows: list[dict[str, Any]] = []
+    trainer: Any = SimpleNamespace(
+        algorithm=SimpleNamespace(train=lambda: {"grpo": iteration()}, engine_stats=dict),
+        contexts=[(0, 10.0)],
+        done=0,
+        folder=SimpleNamespace(append_metrics=rows.append),
+        writer=None,
+        trackers=[],
+        _validates=lambda: True,
+        _validate=lambda: train.Trainer._validate(trainer),
+    )
+    train.Trainer.iterate(trainer)
+    # The engine's own are looked at where there is an engine.
+    wanted = {name for name in documented("runs.md", "metrics.jsonl") if not name.startswith("engine/")}
+    assert set(rows[0]) == wanted

@@ -1,0 +1,130 @@
+"""Sweep files: what is read, what is refused, and what Ray Tune is given."""
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from envs.errors import UserError
+from ray_ctrl.tune.sweep import Sweep, dump, load_sweep, make_sweep
+
+SWEEPS = Path(__file__).resolve().parents[4] / "ray_ctrl" / "presets" / "sweeps"
+LR: dict[str, Any] = {"grpo.lr": {"log_uniform": ["1e-4", 1e-2]}}
+SPACE = LR | {"controller.hidden": {"choice": [16, 32]}}
+
+
+def sweep(**keys: Any) -> Sweep:
+    return make_sweep({"preset": "smoke", "trials": 3, "space": SPACE} | keys, Path())
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_sweeps_are_fine(path: Path) -> None:
+    found = load_sweep(path)
+    assert found.trials >= 2
+    again = make_sweep(yaml.safe_load(dump(found)), Path())
+    assert (again.base, again.space, again.trials) == (found.base, found.space, found.trials)
+
+
+def test_fixed_settings_and_overrides_reach_every_trial() -> None:
+    found = make_sweep(
+        {"preset": "smoke", "trials": 1, "space": SPACE, "set": {"grpo.epochs": 3, "run.seed": 4}},
+        Path(),
+        ["run.seed=5"],
+    )
+    config = found.config({"grpo.lr": 0.003, "controller.hidden": 16})
+    assert (config.grpo.epochs, config.run.seed, config.grpo.lr, config.controller.hidden) == (3, 5, 0.003, 16)
+
+
+def test_a_grid_counts_its_own_trials() -> None:
+    found = sweep(search="grid", trials=None, space={"grpo.epochs": {"grid": [1, 2, 3]}, "run.seed": {"grid": [0, 1]}})
+    assert found.trials == 6
+    assert {found.config(point).grpo.epochs for point in found.samples()} == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"serch": "grid"}, "nearest valid key is 'search'"),
+        ({"trials": None}, "trials: is missing"),
+        ({"space": {}}, "name at least one"),
+        ({"space": {"grpo.lrr": {"choice": [1]}}}, "did you mean 'grpo.lr'"),
+        ({"space": {"grpo": {"choice": [1]}}}, "unknown setting 'grpo'"),
+        ({"space": {"grpo.lr": {"normal": [0, 1]}}}, "give one of uniform"),
+        ({"space": {"grpo.lr": {"uniform": [0.1]}}}, "two numbers"),
+        ({"space": {"grpo.lr": {"uniform": [0.2, 0.1]}}}, "lower end comes first"),
+        ({"space": {"grpo.lr": {"log_uniform": [0.0, 0.1]}}}, "both above 0"),
+        ({"space": {"grpo.lr": {"uniform": [0.1, math.inf]}}}, "lower end"),
+        ({"space": {"grpo.epochs": {"int": [1.5, 2]}}}, "two whole numbers"),
+        ({"space": {"grpo.lr": {"choice": []}}}, "give a list"),
+        ({"space": {"grpo.lr": {"choice": [0.1, 0.1]}}}, "each value once"),
+        ({"space": {"grpo.lr": {"uniform": [0.1, 2.0]}}}, "grpo.lr = 2.0 is not allowed"),
+        ({"space": {"grpo.group_size": {"choice": [4, 1]}}}, "grpo.group_size = 1"),
+        ({"space": {"runners.envs_per_runner": {"choice": [4, 6]}}}, "does not divide"),
+        ({"search": "grid"}, "grid takes grids alone"),
+        ({"search": "bayesian", "space": {"grpo.epochs": {"grid": [1, 2]}}}, "bayesian takes no grid"),
+        ({"search": "grid", "trials": 5, "space": {"grpo.epochs": {"grid": [1, 2]}}}, "not the size of the grid, 2"),
+        ({"scheduler": "pbt"}, "tune.Tuner(GRPO, ...)"),
+        ({"pbt": {"every": 4}}, "tune.Tuner(GRPO, ...)"),
+        ({"set": {"evaluation.every": 0}}, "ranked by validation"),
+        ({"metric": "reward"}, "metric = 'reward' is not allowed"),
+    ],
+)
+def test_mistakes_are_named_before_anything_starts(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        sweep(**keys)
+    assert words in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_trials_hold_what_they_need_and_as_many_run_as_fit() -> None:
+    from ray_ctrl.tune.search import at_once, totals, trial_resources
+
+    alone = totals(trial_resources(sweep().base))
+    assert alone == {"CPU": 1.0, "GPU": 0.0}
+    spread = sweep(set={"runners.count": 2, "runners.gpus": 0.5, "runners.address": "10.0.0.1:6379"})
+    group = trial_resources(spread.base)
+    assert group.bundles == [{"CPU": 1.0}, {"CPU": 1.0, "GPU": 0.5}, {"CPU": 1.0, "GPU": 0.5}]
+    each = totals(group)
+    assert at_once(spread, each, {"CPU": 64.0, "GPU": 2.0}) == 2
+    assert at_once(spread, each, {"CPU": 2.0, "GPU": 8.0}) == 0
+    assert at_once(sweep(concurrent=1), alone, {"CPU": 8.0}) == 1
+    assert at_once(sweep(trials=2), alone, {"CPU": 8.0}) == 2
+
+
+def test_trials_share_budgets_unless_the_space_touches_them() -> None:
+    assert sweep().shares_budgets
+    assert sweep(space={"reward.overrun": {"uniform": [0, 1]}}).shares_budgets
+    assert not sweep(space={"budgets.high_factor": {"uniform": [1.0, 2.0]}}).shares_budgets
+
+
+def test_bayesian_search_learns_from_what_it_is_told() -> None:
+    """Optuna's searcher, driven by hand on a parabola, ends nearer to its top than it began."""
+    from ray_ctrl.tune.search import param_space, searcher
+
+    found = sweep(search="bayesian", trials=30, space={"grpo.lr": {"uniform": [0.0001, 1.0]}})
+    search = searcher(found, 1)
+    search.set_search_properties(found.file.metric, found.file.mode, param_space(found))
+    distances = []
+    for index in range(30):
+        chosen = search.suggest(str(index))["grpo.lr"]
+        assert 0.0001 <= chosen <= 1.0
+        distances.append(abs(chosen - 0.3))
+        search.on_trial_complete(str(index), {found.file.metric: -distances[-1], "training_iteration": 1})
+    assert sum(distances[-10:]) < 0.5 * sum(distances[:10])
+
+
+def test_what_a_resumed_trial_tells_again_is_no_warning() -> None:
+    from ray_ctrl.tune.search import param_space, quiet, searcher
+
+    found = sweep(search="bayesian")
+    search = searcher(found, 1)
+    search.set_search_properties(found.file.metric, found.file.mode, param_space(found))
+    search.suggest("a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quiet()
+        for _ in range(2):
+            search.on_trial_result("a", {found.file.metric: 0.5, "training_iteration": 1})
