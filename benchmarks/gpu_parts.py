@@ -26,7 +26,7 @@ from envs.engine.engine import measure
 from envs.knobs import KnobSpace
 from envs.model import fused
 from envs.model.decode import DecodeBatch
-from envs.model.importance import PUBLISHED_IMPORTANCE
+from envs.model.block_importance import PUBLISHED_IMPORTANCE
 
 if TYPE_CHECKING:
     from benchmarks.gpu import Bench

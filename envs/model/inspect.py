@@ -18,8 +18,8 @@ from envs.errors import UserError, first_line
 from envs.knobs import BLOCK_COUNTS, INSERTIONS, TIER_CROPS, TOP_KS, KnobSpace
 from envs.model.checkpoint import resolve_folder, slots, weight_files
 from envs.model.config import MolmoEConfig
-from envs.model.importance import read_importance
-from envs.model.sizes import (
+from envs.model.block_importance import read_importance
+from envs.model.inspect import (
     DTYPE_BYTES,
     longest_prompt,
     needed_bytes,

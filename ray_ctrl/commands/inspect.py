@@ -6,7 +6,7 @@ from typing import Any
 
 from envs.errors import UserError
 from envs.model.checkpoint import check_revision
-from envs.model.importance import read_scores, removal_order
+from envs.model.block_importance import read_scores, removal_order
 from envs.model.inspect import describe, inspect_model
 from ray_ctrl.console import console
 from ray_ctrl.run_folder import RunFolder, choose

@@ -21,12 +21,12 @@ from envs.data.sample import Sample
 from envs.data.scenes import load
 from envs.embedded import WEIGHTS
 from envs.engine import RolloutEngine
-from envs.engine.importance import measure_importance
+from envs.engine.measure_block_importance import measure_importance
 from envs.errors import UserError
 from envs.knobs import TIERS, ExecutionPlan, Knobs, KnobSpace
 from envs.latency.profiled import ProfiledClock
 from envs.latency.profiler import profile
-from envs.model.importance import importance_path, read_importance, write_importance
+from envs.model.block_importance import importance_path, read_importance, write_importance
 from envs.model.molmoe import AdaptiveMolmoE
 from envs.processing.processor import MolmoEProcessor
 from recipes.embedded_model.figures import (

@@ -1,5 +1,5 @@
 """Block importance: one score per block, deciding which blocks go first. What scores mean, where they are kept, how two
-sets of them compare; `envs.engine.importance` measures them.
+sets of them compare; `envs.engine.measure_block_importance` measures them.
 """
 
 import json
