@@ -25,8 +25,8 @@ from envs.engine import RolloutEngine
 from envs.engine.engine import measure
 from envs.knobs import KnobSpace
 from envs.model import fused
-from envs.model.decode import DecodeBatch
 from envs.model.block_importance import PUBLISHED_IMPORTANCE
+from envs.model.decode import DecodeBatch
 
 if TYPE_CHECKING:
     from benchmarks.gpu import Bench

@@ -24,8 +24,8 @@ from envs.data.sample import Sample
 from envs.engine import RolloutEngine
 from envs.knobs import ExecutionPlan, KnobSpace
 from envs.model import AdaptiveMolmoE, MolmoEConfig
-from envs.model.execution_tree import build_execution_tree
 from envs.model.block_importance import read_importance
+from envs.model.execution_tree import build_execution_tree
 from envs.processing import MolmoEProcessor
 
 Pair = tuple[Sample, ExecutionPlan]
