@@ -1,4 +1,4 @@
-"""One record of a data file to the questions in it, whatever the set calls its fields."""
+"""The questions in one record of a data file, whatever the set calls its fields; docs/data.md has the names."""
 
 import ast
 import io
@@ -7,9 +7,8 @@ import math
 import re
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from envs.data.catalog import OWN, DataSet
 from envs.data.scoring import check_metric, fitting_metric
@@ -43,11 +42,10 @@ _LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class RowError(Exception):
-    """What is wrong with a record. The reader adds where it stands."""
+    """What is wrong with a record; the reader adds its place."""
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A question of a record; fields as in `Sample`."""
 
     question: str
@@ -58,13 +56,13 @@ class Question:
 
 
 def image_names(names: Iterable[str]) -> list[str]:
-    """Which of the names of fields or columns hold an image, in the order in which they are tried."""
+    """The names of fields or columns that are those of an image, in the order in which they are tried."""
     plain = {name: re.sub(r"[\s-]", "_", name.strip().lower()) for name in names}
     return sorted((name for name in plain if plain[name] in IMAGE_FIELDS), key=lambda n: IMAGE_FIELDS.index(plain[n]))
 
 
 def unread_image(fields: Mapping[str, Any]) -> str:
-    """What is wrong with a row without an image, one of whose unread fields looks like one; empty if nothing."""
+    """What is wrong with a row without an image if an unread field looks like one; empty if nothing."""
     for name, value in fields.items():
         words = set(re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
         named = (
@@ -79,12 +77,12 @@ def unread_image(fields: Mapping[str, Any]) -> str:
 
 
 def questions(fields: Mapping[str, Any], entry: DataSet) -> Iterator[Question]:
-    """The questions of one record: one, or several where the set keeps them per image.
+    """The questions of one record: one, or several if the set has them per image.
 
     Raises:
         RowError: a field that is missing, empty or of the wrong kind.
     """
-    nested = next((fields[key] for key in _NESTED if isinstance(fields.get(key), list)), None)
+    nested = _nested(fields)
     if nested is None:
         yield _question(fields, entry)
         return
@@ -96,9 +94,13 @@ def questions(fields: Mapping[str, Any], entry: DataSet) -> Iterator[Question]:
         yield _question(inner, entry)
 
 
+def _nested(fields: Mapping[str, Any]) -> list[Any] | None:
+    return next((fields[key] for key in _NESTED if isinstance(fields.get(key), list)), None)
+
+
 def has_answers(fields: Mapping[str, Any]) -> bool:
-    """Whether a record holds any answer; published test splits often hold none."""
-    nested = next((fields[key] for key in _NESTED if isinstance(fields.get(key), list)), None)
+    """Whether a record has any answer; published test splits often have none."""
+    nested = _nested(fields)
     if nested is not None:
         return any(isinstance(inner, Mapping) and has_answers(inner) for inner in nested)
     for key in (*_ANSWERS, "correct_choice_idx"):
@@ -136,16 +138,9 @@ def _question(fields: Mapping[str, Any], entry: DataSet) -> Question:
         raise RowError(f"style is {shown(style)}: give a text")
     asked = Question(question, answers, metric, style, _family(fields, entry))
     for text in (question, *answers, style or "", asked.family or ""):
-        if not _is_unicode(text):
+        if re.search("[\ud800-\udfff]", text):
             raise RowError(f"{shown(text)} contains half a character (a lone surrogate): write the text as UTF-8")
     return asked
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        return bool(text.encode()) or not text
-    except UnicodeEncodeError:
-        return False
 
 
 def _check_metric(metric: Any, answers: tuple[str, ...]) -> None:
@@ -155,13 +150,13 @@ def _check_metric(metric: Any, answers: tuple[str, ...]) -> None:
         raise RowError(f"metric is {shown(metric)}: give a known metric") from None
     if fitting_metric(metric, len(answers)) != metric:
         raise RowError(
-            f"metric {metric} wants the answers of three annotators or more, and here are {len(answers)}: "
+            f"metric {metric} needs the answers of three annotators or more, and the row has {len(answers)}: "
             "leave metric out, or give vqa_exact"
         )
 
 
 def _options(fields: Mapping[str, Any], entry: DataSet, metric: Any) -> list[str]:
-    """Options of a multiple-choice question; empty where the set asks for a direct answer."""
+    """Options of a multiple-choice question; empty for a direct question."""
     key, options = _first(fields, _OPTIONS)
     wanted = "multiple_choice" in (entry.metric, metric)
     if options is None and wanted:
@@ -171,7 +166,7 @@ def _options(fields: Mapping[str, Any], entry: DataSet, metric: Any) -> list[str
     if not isinstance(options, list) or not all(isinstance(o, str) and o for o in options):
         raise RowError(f"{key} is {shown(options)}: give a list of texts")
     if not 2 <= len(options) <= len(_LETTERS):
-        raise RowError(f"{key} holds {len(options)} options: give 2 to {len(_LETTERS)}")
+        raise RowError(f"{key} has {len(options)} options: give 2 to {len(_LETTERS)}")
     return options
 
 
@@ -203,7 +198,7 @@ def _answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _texts(value: Any, listed: bool) -> list[str]:
-    """Answers as texts: a text, a number, a list of either or of objects with `answer`; where `listed`, its text."""
+    """Answers as texts: a text, a number, a list of these or of objects with `answer`, or, if `listed`, its text."""
     value = _parsed(value) if listed and isinstance(value, str) else value
     return [_text(item) for item in (value if isinstance(value, list) else [value])]
 
@@ -257,35 +252,3 @@ def _first(fields: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, Any]:
     """
     given = ((key, fields[key]) for key in keys if fields.get(key) is not None)
     return next(((key, v) for key, v in given if not (isinstance(v, float) and math.isnan(v))), ("", None))
-
-
-def fields_markdown() -> str:
-    """What is read of a user's row, as `docs/data.md` shows it."""
-    rows = (
-        (
-            "image",
-            IMAGE_FIELDS,
-            "path from the data file's folder; in parquet also the file's bytes; null or absent: none",
-        ),
-        ("question", _QUESTION, "text"),
-        ("questions of one image", _NESTED, "list of objects with question and answer"),
-        (
-            "answers",
-            _ANSWERS,
-            "text, number, or a list of these or of objects with `answer`; but for `answer` also its text",
-        ),
-        ("options", _OPTIONS, "list of 2 to 26 texts; makes the question multiple choice"),
-        ("right option", _RIGHT_OPTION, "with options: the option, its letter, or its index from 0"),
-        ("hint", ("hint",), "with options: text read before the question"),
-        (
-            "metric",
-            ("metric",),
-            "default: `vqa` from ten answers, `vqa_exact` for fewer; with options `multiple_choice:N`",
-        ),
-        ("prompt style", ("style",), "style of the published model, such as `vqa2`; default: a plain question"),
-        ("kind of question", ("family",), "for tables"),
-        ("split", ("split",), "`train`, `validation`, `test` or a name that says so; default: the file's name decides"),
-    )
-    lines = ["| what | names read, the first with a value counts | value |", "|---|---|---|"]
-    lines += [f"| {what} | {', '.join(f'`{name}`' for name in names)} | {value} |" for what, names, value in rows]
-    return "\n".join(lines) + "\n"
