@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from envs.errors import UserError
-from envs.processing.images import shown
+from envs.processing.images import excerpt
 
 _FOREIGN: Final = ("__MACOSX", "__pycache__")
 _RUN_FILES: Final = {"config.yaml", "run.json"}
@@ -67,14 +67,14 @@ def inside(folder: Path, name: Any) -> Path:
         UserError: not a path, outside the folder, or no such file.
     """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise UserError(f"image is {shown(name)}: give a path from the data file's folder")
+        raise UserError(f"image is {excerpt(name)}: give a path from the data file's folder")
     path = folder / name
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
-        raise UserError(f"image {shown(name)} is outside {folder}: keep images inside the data's folder")
+        raise UserError(f"image {excerpt(name)} is outside {folder}: keep images inside the data's folder")
     try:
         found = path.is_file()
     except (OSError, ValueError):  # a name too long for this file system, or half a character
         found = False
     if not found:
-        raise UserError(f"no image {shown(name)} in {folder}: give a path from the data file's folder")
+        raise UserError(f"no image {excerpt(name)} in {folder}: give a path from the data file's folder")
     return path

@@ -117,7 +117,7 @@ def _scan(image: Cell | Path) -> Scan:
     except OSError as error:
         return Scan(error=f"image {image} cannot be read: {error.strerror or error}")
     if not isinstance(content, bytes):
-        return Scan(error="the image cell holds no image")
+        return Scan(error="the image cell contains no image")
     try:
         width, height = read_image(content, "the image", _decoded_size)
     except UserError as error:

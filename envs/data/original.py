@@ -9,7 +9,7 @@ from envs.data.catalog import DataSet
 from envs.data.files import inside, split_of, walk_files
 from envs.data.record import Record
 from envs.errors import UserError
-from envs.processing.images import IMAGE_ENDINGS, shown
+from envs.processing.images import IMAGE_ENDINGS, excerpt
 
 _PUBLISHED: Final = {"train": "train", "validation": "val", "test": "test"}
 _COCO_FOLDERS: Final = {"train": "train2014", "validation": "val2014", "test": "test2015"}
@@ -36,8 +36,8 @@ class _ImageFinder:
             if len(found) == 1 or name in found:
                 return inside(self.folder, name if name in found else found[0])
         if known:
-            raise UserError(f"image {shown(name)} could be any of {', '.join(sorted(known)[:3])}")
-        raise UserError(f"no image {shown(name)} below {self.folder}")
+            raise UserError(f"image {excerpt(name)} could be any of {', '.join(sorted(known)[:3])}")
+        raise UserError(f"no image {excerpt(name)} below {self.folder}")
 
 
 def read_original(files: Iterable[Path], folder: Path, entry: DataSet) -> Iterator[Record]:

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from envs.data.catalog import OWN, DataSet
 from envs.data.scoring import check_metric, fitting_metric
 from envs.errors import UserError
-from envs.processing.images import IMAGE_ENDINGS, shown
+from envs.processing.images import IMAGE_ENDINGS, excerpt
 from envs.processing.processor import with_options
 
 _NESTED: Final = ("qas", "qa")
@@ -23,7 +23,7 @@ _OPTIONS: Final = ("choices", "options")
 _RIGHT_OPTION: Final = ("correct_choice_idx", "answer", "answers", "label")
 _OTHER: Final = ("hint", "metric", "style", "family", "split")
 FIELDS: Final = frozenset((*_NESTED, *_QUESTION, *_ANSWERS, *_OPTIONS, *_RIGHT_OPTION, *_OTHER))
-"""Fields that are read, besides the image and the set's `family`."""
+"""Fields that are read, in addition to the image and the set's `family`."""
 
 IMAGE_FIELDS: Final = (
     *("image", "images", "img", "image_bytes", "image_path", "image_file", "image_name", "picture", "photo"),
@@ -72,7 +72,7 @@ def unread_image(fields: Mapping[str, Any]) -> str:
         )
         path = isinstance(value, str) and (value.lower().endswith(IMAGE_ENDINGS) or value.startswith("data:image"))
         if value and name not in FIELDS and (named or path or isinstance(value, bytes)):
-            return f"field {shown(name)} is {shown(value)}, looks like an image and is not read: name it image"
+            return f"field {excerpt(name)} is {excerpt(value)}, looks like an image and is not read: name it image"
     return ""
 
 
@@ -90,7 +90,7 @@ def questions(fields: Mapping[str, Any], entry: DataSet) -> Iterator[Question]:
         raise RowError("the list of questions is empty")
     for inner in nested:
         if not isinstance(inner, Mapping):
-            raise RowError(f"a question is {shown(inner)}, not an object with question and answer")
+            raise RowError(f"a question is {excerpt(inner)}, not an object with question and answer")
         yield _question(inner, entry)
 
 
@@ -118,7 +118,7 @@ def has_answers(fields: Mapping[str, Any]) -> bool:
 def _question(fields: Mapping[str, Any], entry: DataSet) -> Question:
     key, question = _first(fields, _QUESTION)
     if not isinstance(question, str) or not question.strip():
-        raise RowError(f"{key or 'question'} is {shown(question)}: give a text")
+        raise RowError(f"{key or 'question'} is {excerpt(question)}: give a text")
     question = question.strip()
     (_, metric), (_, style) = _first(fields, ("metric",)), _first(fields, ("style",))
     style = entry.style if style is None else style
@@ -135,11 +135,11 @@ def _question(fields: Mapping[str, Any], entry: DataSet) -> Question:
         metric = fitting_metric(entry.metric, len(answers)) if metric is None else metric
         _check_metric(metric, answers)
     if style is not None and not isinstance(style, str):
-        raise RowError(f"style is {shown(style)}: give a text")
+        raise RowError(f"style is {excerpt(style)}: give a text")
     asked = Question(question, answers, metric, style, _family(fields, entry))
     for text in (question, *answers, style or "", asked.family or ""):
         if re.search("[\ud800-\udfff]", text):
-            raise RowError(f"{shown(text)} contains half a character (a lone surrogate): write the text as UTF-8")
+            raise RowError(f"{excerpt(text)} contains half a character (a lone surrogate): write the text as UTF-8")
     return asked
 
 
@@ -147,7 +147,7 @@ def _check_metric(metric: Any, answers: tuple[str, ...]) -> None:
     try:
         check_metric(metric)
     except (UserError, TypeError):
-        raise RowError(f"metric is {shown(metric)}: give a known metric") from None
+        raise RowError(f"metric is {excerpt(metric)}: give a known metric") from None
     if fitting_metric(metric, len(answers)) != metric:
         raise RowError(
             f"metric {metric} needs the answers of three annotators or more, and the row has {len(answers)}: "
@@ -164,7 +164,7 @@ def _options(fields: Mapping[str, Any], entry: DataSet, metric: Any) -> list[str
     if options is None or (entry is not OWN and not wanted):
         return []
     if not isinstance(options, list) or not all(isinstance(o, str) and o for o in options):
-        raise RowError(f"{key} is {shown(options)}: give a list of texts")
+        raise RowError(f"{key} is {excerpt(options)}: give a list of texts")
     if not 2 <= len(options) <= len(_LETTERS):
         raise RowError(f"{key} has {len(options)} options: give 2 to {len(_LETTERS)}")
     return options
@@ -182,7 +182,7 @@ def _right_option(fields: Mapping[str, Any], options: list[str]) -> int:
         right = _LETTERS.index(letter) if len(letter) == 1 and letter in _LETTERS else right
     if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(options):
         raise RowError(
-            f"{key or 'answer'} is {shown(given)}: give one of the {len(options)} options, its letter or its index"
+            f"{key or 'answer'} is {excerpt(given)}: give one of the {len(options)} options, its letter or its index"
         )
     return right
 
@@ -193,7 +193,7 @@ def _answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
         raise RowError("answers are missing")
     answers = tuple(answer for answer in _texts(value, key != "answer") if answer)
     if not answers:
-        raise RowError(f"{key} is {shown(value)}: give at least one answer")
+        raise RowError(f"{key} is {excerpt(value)}: give at least one answer")
     return answers
 
 
@@ -228,7 +228,7 @@ def _text(item: Any) -> str:
         item = item.get("answer")
     number = isinstance(item, int | float | Decimal) and not isinstance(item, bool) and math.isfinite(item)
     if not number and not isinstance(item, str):
-        raise RowError(f"an answer is {shown(item)}: give texts or numbers")
+        raise RowError(f"an answer is {excerpt(item)}: give texts or numbers")
     if isinstance(item, float) and item.is_integer():
         item = int(item)
     return str(item).strip()

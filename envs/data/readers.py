@@ -22,7 +22,7 @@ from envs.data.questions import FIELDS, image_names, unread_image
 from envs.data.record import Record
 from envs.errors import UserError, first_line
 from envs.files import atomic_file, size_text
-from envs.processing.images import shown
+from envs.processing.images import excerpt
 
 _STORED: Final = b"stored in the row"
 _BATCH: Final = 1000
@@ -240,7 +240,7 @@ def _named_image(record: Record, folder: Path | None, name: Any) -> Record:
     """The record with the file that its image cell names; a hub set has no folder."""
     try:
         if folder is None:
-            raise UserError(f"image is {shown(name)}, which is not stored in the row")
+            raise UserError(f"image is {excerpt(name)}, which is not stored in the row")
         return replace(record, image=inside(folder, name))
     except UserError as error:
         return replace(record, error=error.message)
@@ -252,7 +252,7 @@ def _own_split(record: Record) -> Record:
     if own is None or record.error:
         return record
     if not isinstance(own, str) or split_of(own) is None:
-        return replace(record, error=f"split is {shown(own)}: give train, validation or test")
+        return replace(record, error=f"split is {excerpt(own)}: give train, validation or test")
     return replace(record, split=split_of(own))
 
 

@@ -24,7 +24,7 @@ from envs.data.build import OnBroken, Source, keep_apart, read_source, unique
 from envs.data.catalog import DATA_SETS, OWN, data_set, data_set_on_hub, is_data_set
 from envs.data.sample import Sample
 from envs.errors import UserError
-from envs.processing.images import shown
+from envs.processing.images import excerpt
 
 SCENES = "scenes"
 _WEIGHT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*\*\s*(.+)", re.DOTALL)
@@ -114,7 +114,7 @@ def _source(where: str, label: str) -> Source:
         return Source(known_entry or entry, repo=hub[1], revision=hub[2])
     known = ", ".join((SCENES, *(e.name for e in DATA_SETS)))
     raise UserError(
-        f"unknown task {shown(where)}: neither a file or folder, nor a hub id (owner/name), nor one of {known}"
+        f"unknown task {excerpt(where)}: neither a file or folder, nor a hub id (owner/name), nor one of {known}"
     )
 
 

@@ -44,7 +44,7 @@ class TensorHeader(NamedTuple):
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one published tensor is stored: rows `start:stop` (of one expert, if given) of a parameter, perhaps transposed.
+    """The place of one published tensor: rows `start:stop` (of one expert, if given) of a parameter, maybe transposed.
 
     `pairs` is the number of heads whose rows are reordered from half-split to pairwise rotary order, 0 for none.
     """

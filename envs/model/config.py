@@ -93,7 +93,7 @@ class VisionConfig:
 
     @property
     def depth(self) -> int:
-        """Layers that must run for the deepest feature layer; later ones are held but never computed."""
+        """Layers that must run for the deepest feature layer; later ones are loaded but never computed."""
         return 1 + max(layer % self.layers for layer in self.feature_layers)
 
 
@@ -150,10 +150,10 @@ class MolmoEConfig:
         """Build from the published keys; `source` names them in errors.
 
         Raises:
-            UserError: a key is missing or holds an unsupported value.
+            UserError: a key is missing or has an unsupported value.
         """
         if not isinstance(published, Mapping):
-            raise UserError(f"{source} holds {type(published).__name__}, not an object: give a published config.json")
+            raise UserError(f"{source} is a {type(published).__name__}, not an object: give a published config.json")
         read = _Reader(published, source)
         read.check({**_FIXED, "quantization_config": (None,)})
         d_model, n_heads = read.count("d_model"), read.count("n_heads")

@@ -54,7 +54,7 @@ class AdaptiveMolmoE(nn.Module):
         """Read a checkpoint in the published layout: a folder, a hub id, or "embedded". In eval mode, frozen.
 
         Args:
-            blank_crops: which crops count as empty, see `MolmoEConfig`; as the checkpoint says where None.
+            blank_crops: which crops count as empty, see `MolmoEConfig`; as the checkpoint says if None.
 
         Raises:
             UserError: nothing there, or files that are corrupt or do not fit each other.
@@ -90,7 +90,7 @@ class AdaptiveMolmoE(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """Device of the weights."""
         return self.language.wte.device
 
     @property
@@ -133,9 +133,9 @@ class AdaptiveMolmoE(nn.Module):
             return x_BTD
         rows, tokens, width = x_BTD.shape
         index = inputs["image_input_idx"].reshape(rows, -1)
-        # Checked where looking is free: on another device it would stop the queue.
+        # Checked on a CPU only: on another device reading the value would synchronize.
         if index.device.type == "cpu" and int(index.max()) >= tokens:
-            raise UserError(f"image_input_idx holds {int(index.max())}: the prompt has only {tokens} tokens")
+            raise UserError(f"image_input_idx contains {int(index.max())}: the prompt has only {tokens} tokens")
         index = index.to(self.device)
         row_starts = torch.arange(rows, device=index.device).unsqueeze(1) * tokens
         # A dropped index adds zeros to the row's first token: picking the used ones would need their number.
@@ -165,7 +165,7 @@ class AdaptiveMolmoE(nn.Module):
     ) -> list[list[int]]:
         """Greedy continuation of each row, without the end-of-text token at which it stops.
 
-        Blocks that a plan drops run neither on the prompt nor on new tokens, and hold no cache.
+        Blocks that a plan drops run neither on the prompt nor on new tokens, and have no cache.
         """
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens is {max_new_tokens}: give 0 or more")
