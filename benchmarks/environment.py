@@ -23,8 +23,8 @@ from envs.env_resources import World
 from envs.knobs import TIER_CROPS, ExecutionPlan, KnobSpace
 from envs.latency import LatencyRecord, ProfiledClock, ProfileTable, RequestShape, RooflineClock
 from envs.latency.profiler import profile
+from envs.model.block_importance import PUBLISHED_IMPORTANCE
 from envs.model.config import MolmoEConfig, VisionConfig
-from envs.model.importance import PUBLISHED_IMPORTANCE
 
 VISION = VisionConfig(56, 7, 64, 3, 4, 16, 128, 1e-5, (-1, -2), (2, 2))
 CONFIG = MolmoEConfig(64, 4, 16, 16, 16, 2000, 2000, 128, 1e-5, 1e4, 4096, 1999, 1, 16, 12, (2, 2), VISION)

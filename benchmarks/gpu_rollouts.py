@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from envs.model.importance import PUBLISHED_IMPORTANCE
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_requests import NEW_TOKENS, Drawn
@@ -18,7 +19,6 @@ from envs.engine.executor import Executor, Session
 from envs.engine.prompts import Prompts
 from envs.knobs import ExecutionPlan, KnobSpace
 from envs.model.decode import DecodeBatch
-from envs.model.importance import PUBLISHED_IMPORTANCE
 
 if TYPE_CHECKING:
     from benchmarks.gpu import Bench

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from envs.model.checkpoint import INDEX, slots
 from envs.model.config import MolmoEConfig, VisionConfig
-from envs.model.sizes import parameter_counts
+from envs.model.inspect import parameter_counts
 
 ALLOWED_SHARDS = 1.3
 WATCH_S = 0.002

@@ -15,7 +15,7 @@ from envs.engine import RolloutEngine
 from envs.knobs import ExecutionPlan, KnobSpace
 from envs.latency.measured import reference_sample
 from envs.model import AdaptiveMolmoE
-from envs.model.importance import read_importance
+from envs.model.block_importance import read_importance
 from envs.processing import MolmoEProcessor
 
 KERNELS = ("auto", "grouped", "dense")

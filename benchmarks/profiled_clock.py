@@ -16,7 +16,7 @@ from envs.data import load_task
 from envs.engine import RolloutEngine
 from envs.latency import ProfiledClock, hold_out, profile
 from envs.model import AdaptiveMolmoE
-from envs.model.importance import read_importance
+from envs.model.block_importance import read_importance
 from envs.processing import MolmoEProcessor
 
 

@@ -24,8 +24,8 @@ from envs.data.sample import Sample
 from envs.engine import RolloutEngine
 from envs.knobs import ExecutionPlan, KnobSpace
 from envs.model import AdaptiveMolmoE, MolmoEConfig
+from envs.model.block_importance import read_importance
 from envs.model.execution_tree import build_execution_tree
-from envs.model.importance import read_importance
 from envs.processing import MolmoEProcessor
 
 Pair = tuple[Sample, ExecutionPlan]
@@ -36,7 +36,7 @@ def load(args: argparse.Namespace) -> tuple[AdaptiveMolmoE, MolmoEProcessor, tup
     if not args.fresh:
         processor = MolmoEProcessor.from_pretrained(args.model)
         return AdaptiveMolmoE.from_pretrained(args.model), processor, read_importance(args.model)
-    from envs.model.importance import PUBLISHED_IMPORTANCE
+    from envs.model.block_importance import PUBLISHED_IMPORTANCE
     from recipes.embedded_model.shape import build_config, build_processor
 
     processor = build_processor()

@@ -34,8 +34,8 @@ from envs.latency import (
     is_measuring,
 )
 from envs.latency.guardrail import Guardrail, LatencyPredictor
+from envs.model.block_importance import read_importance
 from envs.model.device import resolve_device, resolve_dtype
-from envs.model.importance import read_importance
 
 
 @dataclass(frozen=True)

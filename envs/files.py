@@ -94,3 +94,12 @@ def integrity_error(folder: Path) -> str | None:
 
 def _temporary(target: Path, kind: str = "") -> Path:
     return target.with_name(f".{target.name}{kind}{PARTIAL}{os.getpid()}")
+
+
+def size_text(count: float) -> str:
+    """Bytes in the largest decimal unit that leaves a number of at least 1, as in "28.9 GB"."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

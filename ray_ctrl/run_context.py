@@ -19,7 +19,7 @@ from envs.knobs import MAX_DROPPED, ExecutionPlan, KnobSpace
 from envs.latency import Identity, ProfiledClock, ProfileTable, is_measuring, profile
 from envs.latency.guardrail import Guardrail
 from envs.latency.profiler import GOOD_FIT
-from envs.model.importance import removal_order
+from envs.model.block_importance import removal_order
 from policies.controller import Controller
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted

@@ -52,7 +52,7 @@ class RunFolder:
             UserError: the folder exists and is not empty, or cannot be made; a file of block importance that cannot
                 be read.
         """
-        from envs.model.importance import read_importance
+        from envs.model.block_importance import read_importance
 
         cls.refuse(root)
         importance = read_importance(config.model.name, config.model.block_importance)
@@ -95,7 +95,7 @@ class RunFolder:
         Raises:
             UserError: the scores in use are not those with which the run began.
         """
-        from envs.model.importance import importance_path, read_importance
+        from envs.model.block_importance import importance_path, read_importance
 
         model = self.config.model
         began = json.loads((self.root / "run.json").read_text("utf-8")).get("importance")

@@ -1,8 +1,8 @@
 """Records to samples: checked, scanned, and divided so that no image is in two splits."""
 
 import logging
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,19 +10,19 @@ from typing import Final, Literal
 
 from envs.data.catalog import OWN, DataSet
 from envs.data.files import stamp_of
-from envs.data.image_index import Scan, TableImage, scan_all, scan_bytes, scan_file
+from envs.data.image_index import Cell, Scan, TableImage, scan_images
 from envs.data.questions import RowError, has_answers, questions
 from envs.data.readers import files_of, hub_splits, read_hub, read_path
-from envs.data.record import Cell, Record
+from envs.data.record import Record
 from envs.data.sample import FileImage, ImageRef, Sample, content_id
 from envs.errors import UserError
 
 OnBroken = Literal["refuse", "skip"]
+SPLITS: Final = ("train", "validation", "test")
 HELD_OUT: Final = 10
-"""One image in this many is held out where a source has no validation or test split of its own."""
+"""One image in this many is held out if a source has no validation or test split of its own."""
 
-SPLIT_NAMES: Final = ("train", "validation", "test")
-
+_LOGGED_ROWS: Final = 10
 _log = logging.getLogger(__name__)
 
 
@@ -40,40 +40,23 @@ class Source:
         return str(self.path or self.repo or self.entry.name)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A sample and the source's split it stood in."""
-
-    split: str | None
-    sample: Sample
-
-
 def read_source(source: Source, on_broken: OnBroken) -> dict[str, tuple[Sample, ...]]:
     """All samples of a source, divided into train, validation and test.
 
-    Splits the source names are kept; where it has no validation or test split, a tenth of the
-    images of the remaining ones is held out for each. The division depends on the images alone.
-
     Raises:
-        UserError: nothing readable, a broken row under `refuse`, or nothing left.
+        UserError: nothing readable, an invalid row under `refuse`, or nothing left.
     """
-    return _read(source, on_broken, _stamp(source))
+    files = files_of(source.path, source.entry)[1] if source.path else ()
+    return _read(source, on_broken, tuple(map(stamp_of, files)))
 
 
 @lru_cache(maxsize=8)
-def _read(source: Source, on_broken: OnBroken, stamp: tuple[str, ...]) -> dict[str, tuple[Sample, ...]]:
-    del stamp  # part of the cache's key: changed files are read anew
-    rows = _rows(source, on_broken)
-    if not rows:
-        raise UserError(f"{source.name} holds no usable row: give at least three images")
-    return divide(rows, source.name, published=source.entry is not OWN)
-
-
-def _stamp(source: Source) -> tuple[str, ...]:
-    if source.path is None:
-        return ()
-    _, files = files_of(source.path, source.entry)
-    return tuple(stamp_of(file) for file in files)
+def _read(source: Source, on_broken: OnBroken, _stamps: tuple[str, ...]) -> dict[str, tuple[Sample, ...]]:
+    """As `read_source`; cached until a file, and with it one of the stamps, changes."""
+    by_split = _samples(source, on_broken)
+    if not by_split:
+        raise UserError(f"{source.name} has no usable row: give at least three images")
+    return divide(by_split, source.name, published=source.entry is not OWN)
 
 
 def _records(source: Source) -> Iterable[Record]:
@@ -85,7 +68,8 @@ def _records(source: Source) -> Iterable[Record]:
         yield from read_hub(place, split, source.entry, source.revision)
 
 
-def _rows(source: Source, on_broken: OnBroken) -> list[_Row]:
+def _samples(source: Source, on_broken: OnBroken) -> dict[str, list[Sample]]:
+    """Samples by the split that the source gives them; "train" without one."""
     records = list(_records(source))
     if source.entry.images_only:
         records = [record for record in records if record.image is not None or record.error]
@@ -93,129 +77,76 @@ def _rows(source: Source, on_broken: OnBroken) -> list[_Row]:
     answered = {record.split for record in records if record.error or has_answers(record.fields)}
     if answered:
         records = [record for record in records if record.split in answered]
-    images = _scan(records, source.name)
-    broken = _Broken(source.name, on_broken)
-    rows = []
+    scans = scan_images(source.name, {r.image for r in records if r.image is not None and not r.error})
+    by_split: dict[str, list[Sample]] = defaultdict(list)
+    skipped = 0
     for record in records:
         try:
-            rows.extend(_row(record, images, source.entry))
+            by_split[record.split or "train"] += _row(record, scans, source.entry)
         except RowError as error:
-            broken.report(record.place, str(error))
-    broken.summary(len(records))
-    metrics = Counter(row.sample.metric.partition(":")[0] for row in rows)
-    pictured = sum(row.sample.image is not None for row in rows)
+            reason = f"{source.name}: {record.place}: {error}"
+            if on_broken == "refuse":
+                raise UserError(f"{reason}; fix or remove the row, or let such rows be skipped") from None
+            skipped += 1
+            if skipped <= _LOGGED_ROWS:
+                _log.warning("%s; row skipped", reason)
+    if skipped:
+        _log.warning("%s: %d of %d rows skipped as broken", source.name, skipped, len(records))
+    samples = [sample for part in by_split.values() for sample in part]
+    metrics = Counter(sample.metric.partition(":")[0] for sample in samples)
     scored = ", ".join(f"{count} by {metric}" for metric, count in metrics.most_common())
-    _log.info("%s: %d questions, %d with an image; scored: %s", source.name, len(rows), pictured, scored)
-    return rows
+    pictured = sum(sample.image is not None for sample in samples)
+    _log.info("%s: %d questions, %d with an image; scored: %s", source.name, len(samples), pictured, scored)
+    return {split: part for split, part in by_split.items() if part}
 
 
-def _row(record: Record, images: dict[str, Scan], entry: DataSet) -> list[_Row]:
+def _row(record: Record, scans: Mapping[Cell | Path, Scan], entry: DataSet) -> list[Sample]:
     if record.error:
         raise RowError(record.error)
     asked = list(questions(record.fields, entry))
-    image = _image(record, images)
-    if image is None and entry is not OWN:
+    image: ImageRef | None = None
+    if record.image is not None:
+        scan = scans[record.image]
+        if scan.error:
+            raise RowError(scan.error)
+        size = (scan.width, scan.height)
+        if isinstance(record.image, Cell):
+            image = TableImage(record.image, record.place, scan.digest, size)
+        else:
+            image = FileImage(str(record.image), scan.digest, size)
+    elif entry is not OWN:
         raise RowError("no image")
     digest = image.digest if image else None
     return [
-        _Row(
-            record.split,
-            Sample(
-                id=content_id(digest, one.question, one.answers),
-                image=image,
-                question=one.question,
-                answers=one.answers,
-                metric=one.metric,
-                style=one.style,
-                family=one.family,
-            ),
-        )
-        for one in asked
+        Sample(content_id(digest, q.question, q.answers), image, q.question, q.answers, q.metric, q.style, q.family)
+        for q in asked
     ]
 
 
-def _image(record: Record, images: dict[str, Scan]) -> ImageRef | None:
-    if record.image is None:
-        return None
-    scan = images[_image_key(record.image)]
-    if scan.error:
-        raise RowError(scan.error)
-    size = (scan.width, scan.height)
-    if isinstance(record.image, Cell):
-        cell = record.image
-        return TableImage(cell.table, cell.row, cell.column, record.place, scan.digest, size)
-    return FileImage(str(record.image), scan.digest, size)
+def divide(by_split: dict[str, list[Sample]], name: str, *, published: bool) -> dict[str, tuple[Sample, ...]]:
+    """Samples by split, no image in two of them; validation and test are held out if missing.
 
-
-def _image_key(image: Cell | Path) -> str:
-    return image.stamp if isinstance(image, Cell) else str(image)
-
-
-def _scan(records: Sequence[Record], name: str) -> dict[str, Scan]:
-    """Every image of the records once, by its key."""
-    images = {_image_key(r.image): r.image for r in records if r.image is not None and not r.error}
-    unique = list(images.values())
-    stamps = [image.stamp if isinstance(image, Cell) else stamp_of(image) for image in unique]
-    found = scan_all(name, stamps, lambda i: _scan_one(unique[i]), name)
-    return dict(zip(images, found, strict=True))
-
-
-def _scan_one(image: Cell | Path) -> Scan:
-    if isinstance(image, Path):
-        return scan_file(image)
-    content = image.table.image_bytes(image.row, image.column)
-    if not isinstance(content, bytes):
-        return Scan(error="the image cell holds no image")
-    return scan_bytes(content)
-
-
-class _Broken:
-    """Rows that cannot be used: the first is refused, or all are skipped and counted."""
-
-    def __init__(self, name: str, on_broken: OnBroken) -> None:
-        self.name, self.on_broken, self.count = name, on_broken, 0
-
-    def report(self, place: str, reason: str) -> None:
-        if self.on_broken == "refuse":
-            raise UserError(f"{self.name}: {place}: {reason}; fix or remove the row, or let such rows be skipped")
-        self.count += 1
-        if self.count <= 10:
-            _log.warning("%s: %s: %s; row skipped", self.name, place, reason)
-
-    def summary(self, rows: int) -> None:
-        if self.count:
-            _log.warning("%s: %d of %d rows skipped as broken", self.name, self.count, rows)
-
-
-def divide(rows: Sequence[_Row], name: str, *, published: bool) -> dict[str, tuple[Sample, ...]]:
-    """Rows by split, no image in two of them; validation and test are held out where missing.
-
-    The validation split of a published set without a test split is what its results are reported
-    on, so it becomes the test split. A user's own splits keep their names.
+    A public set is reported on its validation split if it has no test split, so that becomes the test split. A user's
+    own splits keep their names. The division depends on the images alone.
 
     Raises:
         UserError: too few images to fill three splits.
     """
-    by_split: dict[str, list[Sample]] = {}
-    for row in rows:
-        by_split.setdefault(row.split or "train", []).append(row.sample)
-    pool = by_split.pop(next(split for split in SPLIT_NAMES if split in by_split))
-    parts: dict[str, list[Sample]] = {"train": [], "validation": [], "test": []}
-    parts["test"] = by_split.pop("test", [])
+    parts = {split: by_split.get(split, []) for split in SPLITS}
+    pool_name = next(split for split in SPLITS if parts[split])
+    pool, parts[pool_name] = parts[pool_name], []
     if published and not parts["test"]:
-        parts["test"] = by_split.pop("validation", [])
-    parts["validation"] = by_split.pop("validation", [])
+        parts["test"], parts["validation"] = parts["validation"], []
     given = {_key(sample) for part in parts.values() for sample in part}
-    wanted = [split for split in ("test", "validation") if not parts[split]]
-    held = _hold_out({_key(sample) for sample in pool} - given, wanted)
+    held = _hold_out({_key(sample) for sample in pool} - given, [s for s in ("test", "validation") if not parts[s]])
     for sample in pool:
         parts[held.get(_key(sample), "train")].append(sample)
     divided = keep_apart(parts)
     empty = [split for split, samples in divided.items() if not samples]
     if empty:
         raise UserError(
-            f"{name} leaves no {' or '.join(empty)} samples: give at least three different images, "
-            "in splits that do not share them all"
+            f"{name} leaves no {' or '.join(empty)} samples: give at least three different images, in splits that do "
+            "not share them all"
         )
     return divided
 
@@ -228,22 +159,18 @@ def _key(sample: Sample) -> str:
 def _hold_out(keys: set[str], splits: Sequence[str]) -> dict[str, str]:
     """Which images go to which of the splits to be filled; the rest are for training."""
     share = max(1, round(len(keys) / HELD_OUT))
-    held = sorted(keys)[: share * len(splits)]
-    return {key: splits[i // share] for i, key in enumerate(held)}
+    return {key: splits[i // share] for i, key in enumerate(sorted(keys)[: share * len(splits)])}
 
 
-def keep_apart(parts: dict[str, list[Sample]]) -> dict[str, tuple[Sample, ...]]:
-    """No image in two splits: test keeps it before validation, validation before train.
-
-    Samples that say the same as an earlier one are left out, so ids are unique.
-    """
+def keep_apart(parts: Mapping[str, Iterable[Sample]]) -> dict[str, tuple[Sample, ...]]:
+    """No image in two splits: test keeps it before validation, validation before train. Duplicates are left out."""
     taken: set[str] = set()
     divided: dict[str, tuple[Sample, ...]] = {}
-    for split in ("test", "validation", "train"):
+    for split in reversed(SPLITS):
         kept = [sample for sample in parts[split] if _key(sample) not in taken]
         divided[split] = unique(kept)
         taken |= {_key(sample) for sample in kept}
-    return {split: divided[split] for split in SPLIT_NAMES}
+    return {split: divided[split] for split in SPLITS}
 
 
 def unique(samples: Iterable[Sample]) -> tuple[Sample, ...]:

@@ -1,4 +1,4 @@
-"""Files of a data folder: which belong to it, which split their name speaks of, and paths that rows name."""
+"""Files of a data folder: which belong to it, the split in their name, and paths that rows name."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from envs.errors import UserError
-from envs.processing.images import shown
+from envs.processing.images import excerpt
 
 _FOREIGN: Final = ("__MACOSX", "__pycache__")
 _RUN_FILES: Final = {"config.yaml", "run.json"}
@@ -22,7 +22,7 @@ _SPLIT_WORD: Final = re.compile(
 def walk_files(folder: Path) -> Iterator[Path]:
     """Files below a folder in a fixed order, links followed.
 
-    Left out: hidden files and folders (`._x.jsonl`, `.ipynb_checkpoints`), those that systems leave, and run folders.
+    Left out: hidden files and folders (`._x.jsonl`, `.ipynb_checkpoints`), archive leftovers, and run folders.
     """
     entered = set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -36,9 +36,9 @@ def walk_files(folder: Path) -> Iterator[Path]:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file's or folder's name speaks of: the last split word in it; None without.
+    """The split in a file's or folder's name: that of its last split word; None without.
 
-    Years and numbers behind a word do not count (`val2014`, `test1`), nor does the case (`myTest`).
+    Numbers after a word do not count (`val2014`, `test1`), nor does the case (`myTest`).
     """
     separated = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
     joined = re.sub(r"test[\W_]+(dev|std)(?![a-z])", r"test\1", separated.lower())
@@ -47,16 +47,13 @@ def split_of(name: str) -> str | None:
 
 
 def file_split(file: Path, folder: Path) -> str | None:
-    """Split by the file's own name, else by the folders between."""
+    """Split by the file's own name, else by the folders it is in."""
     relative = file.relative_to(folder)
     return split_of(relative.stem) or split_of("/".join(relative.parts[:-1]))
 
 
 def stamp_of(path: Path) -> str:
-    """A text that changes whenever the file's content may have.
-
-    The change time and the inode tell of a replacement that keeps size and modification time.
-    """
+    """A text that changes whenever the file's content may have, even if size and modification time stay the same."""
     stat = path.stat()
     return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
 
@@ -64,20 +61,20 @@ def stamp_of(path: Path) -> str:
 def inside(folder: Path, name: Any) -> Path:
     """The file a row names, which must exist below the folder as the path is written.
 
-    Links in the folder are followed wherever they lead: whoever set them up meant it, as in snapshots of the hub.
+    Links in the folder are followed wherever they lead, as snapshots of the hub need.
 
     Raises:
         UserError: not a path, outside the folder, or no such file.
     """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise UserError(f"image is {shown(name)}: give a path from the data file's folder")
+        raise UserError(f"image is {excerpt(name)}: give a path from the data file's folder")
     path = folder / name
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
-        raise UserError(f"image {shown(name)} is outside {folder}: keep images inside the data's folder")
+        raise UserError(f"image {excerpt(name)} is outside {folder}: keep images inside the data's folder")
     try:
         found = path.is_file()
     except (OSError, ValueError):  # a name too long for this file system, or half a character
         found = False
     if not found:
-        raise UserError(f"no image {shown(name)} in {folder}: give a path from the data file's folder")
+        raise UserError(f"no image {excerpt(name)} in {folder}: give a path from the data file's folder")
     return path

@@ -1,23 +1,25 @@
-"""What is learnt about every image of a set once: its digest, its size, whether it can be read.
+"""Digest, size and validity of every image of a set, found once.
 
-Each image is read and decoded (JPEGs at an eighth of their size), so a truncated one is found when
-the set is opened and not in the middle of training. Results are kept in the cache of `datasets`.
+Each image is read and decoded (JPEGs at an eighth of their size), so a truncated one is found when the set is opened
+and not in the middle of training. Results are kept in the cache of `datasets`.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
-from tqdm import tqdm  # type: ignore[import-untyped]
+from rich.console import Console
+from rich.progress import track
 
+from envs.data.files import stamp_of
 from envs.data.sample import ImageRef
 from envs.errors import UserError
 from envs.files import atomic_write
@@ -44,23 +46,29 @@ class Table:
 def _open_table(table: Table) -> Any:
     from datasets import Dataset, concatenate_datasets
 
-    parts = [Dataset.from_file(file) for file in table.files]
-    return concatenate_datasets(parts).with_format("arrow")
+    return concatenate_datasets([Dataset.from_file(file) for file in table.files]).with_format("arrow")
 
 
-@dataclass(frozen=True)
-class TableImage(ImageRef):
-    """An image stored in a table's row."""
+class Cell(NamedTuple):
+    """An image stored in a table's row; `stamp` changes with the table's content."""
 
     table: Table
     row: int
     column: str
+    stamp: str
+
+
+@dataclass(frozen=True)
+class TableImage(ImageRef):
+    """An image stored in a table's row; `place` names the row in messages."""
+
+    cell: Cell
     place: str
     digest: str
     size_wh: tuple[int, int]
 
     def load(self) -> Image.Image:
-        content = self.table.image_bytes(self.row, self.column)
+        content = self.cell.table.image_bytes(self.cell.row, self.cell.column)
         if not isinstance(content, bytes):
             raise UserError(f"the image at {self.place} is gone: its cached table has changed")
         return open_image(content, f"the image at {self.place}")
@@ -70,9 +78,8 @@ class TableImage(ImageRef):
         return self.size_wh
 
 
-@dataclass(frozen=True)
-class Scan:
-    """What a scan found: digest and size, or what is wrong."""
+class Scan(NamedTuple):
+    """Digest and size of an image, or what is wrong with it."""
 
     digest: str = ""
     width: int = 0
@@ -80,8 +87,37 @@ class Scan:
     error: str = ""
 
 
-def scan_bytes(content: bytes) -> Scan:
-    """Scans one encoded image."""
+def scan_images(name: str, images: Collection[Cell | Path]) -> dict[Cell | Path, Scan]:
+    """Scans images in parallel, except those that an earlier run has scanned; `name` names set and cache file."""
+    path = cache_folder() / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.json"
+    stamps = {image: image.stamp if isinstance(image, Cell) else stamp_of(image) for image in images}
+    known = _read_cache(path)
+    missing = [image for image in images if stamps[image] not in known]
+    if missing:
+        console = Console(stderr=True)
+        with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+            found = track(
+                pool.map(_scan, missing),
+                f"reading images of {name}",
+                total=len(missing),
+                console=console,
+                transient=True,
+                disable=not console.is_terminal,
+            )
+            known.update(zip((stamps[image] for image in missing), found, strict=True))
+        with suppress(OSError):  # a cache that cannot be kept only costs time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, json.dumps({stamp: known[stamp] for stamp in stamps.values()}))
+    return {image: known[stamp] for image, stamp in stamps.items()}
+
+
+def _scan(image: Cell | Path) -> Scan:
+    try:
+        content = image.read_bytes() if isinstance(image, Path) else image.table.image_bytes(image.row, image.column)
+    except OSError as error:
+        return Scan(error=f"image {image} cannot be read: {error.strerror or error}")
+    if not isinstance(content, bytes):
+        return Scan(error="the image cell contains no image")
     try:
         width, height = read_image(content, "the image", _decoded_size)
     except UserError as error:
@@ -96,43 +132,8 @@ def _decoded_size(image: Image.Image) -> tuple[int, int]:
     return size
 
 
-def scan_file(path: Path) -> Scan:
-    """Scans one image file."""
-    try:
-        return scan_bytes(path.read_bytes())
-    except OSError as error:
-        return Scan(error=f"image {path} cannot be read: {error.strerror or error}")
-
-
-def scan_all(name: str, stamps: Sequence[str], scan: Callable[[int], Scan], cache_key: str) -> list[Scan]:
-    """Scans many images side by side, taking what an earlier run has found from the cache.
-
-    Args:
-        name: shown with the progress bar.
-        stamps: one text per image that changes when its content does.
-        scan: scans image number i.
-        cache_key: names the cache file.
-    """
-    path = cache_folder() / f"{hashlib.sha256(os.fsencode(cache_key)).hexdigest()[:32]}.json"
-    known = _read_cache(path)
-    missing = [i for i, stamp in enumerate(stamps) if stamp not in known]
-    if missing:
-        with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-            found = tqdm(
-                pool.map(scan, missing),
-                total=len(missing),
-                desc=f"reading images of {name}",
-                delay=3,
-                leave=False,
-                disable=None,  # nothing where no terminal shows it
-            )
-            known.update(zip((stamps[i] for i in missing), found, strict=True))
-        _write_cache(path, {stamp: known[stamp] for stamp in stamps})
-    return [known[stamp] for stamp in stamps]
-
-
 def cache_folder() -> Path:
-    """Where tables and what was learnt about images are kept between runs."""
+    """Where tables and scans are kept between runs."""
     from datasets import config
 
     return Path(config.HF_DATASETS_CACHE) / "ray-ctrl-scans"
@@ -140,14 +141,6 @@ def cache_folder() -> Path:
 
 def _read_cache(path: Path) -> dict[str, Scan]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {stamp: Scan(*values) for stamp, values in content.items()}
+        return {stamp: Scan(*values) for stamp, values in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, AttributeError):
-        return {}  # a cache that is absent or damaged is made anew
-
-
-def _write_cache(path: Path, scans: Mapping[str, Scan]) -> None:
-    content = {stamp: [s.digest, s.width, s.height, s.error] for stamp, s in scans.items()}
-    with suppress(OSError):  # a cache that cannot be kept only costs time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, json.dumps(content))
+        return {}  # absent or damaged: written anew

@@ -1,4 +1,4 @@
-"""The original JSON files of public sets, in whichever of the published shapes, and the images they name."""
+"""The original JSON files of public sets, in any of the published layouts, and the images they name."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,14 +9,14 @@ from envs.data.catalog import DataSet
 from envs.data.files import inside, split_of, walk_files
 from envs.data.record import Record
 from envs.errors import UserError
-from envs.processing.images import IMAGE_ENDINGS, shown
+from envs.processing.images import IMAGE_ENDINGS, excerpt
 
 _PUBLISHED: Final = {"train": "train", "validation": "val", "test": "test"}
 _COCO_FOLDERS: Final = {"train": "train2014", "validation": "val2014", "test": "test2015"}
 
 
-class _ImageIndex:
-    """Image files below a folder, links followed, found by the end of their path."""
+class _ImageFinder:
+    """Finds image files below a folder, links followed, by the end of their path."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,15 +36,15 @@ class _ImageIndex:
             if len(found) == 1 or name in found:
                 return inside(self.folder, name if name in found else found[0])
         if known:
-            raise UserError(f"image {shown(name)} could be any of {', '.join(sorted(known)[:3])}")
-        raise UserError(f"no image {shown(name)} below {self.folder}")
+            raise UserError(f"image {excerpt(name)} could be any of {', '.join(sorted(known)[:3])}")
+        raise UserError(f"no image {excerpt(name)} below {self.folder}")
 
 
 def read_original(files: Iterable[Path], folder: Path, entry: DataSet) -> Iterator[Record]:
-    """Records of a public set's own JSON files; images are looked for below the folder."""
-    index = _ImageIndex(folder)
+    """Records of a public set's own JSON files; their images are below the folder."""
+    images = _ImageFinder(folder)
     for file in files:
-        split = _original_split(file, entry)
+        split = next((split for split, glob in entry.files.items() if split and file.match(glob)), None)
         name = str(file.relative_to(folder))
         content = _load_json(file)
         for key, fields in _records(content, file):
@@ -54,36 +54,24 @@ def read_original(files: Iterable[Path], folder: Path, entry: DataSet) -> Iterat
                 continue
             own = split or split_of(str(fields.get("split", "")))
             try:
-                yield Record(place, own, fields, _original_image(fields, key, own, entry, index))
+                yield Record(place, own, fields, _original_image(fields, key, own, entry, images))
             except UserError as error:
                 yield Record(place, own, fields, error=error.message)
 
 
-def _original_split(file: Path, entry: DataSet) -> str | None:
-    for split, glob in entry.files.items():
-        if split and file.match(glob):
-            return split
-    return None
-
-
 def _original_image(
-    fields: Mapping[str, Any], key: str, split: str | None, entry: DataSet, index: _ImageIndex
+    fields: Mapping[str, Any], key: str, split: str | None, entry: DataSet, images: _ImageFinder
 ) -> Path | None:
-    """Where a record's image is; None where the record has none."""
+    """The file of a record's image; None if the record has none."""
     if entry.images_only and not fields.get("image"):
         return None
-    values = {
-        **fields,
-        "key": key,
-        "split": _PUBLISHED.get(split or "", ""),
-        "coco": _COCO_FOLDERS.get(split or "", ""),
-    }
+    folders = {"split": _PUBLISHED.get(split or "", ""), "coco": _COCO_FOLDERS.get(split or "", "")}
     try:
-        name = entry.image.format_map(values)
+        name = entry.image.format_map({**fields, **folders, "key": key})
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"the image's name {entry.image} cannot be made: {reason}") from None
-    return index.find(name)
+    return images.find(name)
 
 
 def _load_json(file: Path) -> Any:
@@ -95,20 +83,18 @@ def _load_json(file: Path) -> Any:
 
 
 def _records(content: Any, file: Path) -> Iterator[tuple[str, Any]]:
-    """The records of an original file, in whichever of the published shapes."""
+    """The records of an original file in any of the published layouts."""
     if isinstance(content, dict) and isinstance(content.get("questions"), list):
         answers = _annotations(file)
         for key, fields in enumerate(content["questions"]):
             known = answers.get(fields.get("question_id")) if isinstance(fields, dict) else None
             yield str(key), {**known, **fields} if known else fields
-    elif isinstance(content, dict) and isinstance(content.get("data"), list):
-        yield from ((str(key), fields) for key, fields in enumerate(content["data"]))
-    elif isinstance(content, list):
-        yield from ((str(key), fields) for key, fields in enumerate(content))
-    elif isinstance(content, dict):
-        yield from content.items()
-    else:
-        raise UserError(f"{file} holds a {type(content).__name__}: give the file as published")
+        return
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content = content["data"]
+    if not isinstance(content, dict | list):
+        raise UserError(f"{file} contains a {type(content).__name__}: give the file as published")
+    yield from content.items() if isinstance(content, dict) else ((str(k), row) for k, row in enumerate(content))
 
 
 def _annotations(file: Path) -> dict[Any, dict[str, Any]]:

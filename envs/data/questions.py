@@ -1,4 +1,4 @@
-"""One record of a data file to the questions in it, whatever the set calls its fields."""
+"""The questions in one record of a data file, whatever the set calls its fields; docs/data.md has the names."""
 
 import ast
 import io
@@ -7,14 +7,13 @@ import math
 import re
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from envs.data.catalog import OWN, DataSet
 from envs.data.scoring import check_metric, fitting_metric
 from envs.errors import UserError
-from envs.processing.images import IMAGE_ENDINGS, shown
+from envs.processing.images import IMAGE_ENDINGS, excerpt
 from envs.processing.processor import with_options
 
 _NESTED: Final = ("qas", "qa")
@@ -24,7 +23,7 @@ _OPTIONS: Final = ("choices", "options")
 _RIGHT_OPTION: Final = ("correct_choice_idx", "answer", "answers", "label")
 _OTHER: Final = ("hint", "metric", "style", "family", "split")
 FIELDS: Final = frozenset((*_NESTED, *_QUESTION, *_ANSWERS, *_OPTIONS, *_RIGHT_OPTION, *_OTHER))
-"""Fields that are read, besides the image and the set's `family`."""
+"""Fields that are read, in addition to the image and the set's `family`."""
 
 IMAGE_FIELDS: Final = (
     *("image", "images", "img", "image_bytes", "image_path", "image_file", "image_name", "picture", "photo"),
@@ -43,11 +42,10 @@ _LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class RowError(Exception):
-    """What is wrong with a record. The reader adds where it stands."""
+    """What is wrong with a record; the reader adds its place."""
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A question of a record; fields as in `Sample`."""
 
     question: str
@@ -58,13 +56,13 @@ class Question:
 
 
 def image_names(names: Iterable[str]) -> list[str]:
-    """Which of the names of fields or columns hold an image, in the order in which they are tried."""
+    """The names of fields or columns that are those of an image, in the order in which they are tried."""
     plain = {name: re.sub(r"[\s-]", "_", name.strip().lower()) for name in names}
     return sorted((name for name in plain if plain[name] in IMAGE_FIELDS), key=lambda n: IMAGE_FIELDS.index(plain[n]))
 
 
 def unread_image(fields: Mapping[str, Any]) -> str:
-    """What is wrong with a row without an image, one of whose unread fields looks like one; empty if nothing."""
+    """What is wrong with a row without an image if an unread field looks like one; empty if nothing."""
     for name, value in fields.items():
         words = set(re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
         named = (
@@ -74,17 +72,17 @@ def unread_image(fields: Mapping[str, Any]) -> str:
         )
         path = isinstance(value, str) and (value.lower().endswith(IMAGE_ENDINGS) or value.startswith("data:image"))
         if value and name not in FIELDS and (named or path or isinstance(value, bytes)):
-            return f"field {shown(name)} is {shown(value)}, looks like an image and is not read: name it image"
+            return f"field {excerpt(name)} is {excerpt(value)}, looks like an image and is not read: name it image"
     return ""
 
 
 def questions(fields: Mapping[str, Any], entry: DataSet) -> Iterator[Question]:
-    """The questions of one record: one, or several where the set keeps them per image.
+    """The questions of one record: one, or several if the set has them per image.
 
     Raises:
         RowError: a field that is missing, empty or of the wrong kind.
     """
-    nested = next((fields[key] for key in _NESTED if isinstance(fields.get(key), list)), None)
+    nested = _nested(fields)
     if nested is None:
         yield _question(fields, entry)
         return
@@ -92,13 +90,17 @@ def questions(fields: Mapping[str, Any], entry: DataSet) -> Iterator[Question]:
         raise RowError("the list of questions is empty")
     for inner in nested:
         if not isinstance(inner, Mapping):
-            raise RowError(f"a question is {shown(inner)}, not an object with question and answer")
+            raise RowError(f"a question is {excerpt(inner)}, not an object with question and answer")
         yield _question(inner, entry)
 
 
+def _nested(fields: Mapping[str, Any]) -> list[Any] | None:
+    return next((fields[key] for key in _NESTED if isinstance(fields.get(key), list)), None)
+
+
 def has_answers(fields: Mapping[str, Any]) -> bool:
-    """Whether a record holds any answer; published test splits often hold none."""
-    nested = next((fields[key] for key in _NESTED if isinstance(fields.get(key), list)), None)
+    """Whether a record has any answer; published test splits often have none."""
+    nested = _nested(fields)
     if nested is not None:
         return any(isinstance(inner, Mapping) and has_answers(inner) for inner in nested)
     for key in (*_ANSWERS, "correct_choice_idx"):
@@ -116,7 +118,7 @@ def has_answers(fields: Mapping[str, Any]) -> bool:
 def _question(fields: Mapping[str, Any], entry: DataSet) -> Question:
     key, question = _first(fields, _QUESTION)
     if not isinstance(question, str) or not question.strip():
-        raise RowError(f"{key or 'question'} is {shown(question)}: give a text")
+        raise RowError(f"{key or 'question'} is {excerpt(question)}: give a text")
     question = question.strip()
     (_, metric), (_, style) = _first(fields, ("metric",)), _first(fields, ("style",))
     style = entry.style if style is None else style
@@ -133,35 +135,28 @@ def _question(fields: Mapping[str, Any], entry: DataSet) -> Question:
         metric = fitting_metric(entry.metric, len(answers)) if metric is None else metric
         _check_metric(metric, answers)
     if style is not None and not isinstance(style, str):
-        raise RowError(f"style is {shown(style)}: give a text")
+        raise RowError(f"style is {excerpt(style)}: give a text")
     asked = Question(question, answers, metric, style, _family(fields, entry))
     for text in (question, *answers, style or "", asked.family or ""):
-        if not _is_unicode(text):
-            raise RowError(f"{shown(text)} contains half a character (a lone surrogate): write the text as UTF-8")
+        if re.search("[\ud800-\udfff]", text):
+            raise RowError(f"{excerpt(text)} contains half a character (a lone surrogate): write the text as UTF-8")
     return asked
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        return bool(text.encode()) or not text
-    except UnicodeEncodeError:
-        return False
 
 
 def _check_metric(metric: Any, answers: tuple[str, ...]) -> None:
     try:
         check_metric(metric)
     except (UserError, TypeError):
-        raise RowError(f"metric is {shown(metric)}: give a known metric") from None
+        raise RowError(f"metric is {excerpt(metric)}: give a known metric") from None
     if fitting_metric(metric, len(answers)) != metric:
         raise RowError(
-            f"metric {metric} wants the answers of three annotators or more, and here are {len(answers)}: "
+            f"metric {metric} needs the answers of three annotators or more, and the row has {len(answers)}: "
             "leave metric out, or give vqa_exact"
         )
 
 
 def _options(fields: Mapping[str, Any], entry: DataSet, metric: Any) -> list[str]:
-    """Options of a multiple-choice question; empty where the set asks for a direct answer."""
+    """Options of a multiple-choice question; empty for a direct question."""
     key, options = _first(fields, _OPTIONS)
     wanted = "multiple_choice" in (entry.metric, metric)
     if options is None and wanted:
@@ -169,9 +164,9 @@ def _options(fields: Mapping[str, Any], entry: DataSet, metric: Any) -> list[str
     if options is None or (entry is not OWN and not wanted):
         return []
     if not isinstance(options, list) or not all(isinstance(o, str) and o for o in options):
-        raise RowError(f"{key} is {shown(options)}: give a list of texts")
+        raise RowError(f"{key} is {excerpt(options)}: give a list of texts")
     if not 2 <= len(options) <= len(_LETTERS):
-        raise RowError(f"{key} holds {len(options)} options: give 2 to {len(_LETTERS)}")
+        raise RowError(f"{key} has {len(options)} options: give 2 to {len(_LETTERS)}")
     return options
 
 
@@ -187,7 +182,7 @@ def _right_option(fields: Mapping[str, Any], options: list[str]) -> int:
         right = _LETTERS.index(letter) if len(letter) == 1 and letter in _LETTERS else right
     if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(options):
         raise RowError(
-            f"{key or 'answer'} is {shown(given)}: give one of the {len(options)} options, its letter or its index"
+            f"{key or 'answer'} is {excerpt(given)}: give one of the {len(options)} options, its letter or its index"
         )
     return right
 
@@ -198,12 +193,12 @@ def _answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
         raise RowError("answers are missing")
     answers = tuple(answer for answer in _texts(value, key != "answer") if answer)
     if not answers:
-        raise RowError(f"{key} is {shown(value)}: give at least one answer")
+        raise RowError(f"{key} is {excerpt(value)}: give at least one answer")
     return answers
 
 
 def _texts(value: Any, listed: bool) -> list[str]:
-    """Answers as texts: a text, a number, a list of either or of objects with `answer`; where `listed`, its text."""
+    """Answers as texts: a text, a number, a list of these or of objects with `answer`, or, if `listed`, its text."""
     value = _parsed(value) if listed and isinstance(value, str) else value
     return [_text(item) for item in (value if isinstance(value, list) else [value])]
 
@@ -233,7 +228,7 @@ def _text(item: Any) -> str:
         item = item.get("answer")
     number = isinstance(item, int | float | Decimal) and not isinstance(item, bool) and math.isfinite(item)
     if not number and not isinstance(item, str):
-        raise RowError(f"an answer is {shown(item)}: give texts or numbers")
+        raise RowError(f"an answer is {excerpt(item)}: give texts or numbers")
     if isinstance(item, float) and item.is_integer():
         item = int(item)
     return str(item).strip()
@@ -257,35 +252,3 @@ def _first(fields: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, Any]:
     """
     given = ((key, fields[key]) for key in keys if fields.get(key) is not None)
     return next(((key, v) for key, v in given if not (isinstance(v, float) and math.isnan(v))), ("", None))
-
-
-def fields_markdown() -> str:
-    """What is read of a user's row, as `docs/data.md` shows it."""
-    rows = (
-        (
-            "image",
-            IMAGE_FIELDS,
-            "path from the data file's folder; in parquet also the file's bytes; null or absent: none",
-        ),
-        ("question", _QUESTION, "text"),
-        ("questions of one image", _NESTED, "list of objects with question and answer"),
-        (
-            "answers",
-            _ANSWERS,
-            "text, number, or a list of these or of objects with `answer`; but for `answer` also its text",
-        ),
-        ("options", _OPTIONS, "list of 2 to 26 texts; makes the question multiple choice"),
-        ("right option", _RIGHT_OPTION, "with options: the option, its letter, or its index from 0"),
-        ("hint", ("hint",), "with options: text read before the question"),
-        (
-            "metric",
-            ("metric",),
-            "default: `vqa` from ten answers, `vqa_exact` for fewer; with options `multiple_choice:N`",
-        ),
-        ("prompt style", ("style",), "style of the published model, such as `vqa2`; default: a plain question"),
-        ("kind of question", ("family",), "for tables"),
-        ("split", ("split",), "`train`, `validation`, `test` or a name that says so; default: the file's name decides"),
-    )
-    lines = ["| what | names read, the first with a value counts | value |", "|---|---|---|"]
-    lines += [f"| {what} | {', '.join(f'`{name}`' for name in names)} | {value} |" for what, names, value in rows]
-    return "\n".join(lines) + "\n"

@@ -1,11 +1,11 @@
-"""Files and hub data sets to records: fields, where the image is, and the place to name in errors.
+"""Files and hub data sets to records: fields, the image's location, and the row's place for messages.
 
-Layouts: a data set on the Hugging Face hub, parquet files, the original JSON files of a public set, or a user's own
-JSON Lines. A user's rows are read alike from parquet and JSON Lines; `docs/data.md` has the table of names.
+Layouts: a data set on the Hugging Face hub, parquet files, the original JSON files of a public set, or JSON Lines.
 """
 
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,15 +16,17 @@ from typing import Any, Final
 
 from envs.data.catalog import OWN, DataSet, HubSplit
 from envs.data.files import file_split, inside, split_of, stamp_of, walk_files
-from envs.data.image_index import Table, cache_folder
+from envs.data.image_index import Cell, Table, cache_folder
 from envs.data.original import read_original
 from envs.data.questions import FIELDS, image_names, unread_image
-from envs.data.record import Cell, Record
-from envs.errors import UserError
-from envs.processing.images import shown
+from envs.data.record import Record
+from envs.errors import UserError, first_line
+from envs.files import atomic_file, size_text
+from envs.processing.images import excerpt
 
 _STORED: Final = b"stored in the row"
 _BATCH: Final = 1000
+_log = logging.getLogger(__name__)
 _LAYOUTS: Final = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "json"}
 
 
@@ -83,14 +85,18 @@ def read_hub(source: HubSplit, split: str | None, entry: DataSet, revision: str 
     Raises:
         UserError: the set cannot be fetched.
     """
-    from datasets import load_dataset
+    from datasets import load_dataset_builder
 
     try:
         with _bars_on_terminals():
-            rows = load_dataset(source.repo, source.config, split=source.split, revision=revision)
+            builder = load_dataset_builder(source.repo, revision=revision)
+            if builder.info.download_size and not Path(builder.cache_dir).exists():
+                _log.warning("%s: fetching %s from the hub", source.repo, size_text(builder.info.download_size))
+            builder.download_and_prepare()
+            rows = builder.as_dataset(split=source.split)
     except Exception as error:  # HTTP, cache, schema and naming errors share no base class
         raise UserError(
-            f"cannot fetch {source}: {_reason(error)}; check the name and the network, or give a local folder as "
+            f"cannot fetch {source}: {first_line(error)}; check the name and the network, or give a local folder as "
             "name=PATH"
         ) from None
     yield from _read_table(rows, str(source), split, None, f"{source}:{rows._fingerprint}", entry)
@@ -98,7 +104,7 @@ def read_hub(source: HubSplit, split: str | None, entry: DataSet, revision: str 
 
 @contextmanager
 def _bars_on_terminals() -> Iterator[None]:
-    """Progress bars of `datasets` where someone watches; in a log they would only be noise."""
+    """Progress bars of `datasets` on a terminal only; in a log they would be noise."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     change = not sys.stderr.isatty() and not are_progress_bars_disabled()
@@ -119,14 +125,10 @@ def hub_splits(repo: str, revision: str | None = None) -> dict[str, HubSplit]:
         names = get_dataset_split_names(repo, revision=revision)
     except Exception as error:
         raise UserError(
-            f"{repo} is no local path, and no data set of that name was found on the hub: {_reason(error)}"
+            f"{repo} is no local path, and no data set of that name was found on the hub: {first_line(error)}"
         ) from None
     found = {split_of(name): HubSplit(repo, name) for name in names}
     return {split: source for split, source in found.items() if split}
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_parquet(file: Path, folder: Path, entry: DataSet) -> Iterator[Record]:
@@ -136,14 +138,14 @@ def _read_parquet(file: Path, folder: Path, entry: DataSet) -> Iterator[Record]:
     try:
         rows = Dataset.from_file(str(_as_arrow(file, stamp)))
     except Exception as error:  # Arrow and datasets raise many kinds for a damaged file
-        raise UserError(f"cannot read {file}: {_reason(error)}; give a complete parquet file") from None
+        raise UserError(f"cannot read {file}: {first_line(error)}; give a complete parquet file") from None
     yield from _read_table(rows, str(file.relative_to(folder)), file_split(file, folder), file.parent, stamp, entry)
 
 
 def _as_arrow(file: Path, stamp: str) -> Path:
     """The parquet file as an Arrow file in the cache, whose rows can be read one by one.
 
-    Written here and not by `datasets`, which takes paths for patterns and chains of protocols (`[`, `*`, `::`).
+    `datasets` itself would read `[`, `*` and `::` in a path as patterns and chains of protocols.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -152,26 +154,21 @@ def _as_arrow(file: Path, stamp: str) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with pq.ParquetFile(file) as source:
-            schema = source.schema_arrow
-            for i, field in enumerate(schema):
-                if pa.types.is_dictionary(field.type):  # categories, as pandas writes them
-                    schema = schema.set(i, field.with_type(field.type.value_type))
-            with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-                for batch in source.iter_batches(_BATCH):
-                    writer.write_table(pa.Table.from_batches([batch]).cast(schema))
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with atomic_file(target) as unfinished, pq.ParquetFile(file) as source:
+        schema = source.schema_arrow
+        for i, field in enumerate(schema):
+            if pa.types.is_dictionary(field.type):  # categories, as pandas writes them
+                schema = schema.set(i, field.with_type(field.type.value_type))
+        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for batch in source.iter_batches(_BATCH):
+                writer.write_table(pa.Table.from_batches([batch]).cast(schema))
     return target
 
 
 def _read_table(
     rows: Any, name: str, split: str | None, folder: Path | None, key: str, entry: DataSet
 ) -> Iterator[Record]:
-    """Records of a `datasets` table; images stay where they are, unused columns are not read."""
+    """Records of a `datasets` table; images stay in it, unused columns are not read."""
     columns = image_names(rows.column_names)
     table = Table(tuple(cached["filename"] for cached in rows.cache_files))
     arrow = rows.with_format("arrow")
@@ -218,7 +215,7 @@ def _shortest(value: Any, kind: Any) -> Any:
 
 
 def _cells(column: Any) -> list[Any]:
-    """What each image cell holds: `_STORED` bytes, a path, or None for nothing."""
+    """The content of each image cell: `_STORED` for bytes, a path, or None."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -240,22 +237,22 @@ def _cells(column: Any) -> list[Any]:
 
 
 def _named_image(record: Record, folder: Path | None, name: Any) -> Record:
-    """The record with the file its image cell names; hub sets have no folder to look in."""
+    """The record with the file that its image cell names; a hub set has no folder."""
     try:
         if folder is None:
-            raise UserError(f"image is {shown(name)}, which is not stored in the row")
+            raise UserError(f"image is {excerpt(name)}, which is not stored in the row")
         return replace(record, image=inside(folder, name))
     except UserError as error:
         return replace(record, error=error.message)
 
 
 def _own_split(record: Record) -> Record:
-    """The record with the split that it names itself, if it names one."""
+    """The record with its own split, if it names one."""
     own = record.fields.get("split")
     if own is None or record.error:
         return record
     if not isinstance(own, str) or split_of(own) is None:
-        return replace(record, error=f"split is {shown(own)}: give train, validation or test")
+        return replace(record, error=f"split is {excerpt(own)}: give train, validation or test")
     return replace(record, split=split_of(own))
 
 

@@ -5,17 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from envs.data.image_index import Table
-
-
-@dataclass(frozen=True)
-class Cell:
-    """An image stored in a table's row."""
-
-    table: Table
-    row: int
-    column: str
-    stamp: str
+from envs.data.image_index import Cell
 
 
 @dataclass(frozen=True)
@@ -23,10 +13,10 @@ class Record:
     """One row of a data file.
 
     Args:
-        place: file and row, to name in errors.
-        split: the split the source gives it; None where it gives none.
-        fields: everything but the image; empty where the row could not be read.
-        image: where the image is; None where the row has none.
+        place: file and row, for messages.
+        split: the split the source gives it; None without one.
+        fields: everything but the image; empty if the row could not be read.
+        image: where the image is stored; None without one.
         error: what is wrong with the row; empty if nothing.
     """
 

@@ -1,8 +1,6 @@
-"""One question to be answered: the image it is about, the answers accepted and how an answer is
-scored.
+"""One question: the image it is about, the accepted answers and the metric.
 
-Samples are small, frozen and picklable: the image is a reference, read or drawn only when the model
-    needs its pixels.
+Samples are small, frozen and picklable: the image is a reference, read or drawn only when its pixels are needed.
 """
 
 import hashlib
@@ -17,16 +15,16 @@ __all__ = ["FileImage", "ImageRef", "Sample", "content_id"]
 
 @dataclass(frozen=True)
 class Sample:
-    """A question with the answers accepted.
+    """A question with its accepted answers.
 
     Args:
         id: content hash, stable between runs and unique in a split.
-        image: the image asked about; None for a text-only request.
+        image: the image in question; None for a text-only request.
         question: the text as asked, options of a multiple-choice question included.
-        answers: accepted answers, one per annotator where the metric counts annotators.
+        answers: accepted answers, one per annotator if the metric counts annotators.
         metric: how an answer is scored, a name of `envs.data.scoring.METRICS`.
         style: prompt style of the published model, such as `vqa2`; None for a plain question.
-        family: kind of question, for tables; None where the source has no kinds.
+        family: kind of question, for tables; None if the source has no kinds.
     """
 
     id: str

@@ -1,7 +1,4 @@
-"""How right an answer is, by the published rules of each benchmark.
-
-Every score is a function of the predicted text and the accepted answers, in 0..1.
-"""
+"""Scores of answers by the published rules of each benchmark: functions of prediction and answers to 0..1."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -47,8 +44,7 @@ _CONTRACTIONS: Final = {wrong: right for right in _CONTRACTED for wrong in _miss
 def normalize_vqa_answer(answer: str) -> str:
     """An answer as the VQA evaluation compares it.
 
-    Lower case, without articles and most punctuation, number words as digits, contractions with
-    their apostrophes.
+    Lower case, without articles and most punctuation, number words as digits, contractions with their apostrophes.
 
     Source: the official evaluation of VQA (Antol et al. 2015, https://visualqa.org/evaluation).
     """
@@ -56,7 +52,7 @@ def normalize_vqa_answer(answer: str) -> str:
     glued = _COMMA_IN_NUMBER.search(text) is not None
     out = text
     for mark in _PUNCTUATION:
-        # A mark beside a space vanishes; one inside a word parts it in two.
+        # A mark next to a space vanishes; one inside a word splits it.
         vanishes = glued or f"{mark} " in text or f" {mark}" in text
         out = out.replace(mark, "" if vanishes else " ")
     out = _PERIOD.sub("", out, count=_PERIODS_STRIPPED)
@@ -65,33 +61,25 @@ def normalize_vqa_answer(answer: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQA soft accuracy: a third for every annotator who gave the predicted answer, at most 1.
-
-    Both sides are normalised with `normalize_vqa_answer`.
-    """
+    """VQA soft accuracy after normalization: a third for every annotator who gave the predicted answer, at most 1."""
     wanted = normalize_vqa_answer(prediction)
     return min(1.0, sum(normalize_vqa_answer(answer) == wanted for answer in answers) / 3)
 
 
 def vqa_exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 where the prediction equals an accepted answer after `normalize_vqa_answer`, else 0."""
+    """1 if the prediction equals an accepted answer after `normalize_vqa_answer`, else 0."""
     wanted = normalize_vqa_answer(prediction)
     return float(any(normalize_vqa_answer(answer) == wanted for answer in answers))
 
 
 def a_okvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Direct-answer accuracy of A-OKVQA.
-
-    As `vqa_accuracy`, but only case and outer spaces are ignored.
-    """
+    """Direct-answer accuracy of A-OKVQA: as `vqa_accuracy`, but only case and outer spaces are ignored."""
     wanted = prediction.strip().lower()
     return min(1.0, sum(answer.strip().lower() == wanted for answer in answers) / 3)
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity of one question: that of the closest answer.
-
-    A similarity of 0.5 or less counts as 0. Case does not count.
+    """Normalized Levenshtein similarity with the closest answer, case ignored; 0.5 or less counts as 0.
 
     Source: Biten et al. 2019, "Scene Text Visual Question Answering", equation 1.
     """
@@ -123,15 +111,13 @@ def edit_distance(one: str, two: str) -> int:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 where the prediction equals an accepted answer but for case, else 0."""
+    """1 if the prediction equals an accepted answer, case ignored, else 0."""
     wanted = prediction.lower()
     return float(any(answer.lower() == wanted for answer in answers))
 
 
 def relaxed_correctness(prediction: str, answers: Sequence[str]) -> float:
-    """1 where a number is within 5 % of an accepted one, or a text equal but for case, else 0.
-
-    A number may end in %, which divides it by 100.
+    """1 if a number is within 5 % of an accepted one, or a text equal, case ignored, else 0; 5% is read as 0.05.
 
     Source: Methani et al. 2020, "PlotQA"; used by ChartQA.
     """
@@ -153,10 +139,9 @@ def _number(text: str) -> float | None:
 
 
 def select_option(prediction: str, options: Sequence[str]) -> int:
-    """Index of the option a prediction means.
+    """Index of the option equal to a prediction; else the only one that contains it; else the nearest in edit distance.
 
-    The equal one; else the only one that contains it; else the one nearest in edit distance. Case
-    and outer spaces do not count.
+    Case and outer spaces do not count.
     """
     wanted = prediction.strip().lower()
     names = [option.strip().lower() for option in options]
@@ -170,12 +155,12 @@ def select_option(prediction: str, options: Sequence[str]) -> int:
 
 
 def multiple_choice(prediction: str, answers: Sequence[str], options: Sequence[str]) -> float:
-    """1 where the option the prediction means is an accepted answer, else 0."""
+    """1 if the selected option is an accepted answer, else 0."""
     return exact_match(options[select_option(prediction, options)], answers)
 
 
 def extract_answer(text: str) -> str:
-    """The answer in generated text: what follows the first `Answer:`, else the first line."""
+    """The answer in generated text: the part after the first `Answer:`, else the first line."""
     _, found, rest = text.partition("Answer:")
     if found:
         return rest.partition("Answer:")[0].strip()
@@ -190,21 +175,17 @@ METRICS: Final[dict[str, Callable[[str, Sequence[str]], float]]] = {
     "exact_match": exact_match,
     "relaxed": relaxed_correctness,
 }
-"""Scores by name.
-
-`multiple_choice:N` is a score too: N options lettered from A, answers letters.
-"""
-
+"""Scores by name, in addition to `multiple_choice:N`: N options lettered from A, answers letters."""
 
 ANNOTATORS: Final = 10
-"""Answers a question of VQA has, one per annotator; from there on agreement is counted in a user's own data."""
+"""Answers per question of VQA, one per annotator; from this number on, agreement is counted in a user's own data."""
 
 
 def fitting_metric(metric: str, answers: int) -> str:
-    """The metric for a question with this many answers, under which a right answer scores 1.
+    """The metric under which a right answer scores 1 for a question with this many answers.
 
     `by_answers` is soft accuracy from ten answers and an exact match with any of fewer. Metrics that count annotators
-    need three, so that with fewer they become the exact match, too.
+    need three; with fewer they become the exact match, too.
     """
     if metric == "by_answers":
         return "vqa" if answers >= ANNOTATORS else "vqa_exact"
@@ -214,10 +195,8 @@ def fitting_metric(metric: str, answers: int) -> str:
 def check_metric(metric: str) -> None:
     """Refuses a name that `score` does not know."""
     if metric not in METRICS and not re.fullmatch(r"multiple_choice:([2-9]|1\d|2[0-6])", metric):
-        raise UserError(
-            f"unknown metric {metric!r}: choose one of {', '.join(METRICS)} or multiple_choice:N "
-            "with N from 2 to 26 options"
-        )
+        known = ", ".join(METRICS)
+        raise UserError(f"unknown metric {metric!r}: choose one of {known} or multiple_choice:N with N from 2 to 26")
 
 
 def score(metric: str, prediction: str, answers: Sequence[str]) -> float:

@@ -28,7 +28,7 @@ from envs.errors import UserError
 from envs.knobs import ExecutionPlan
 from envs.latency.record import LatencyRecord, RequestShape
 from envs.latency_token import LEVELS, level_token
-from envs.model.importance import PUBLISHED_IMPORTANCE
+from envs.model.block_importance import PUBLISHED_IMPORTANCE
 from envs.model.language import MAX_INSERTION
 from envs.model.molmoe import AdaptiveMolmoE
 from envs.processing.processor import MolmoEProcessor

@@ -1,16 +1,19 @@
 """Between the published checkpoint and the parameters in memory.
 
 The published layout names every expert and every projection; in memory experts are stacked and projections fused, and
-the rows of query and key are reordered so that rotary pairs lie side by side (attention only sees their products, so
+the rows of query and key are reordered so that rotary pairs are adjacent (attention only sees their products, so
 nothing else changes). Each published key maps to a `Slot`, a view of one parameter; loading copies into slots, one
 tensor at a time, and exporting copies out of them, bit for bit.
 """
 
 import json
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,19 +21,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from envs.errors import UserError, first_line
+from envs.files import size_text
 from envs.model.config import MolmoEConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LOADABLE_DTYPES = ("F64", "F32", "F16", "BF16")
 """Number formats of weights; quantized ones mean nothing without their scales."""
+_LARGE_DOWNLOAD = 10**8
 _SHARDS = "model-?????-of-?????.safetensors"
-# What is fetched for a hub id: weights and the JSON and text files beside them, never code.
+# What is fetched for a hub id: weights and the JSON and text files next to them, never code.
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_log = logging.getLogger(__name__)
+
+
+class TensorHeader(NamedTuple):
+    """A stored tensor as its file's header describes it; `dtype` in the notation of safetensors."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one published tensor lives: rows `start:stop` (of one expert, if given) of a parameter, perhaps transposed.
+    """The place of one published tensor: rows `start:stop` (of one expert, if given) of a parameter, maybe transposed.
 
     `pairs` is the number of heads whose rows are reordered from half-split to pairwise rotary order, 0 for none.
     """
@@ -175,7 +189,7 @@ def check_name(path_or_id: str | Path) -> None:
     if str(path_or_id) == "embedded" or folder.is_dir():
         return
     if folder.exists():
-        raise UserError(f"{folder} is a file: give the folder that holds config.json and the safetensors files")
+        raise UserError(f"{folder} is a file: give the folder with config.json and the safetensors files")
     if str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/", "~")):
         raise UserError(f"no model folder {path_or_id}: give an existing folder, a hub id, or 'embedded'")
 
@@ -197,6 +211,11 @@ def resolve_folder(path_or_id: str | Path, revision: str | None = None, files: S
         return folder
     from huggingface_hub import snapshot_download
 
+    with suppress(Exception):  # the size is only a courtesy; fetching says what is wrong
+        planned = snapshot_download(str(path_or_id), revision=revision, allow_patterns=list(files), dry_run=True)
+        size = sum(file.file_size or 0 for file in planned if file.will_download)
+        if size > _LARGE_DOWNLOAD:
+            _log.warning("%s: fetching %s from the hub", path_or_id, size_text(size))
     try:
         return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the hub client raises many unrelated kinds
@@ -225,41 +244,77 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"cannot read {index}: {error!r}") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"{index} names {name!r}: weight files must lie in the same folder")
+            raise UserError(f"{index} names {name!r}: weight files must be in the same folder")
         if not (folder / name).exists():
             raise UserError(f"{index} names {name}, which is missing: fetch the checkpoint again")
     return [folder / name for name in names]
 
 
-def load_weights(folder: Path, config: MolmoEConfig, parameters: Mapping[str, Tensor]) -> None:
-    """Fill `parameters` from the checkpoint in `folder`, tensor by tensor, with their dtype and device.
+def read_headers(folder: Path) -> tuple[dict[str, TensorHeader], list[str]]:
+    """Every tensor of the checkpoint in `folder` by its key, and what is wrong with the files, one line each."""
+    tensors: dict[str, TensorHeader] = {}
+    problems = []
+    for path in weight_files(folder):
+        try:
+            with _opened(path) as file:
+                parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+                found = {k: TensorHeader(path.name, p.get_dtype(), tuple(p.get_shape())) for k, p in parts.items()}
+        except UserError as error:
+            problems.append(error.message)
+            continue
+        problems += [
+            f"{key} is stored twice, in {tensors[key].file} and {path.name}: keep one of them"
+            for key in sorted(found.keys() & tensors.keys())
+        ]
+        tensors |= found
+    return tensors, problems
+
+
+def mismatches(config: MolmoEConfig, tensors: Mapping[str, TensorHeader]) -> list[str]:
+    """Keys that are missing, unexpected, of another shape or of a dtype that is not read; one line per kind."""
+    wanted = slots(config)
+    known = {key: tensor for key, tensor in tensors.items() if key in wanted}
+    kinds = {
+        "missing": [key for key in wanted if key not in tensors],
+        "unexpected": [key for key in tensors if key not in wanted and 0 not in tensors[key].shape],
+        "of another shape": [
+            f"{key} is {tensor.shape} instead of {wanted[key].shape}"
+            for key, tensor in known.items()
+            if tensor.shape != wanted[key].shape
+        ],
+        f"of a dtype other than {', '.join(LOADABLE_DTYPES)}": [
+            f"{key} is {tensor.dtype}" for key, tensor in known.items() if tensor.dtype not in LOADABLE_DTYPES
+        ],
+    }
+    return [
+        f"{len(keys)} {what}: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
+        for what, keys in kinds.items()
+        if keys
+    ]
+
+
+def check_weights(folder: Path, config: MolmoEConfig) -> dict[str, TensorHeader]:
+    """Headers of a checkpoint that can be loaded; takes no memory for its weights.
 
     Raises:
-        UserError: a file is corrupt, or keys are missing, unexpected or of another shape (all named).
+        UserError: a file is corrupt, or keys are missing, duplicate, unexpected or of another shape or dtype.
     """
+    tensors, problems = read_headers(folder)
+    problems = problems or mismatches(config, tensors)
+    if problems:
+        raise UserError(f"weights in {folder} do not fit its config.json; {'; '.join(problems)}")
+    return tensors
+
+
+def load_weights(
+    folder: Path, config: MolmoEConfig, tensors: Mapping[str, TensorHeader], parameters: Mapping[str, Tensor]
+) -> None:
+    """Fill `parameters` from the checked checkpoint in `folder`, tensor by tensor, with their dtype and device."""
     wanted = slots(config)
-    places: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(folder):
-        with _opened(path) as file:
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                part = file.get_slice(key)
-                if key in places:
-                    raise UserError(
-                        f"{key} is stored twice, in {places[key].name} and {path.name} of {folder}: keep one of them"
-                    )
-                if key in wanted and part.get_dtype() not in LOADABLE_DTYPES:
-                    raise UserError(
-                        f"{key} in {path} holds {part.get_dtype()} numbers, which are not read: give weights in one of "
-                        f"{', '.join(LOADABLE_DTYPES)}"
-                    )
-                places[key] = path
-                shapes[key] = tuple(part.get_shape())
-    _check_keys(folder, wanted, shapes)
     with torch.no_grad():
-        for path in sorted(set(places.values())):
-            with _opened(path) as file:
-                for key in (key for key, place in places.items() if place == path and key in wanted):
+        for name in sorted({tensor.file for tensor in tensors.values()}):
+            with _opened(folder / name) as file:
+                for key in (key for key, tensor in tensors.items() if tensor.file == name and key in wanted):
                     slot = wanted[key]
                     slot.write(parameters[slot.parameter].data, file.get_tensor(key))
 
@@ -269,24 +324,6 @@ def _opened(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read weights {path}: {error}; the file is corrupt or incomplete") from None
-
-
-def _check_keys(folder: Path, wanted: Mapping[str, Slot], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    empty = {key for key, shape in shapes.items() if 0 in shape}
-    missing = sorted(set(wanted) - set(shapes))
-    unexpected = sorted(set(shapes) - set(wanted) - empty)
-    misshapen = [
-        f"{key} is {shapes[key]} instead of {slot.shape}"
-        for key, slot in wanted.items()
-        if key in shapes and shapes[key] != slot.shape
-    ]
-    parts = [
-        f"{len(keys)} {what}: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-        if keys
-    ]
-    if parts:
-        raise UserError(f"weights in {folder} do not fit its config.json; {'; '.join(parts)}")
 
 
 def published_state_dict(config: MolmoEConfig, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -303,18 +340,14 @@ def save_weights(
 ) -> None:
     """Write published weights in shards of at most `max_shard_size` bytes (a larger tensor gets its own) and the index.
 
-    One shard at a time is held in memory beside the model. Weights written there before, which an index left behind
-    would still name, are removed at the end.
+    One shard at a time is in memory in addition to the model. Weights from an earlier save are removed at the end.
     """
     shards: list[list[str]] = [[]]
     filled = 0
     places = slots(config)
     for key, slot in places.items():
         parameter = parameters[slot.parameter]
-        count = 1
-        for side in slot.shape:
-            count *= side
-        size = count * (dtype or parameter.dtype).itemsize
+        size = math.prod(slot.shape) * (dtype or parameter.dtype).itemsize
         if filled and filled + size > max_shard_size:
             shards.append([])
             filled = 0

@@ -41,6 +41,8 @@ _FIXED_VISION: Mapping[str, tuple[Any, ...]] = {
 }
 
 BLANK_CROPS = ("published", "trainer")
+_MAX_SIZE = 2**24
+_MAX_REPEATS = 4096  # layers and experts, which have tensors of their own
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class VisionConfig:
 
     @property
     def depth(self) -> int:
-        """Layers that must run for the deepest feature layer; later ones are held but never computed."""
+        """Layers that must run for the deepest feature layer; later ones are loaded but never computed."""
         return 1 + max(layer % self.layers for layer in self.feature_layers)
 
 
@@ -148,26 +150,27 @@ class MolmoEConfig:
         """Build from the published keys; `source` names them in errors.
 
         Raises:
-            UserError: a key is missing or holds an unsupported value.
+            UserError: a key is missing or has an unsupported value.
         """
         if not isinstance(published, Mapping):
-            raise UserError(f"{source} holds {type(published).__name__}, not an object: give a published config.json")
+            raise UserError(f"{source} is a {type(published).__name__}, not an object: give a published config.json")
         read = _Reader(published, source)
         read.check({**_FIXED, "quantization_config": (None,)})
         d_model, n_heads = read.count("d_model"), read.count("n_heads")
         if published.get("n_kv_heads") not in (None, n_heads):
             raise read.error("n_kv_heads", f"null or {n_heads} (= n_heads)")
         vocab_size = read.count("vocab_size")
-        mlp = published.get("mlp_hidden_size") or int(read.number("mlp_ratio") * d_model)
+        hidden = read.optional_count("mlp_hidden_size")
+        mlp = int(read.number("mlp_ratio") * d_model) if hidden is None else hidden
         config = cls(
             d_model=d_model,
             n_heads=n_heads,
             n_layers=read.count("n_layers"),
-            n_experts=read.count("moe_num_experts"),
+            n_experts=read.count("moe_num_experts", _MAX_REPEATS),
             expert_hidden=mlp // 2,
             vocab_size=vocab_size,
-            embedding_size=int(published.get("embedding_size") or vocab_size),
-            additional_vocab_size=int(published.get("additional_vocab_size") or 0),
+            embedding_size=read.optional_count("embedding_size") or vocab_size,
+            additional_vocab_size=read.optional_count("additional_vocab_size") or 0,
             norm_eps=read.number("layer_norm_eps"),
             rope_theta=read.number("rope_theta"),
             max_sequence_length=read.count("max_sequence_length"),
@@ -254,10 +257,10 @@ def _vision(outer: "_Reader") -> VisionConfig:
     read = _Reader(backbone, f"{outer.source} (vision_backbone)")
     read.check(_FIXED_VISION)
     crop, patch = read.pair("image_default_input_size"), read.count("image_patch_size")
-    if crop[0] != crop[1] or crop[0] % patch:
+    if crop[0] != crop[1] or crop[0] % patch or not crop[0]:
         raise read.error("image_default_input_size", f"a square with sides a multiple of image_patch_size ({patch})")
     layers = outer.value("vit_layers")
-    depth = read.count("image_num_layers")
+    depth = read.count("image_num_layers", _MAX_REPEATS)
     if not isinstance(layers, list) or not layers or any(not -depth <= int(layer) < depth for layer in layers):
         raise outer.error("vit_layers", f"indices into the {depth} layers of the image encoder")
     vision = VisionConfig(
@@ -294,11 +297,14 @@ class _Reader:
             raise UserError(f"{self.source}: {key} is missing")
         return self.values[key]
 
-    def count(self, key: str) -> int:
+    def count(self, key: str, most: int = _MAX_SIZE) -> int:
         value = self.value(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(key, "a whole number of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise self.error(key, f"an integer from 1 to {most:,}")
         return value
+
+    def optional_count(self, key: str) -> int | None:
+        return self.count(key) if self.values.get(key) else None
 
     def optional_id(self, key: str, default: int) -> int:
         value = self.values.get(key)
@@ -310,14 +316,14 @@ class _Reader:
 
     def number(self, key: str) -> float:
         value = self.value(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise self.error(key, "a number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_SIZE:
+            raise self.error(key, f"a number above 0 and at most {_MAX_SIZE:,}")
         return float(value)
 
     def pair(self, key: str) -> tuple[int, int]:
         value = self.value(key)
-        if not isinstance(value, list) or len(value) != 2 or not all(isinstance(item, int) for item in value):
-            raise self.error(key, "two whole numbers")
+        if not isinstance(value, list) or len(value) != 2 or any(item not in range(_MAX_SIZE) for item in value):
+            raise self.error(key, f"two integers from 0 to {_MAX_SIZE:,}")
         return value[0], value[1]
 
     def check(self, fixed: Mapping[str, tuple[Any, ...]]) -> None:

@@ -6,7 +6,7 @@ from envs.errors import UserError, first_line
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The torch device behind a name; `auto` is the GPU where this process was given one, else the CPU.
+    """The torch device behind a name; `auto` is the GPU if this process was given one, else the CPU.
 
     Raises:
         UserError: a device that this process does not have.

@@ -1,6 +1,5 @@
 """AdaptiveMolmoE: a MolmoE that runs any execution plan."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,11 +9,12 @@ from torch import Tensor, nn
 
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
-from envs.model.checkpoint import load_weights, published_state_dict, resolve_folder, save_weights
+from envs.model.checkpoint import check_weights, load_weights, published_state_dict, resolve_folder, save_weights
 from envs.model.config import MolmoEConfig
 from envs.model.decode import DecodeBatch
 from envs.model.device import resolve_device
 from envs.model.execution_tree import per_row
+from envs.model.fingerprint import FingerprintCache, fingerprint
 from envs.model.language import Language
 from envs.model.single_row import SingleRow
 from envs.model.vision import VisionBackbone
@@ -41,6 +41,8 @@ class AdaptiveMolmoE(nn.Module):
         self.experts = "auto"
         self._fingerprint: tuple[object, str] | None = None
         self._single_row: SingleRow | None = None
+        self._loaded: object = None
+        self._cache: FingerprintCache | None = None
 
     @classmethod
     def from_pretrained(
@@ -54,7 +56,7 @@ class AdaptiveMolmoE(nn.Module):
         """Read a checkpoint in the published layout: a folder, a hub id, or "embedded". In eval mode, frozen.
 
         Args:
-            blank_crops: which crops count as empty, see `MolmoEConfig`; as the checkpoint says where None.
+            blank_crops: which crops count as empty, see `MolmoEConfig`; as the checkpoint says if None.
 
         Raises:
             UserError: nothing there, or files that are corrupt or do not fit each other.
@@ -62,10 +64,13 @@ class AdaptiveMolmoE(nn.Module):
         folder = resolve_folder(path_or_id, revision)
         config = MolmoEConfig.from_pretrained(folder)
         config = config if blank_crops is None else config.with_blank_crops(blank_crops)
+        tensors = check_weights(folder, config)  # before memory is taken
         with torch.device("meta"):
             model = cls(config)
         model = model.to(dtype).to_empty(device=resolve_device(device))
-        load_weights(folder, config, dict(model.named_parameters()))
+        parameters = dict(model.named_parameters())
+        load_weights(folder, config, tensors, parameters)
+        model._loaded, model._cache = model._state(), FingerprintCache.open(folder, config, parameters)
         return model.eval().requires_grad_(False)
 
     @classmethod
@@ -87,7 +92,7 @@ class AdaptiveMolmoE(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """Device of the weights."""
         return self.language.wte.device
 
     @property
@@ -104,16 +109,21 @@ class AdaptiveMolmoE(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over weights, their dtype and the config; kept until a weight changes."""
-        parameters = dict(self.named_parameters())
-        state = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters.values())
+        """sha256 over weights, their dtype and the config; computed again when a weight changes."""
+        state = self._state()
         if self._fingerprint is None or self._fingerprint[0] != state:
-            digest = hashlib.sha256(json.dumps(self.config.to_published(), sort_keys=True).encode())
-            for name, parameter in sorted(parameters.items()):
-                digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-            self._fingerprint = (state, digest.hexdigest())
+            cache = self._cache if state == self._loaded else None
+            value = cache.read() if cache else None
+            if value is None:
+                value = fingerprint(self.config, dict(self.named_parameters()))
+                if cache:
+                    cache.write(value)
+            self._fingerprint = (state, value)
         return self._fingerprint[1]
+
+    def _state(self) -> tuple[tuple[int, int], ...]:
+        """Changes whenever a weight is replaced or written to."""
+        return tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
 
     def encode_images(self, images: Tensor, image_masks: Tensor | None = None) -> Tensor:
         """Image tokens (N, crops, tokens a crop, D) of images (N, crops, patches, pixels)."""
@@ -132,9 +142,9 @@ class AdaptiveMolmoE(nn.Module):
             return x_BTD
         rows, tokens, width = x_BTD.shape
         index = inputs["image_input_idx"].reshape(rows, -1)
-        # Checked where looking is free: on another device it would stop the queue.
+        # Checked on a CPU only: on another device reading the value would synchronize.
         if index.device.type == "cpu" and int(index.max()) >= tokens:
-            raise UserError(f"image_input_idx holds {int(index.max())}: the prompt has only {tokens} tokens")
+            raise UserError(f"image_input_idx contains {int(index.max())}: the prompt has only {tokens} tokens")
         index = index.to(self.device)
         row_starts = torch.arange(rows, device=index.device).unsqueeze(1) * tokens
         # A dropped index adds zeros to the row's first token: picking the used ones would need their number.
@@ -164,7 +174,7 @@ class AdaptiveMolmoE(nn.Module):
     ) -> list[list[int]]:
         """Greedy continuation of each row, without the end-of-text token at which it stops.
 
-        Blocks that a plan drops run neither on the prompt nor on new tokens, and hold no cache.
+        Blocks that a plan drops run neither on the prompt nor on new tokens, and have no cache.
         """
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens is {max_new_tokens}: give 0 or more")

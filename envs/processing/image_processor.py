@@ -1,9 +1,7 @@
-"""Images to crops of patches, bit for bit as the published MolmoE processor makes them, for any
-crop geometry.
+"""Images to crops of patches, bit for bit as the published MolmoE processor makes them, for any crop geometry.
 
-An image is seen once whole (the global view) and, larger, through a grid of overlapping crops (its
-tiling). The tiling and with it every count and index depend on the image's size alone, so they are
-computed without pixels and cached.
+The model gets an image downscaled (the global view) and, larger, as a grid of overlapping crops (its tiling). The
+tiling and with it every count and index depend on the image's size alone, so they are computed without pixels.
 
 Source: the image processor published with allenai/MolmoE-1B-0924 ("overlap-and-resize").
 """
@@ -72,10 +70,7 @@ class ImageGeometry:
             crop=int(height),
             patch=int(read("image_patch_size", 1)[0]),
             margins=(int(before), int(after)),
-            tokens=(
-                int(read("image_token_length_h", 1)[0]),
-                int(read("image_token_length_w", 1)[0]),
-            ),
+            tokens=(int(read("image_token_length_h", 1)[0]), int(read("image_token_length_w", 1)[0])),
             mean=(mean[0], mean[1], mean[2]),
             std=(std[0], std[1], std[2]),
         )
@@ -85,22 +80,18 @@ class ImageGeometry:
     def _check(self, source: str) -> None:
         if self.patch < 1 or self.crop < self.patch or self.crop % self.patch:
             raise UserError(
-                f"{source}: crops of {self.crop} pixels (base_image_input_size) do not divide "
-                "into patches of "
+                f"{source}: crops of {self.crop} pixels (base_image_input_size) do not divide into patches of "
                 f"{self.patch} (image_patch_size)"
             )
         if min(self.tokens) < 1 or any(self.patches % t for t in self.tokens) or len(set(self.tokens)) != 1:
             raise UserError(
-                f"{source}: {self.patches} patches a side do not pool into tokens of "
-                f"{list(self.tokens)} "
+                f"{source}: {self.patches} patches a side do not pool into tokens of {list(self.tokens)} "
                 "(image_token_length_h, image_token_length_w): give one divisor for both"
             )
         if any(margin % self.pool for margin in self.margins) or self.window < self.pool:
             raise UserError(
-                f"{source}: overlap_margins {list(self.margins)} do not fit crops of "
-                f"{self.patches} patches a side: "
-                f"give multiples of {self.pool} that leave at least {self.pool} patches between "
-                "them"
+                f"{source}: overlap_margins {list(self.margins)} do not fit crops of {self.patches} patches a side: "
+                f"give multiples of {self.pool} that leave at least {self.pool} patches between them"
             )
 
     @property
@@ -130,17 +121,14 @@ class ImageGeometry:
 
 @lru_cache(maxsize=64)
 def _candidates(max_crops: int) -> npt.NDArray[np.int32]:
-    """All (rows, columns) of at most `max_crops` crops, smaller grids first so that ties fall to
-    them.
-    """
+    """All (rows, columns) of at most `max_crops` crops, smaller grids first so that ties fall to them."""
     grids = [(i, j) for i in range(1, max_crops + 1) for j in range(1, max_crops // i + 1)]
     return np.array(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0])), dtype=np.int32)
 
 
 @lru_cache(maxsize=65536)
 def select_tiling(geometry: ImageGeometry, size_wh: tuple[int, int], max_crops: int) -> tuple[int, int]:
-    """Rows and columns of crops for an image: the grid of least enlargement, or where all shrink
-    it, of least shrinking.
+    """Rows and columns of crops for an image: the grid of least enlargement, or if all shrink it, of least shrinking.
 
     Computed in float32, as published, because a last bit can decide between two grids.
     """
@@ -155,12 +143,12 @@ def select_tiling(geometry: ImageGeometry, size_wh: tuple[int, int], max_crops: 
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """Where the tokens of an image stand; a function of the tiling alone.
+    """Positions of an image's tokens; a function of the tiling alone.
 
     Args:
         ids: the image's token ids, global view first (image_tokens,).
-        input_idx: for every token of every crop the position in `ids` whose embedding it is added
-            to, `INVALID` where a neighbouring crop covers it (1 + crops, tokens per crop).
+        input_idx: for every token of every crop the position in `ids` whose embedding it is added to, `INVALID` if a
+            neighboring crop covers it (1 + crops, tokens per crop).
     """
 
     ids: npt.NDArray[np.int64]
@@ -184,11 +172,10 @@ def make_layout(geometry: ImageGeometry, tiling: tuple[int, int], ids: tuple[int
 
 
 def _owned(geometry: ImageGeometry, crops: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Along one side, the token indices over all crops that are kept, and the index in the joint
-    grid of each.
+    """Along one side, the token indices over all crops that are kept, and the index in the joint grid of each.
 
-    A crop's margins belong to its neighbours, except at the image's edge. Crops keep their row
-    order, so the kept tokens lie in the joint grid one after the other.
+    A crop's margins belong to its neighbors, except at the image's edge. Crops keep their row order, so the kept
+    tokens are consecutive in the joint grid.
     """
     before, after = (margin // geometry.pool for margin in geometry.margins)
     length = geometry.tokens[0]
@@ -202,10 +189,7 @@ def _owned(geometry: ImageGeometry, crops: int) -> tuple[npt.NDArray[np.int64], 
 
 
 def _positions(rows: int, columns: int) -> npt.NDArray[np.int64]:
-    """Positions of a view's patch tokens from its start token.
-
-    Each row is closed by a column token.
-    """
+    """Positions of a view's patch tokens from its start token; a column token ends each row."""
     return 1 + np.arange(rows)[:, None] * (columns + 1) + np.arange(columns)
 
 
@@ -237,52 +221,40 @@ class ImageProcessor:
             image: RGB.
 
         Returns:
-            images (1 + crops, patches, pixels) float32, a patch's pixels in order row, column,
-            channel; and image_masks (1 + crops, patches) float32, the share of each patch that is
-            image. As published, the masks of the crops come first and the last row, standing for
-            the global view, is -1.
+            images (1 + crops, patches, pixels) float32, a patch's pixels in order row, column, channel; and
+            image_masks (1 + crops, patches) float32, the share of each patch that is image. As published, the masks
+            of the crops come first and the last row, for the global view, is -1.
         """
         geometry = self.geometry
         side, step = geometry.crop, geometry.window * geometry.patch
         pixels = np.asarray(image)
-        # A contiguous copy: Pillow's buffer is read-only, and planes resize faster than interleaved
-        # channels.
+        # A contiguous copy: Pillow's buffer is read-only, and planes resize faster than interleaved channels.
         planes = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32)).div_(255)
         height, width = (n * step + side - step for n in tiling)
-        whole, _ = self._resize_and_pad(planes, side, side)
+        global_view, _ = self._resize_and_pad(planes, side, side)
         tiled, box = self._resize_and_pad(planes, height, width)
         images = torch.empty(1 + tiling[0] * tiling[1], geometry.patches**2, 3 * geometry.patch**2)
-        self._cut(whole, (1, 1), images[:1])
+        self._cut(global_view, (1, 1), images[:1])
         self._cut(tiled, tiling, images[1:])
         return images, make_masks(geometry, tiling, box).clone()
 
     def _resize_and_pad(self, planes: Tensor, height: int, width: int) -> tuple[Tensor, tuple[int, int, int, int]]:
-        """Fits (3, h, w) into (height, width, 3), normalised, centred on black.
-
-        And its box top, left, bottom, right.
-        """
+        """(3, h, w) fitted into (height, width, 3), normalized, centered on black; its box top, left, bottom, right."""
         source_h, source_w = planes.shape[1:]
         # float32 and truncation as published: the last bit can move a size by one pixel.
         scale = min(np.float32(height) / np.float32(source_h), np.float32(width) / np.float32(source_w))
         fit_h, fit_w = (max(1, int(np.float32(n) * scale)) for n in (source_h, source_w))
         resized = planes
         if (fit_h, fit_w) != (source_h, source_w):
-            resized = interpolate(
-                planes[None],
-                size=(fit_h, fit_w),
-                mode="bilinear",
-                align_corners=False,
-                antialias=True,
-            )[0]
+            size = (fit_h, fit_w)
+            resized = interpolate(planes[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
         top, left = (height - fit_h) // 2, (width - fit_w) // 2
         canvas = torch.zeros(height, width, 3)
         canvas[top : top + fit_h, left : left + fit_w] = resized.clamp(0.0, 1.0).permute(1, 2, 0)
         return canvas.sub_(self._mean).div_(self._std), (top, left, top + fit_h, left + fit_w)
 
     def _cut(self, view: Tensor, tiling: tuple[int, int], out: Tensor) -> None:
-        """Copies overlapping crops of (height, width, 3) into `out` (crops, patches, pixels) in one
-        pass.
-        """
+        """Copy overlapping crops of (height, width, 3) into `out` (crops, patches, pixels) in one pass."""
         geometry = self.geometry
         n, side, step = geometry.patches, geometry.patch, geometry.window * geometry.patch
         row, column, channel = view.stride()

@@ -1,7 +1,4 @@
-"""Reading images the way a person expects to see them.
-
-Any file in, plain RGB out, bad files named in one line.
-"""
+"""Image files to RGB as a viewer displays them; errors are one line that names the file."""
 
 import hashlib
 import io
@@ -21,16 +18,13 @@ from envs.errors import UserError
 T = TypeVar("T")
 
 MAX_PIXELS: Final = 89_478_485
-"""Largest image accepted (a quarter of a GiB of RGB, Pillow's own threshold).
-
-A small file may unpack to far more.
-"""
+"""Largest image accepted: a quarter of a GiB of RGB, Pillow's own threshold. A small file may unpack to far more."""
 
 IMAGE_ENDINGS: Final = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     *(".heic", ".heif", ".avif", ".ppm", ".jp2"),
 )
-"""How the names of image files end, in lower case."""
+"""Endings of image files, in lower case."""
 
 _HEIF_BRANDS: Final = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _ORIENTATION_TAG: Final = 0x0112
@@ -38,10 +32,7 @@ _WIDE_GREY: Final = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 
 
 class ImageRef(ABC):
-    """A lazy, picklable image.
-
-    Implementations are frozen dataclasses and provide `digest` as a field or property.
-    """
+    """A lazy, picklable image: a frozen dataclass with `digest` as a field or property."""
 
     digest: str
     """Hex digest of the image's content: two references with equal digests show the same image."""
@@ -56,19 +47,13 @@ class ImageRef(ABC):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height in pixels after EXIF orientation.
-
-        Override where that is known without decoding.
-        """
+        """Width and height in pixels after EXIF orientation; override if known without decoding."""
         return self.load().size
 
 
 @dataclass(frozen=True)
 class FileImage(ImageRef):
-    """An image file, identified by the SHA-256 of its bytes.
-
-    Make one with `FileImage.open(path)`.
-    """
+    """An image file, identified by the SHA-256 of its bytes. Make one with `FileImage.open(path)`."""
 
     path: str
     digest: str
@@ -76,10 +61,7 @@ class FileImage(ImageRef):
 
     @classmethod
     def open(cls, path: str | Path) -> "FileImage":
-        """Reference to the file at `path`.
-
-        Its bytes are hashed now, its pixels are decoded on `load`.
-        """
+        """Reference to the file at `path`: its bytes are hashed now, its pixels decoded on `load`."""
         try:
             with Path(path).open("rb") as file:
                 return cls(str(path), hashlib.file_digest(file, "sha256").hexdigest())
@@ -92,7 +74,7 @@ class FileImage(ImageRef):
         try:
             content = Path(self.path).read_bytes()
         except OSError:
-            return open_image(self.path)  # which names what is wrong
+            return open_image(self.path)  # raises with the reason
         # Outcomes are stored by digest: another picture under the same path must not be served as this one.
         if hashlib.sha256(content).hexdigest() != self.digest:
             raise UserError(f"image {self.path} was changed since the data was opened: start again")
@@ -104,12 +86,11 @@ class FileImage(ImageRef):
 
 
 def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
-    """The image in a file, or in a file's bytes, as RGB with EXIF orientation applied. See
-    `to_rgb`.
+    """The image in a file, or in a file's bytes, as RGB with EXIF orientation applied. See `to_rgb`.
 
     Args:
         source: path of the file, or its content.
-        name: what to call the image in errors; the path by default.
+        name: of the image in errors; None for the path.
 
     Raises:
         UserError: unreadable, truncated or not an image, or larger than `MAX_PIXELS`.
@@ -132,10 +113,9 @@ def oriented_size(image: Image.Image) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
-    """RGB as a viewer shows it: EXIF orientation applied, transparency over white, 16-bit grey
-    scaled to 8 bits.
+    """RGB with EXIF orientation applied, transparency over white, 16-bit gray scaled to 8 bits.
 
-    Float images are taken as 0..1 where they stay within it, as 0..255 otherwise; 32-bit ones as 0..255 or 0..65535.
+    Float images are read as 0..1 if all values are in it, else as 0..255; 32-bit ones as 0..255 or 0..65535.
     Animations give their first frame.
 
     Raises:
@@ -158,7 +138,7 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on broken data
-        raise UserError(f"cannot read {name}: {error}; give a whole image file that opens in a viewer") from None
+        raise UserError(f"cannot read {name}: {error}; give a complete image file that opens in a viewer") from None
 
 
 def check_size(size_wh: tuple[int, int], name: str = "the image") -> None:
@@ -171,7 +151,7 @@ def check_size(size_wh: tuple[int, int], name: str = "the image") -> None:
 
 
 def read_image(source: str | Path | bytes, name: str | None, read: Callable[[Image.Image], T]) -> T:
-    """What `read` makes of the opened image. Arguments and errors as in `open_image`."""
+    """The result of `read` on the opened image. Arguments and errors as in `open_image`."""
     name = name or _name(source)
     try:
         with warnings.catch_warnings():
@@ -187,8 +167,8 @@ def read_image(source: str | Path | bytes, name: str | None, read: Callable[[Ima
     except Image.DecompressionBombError:
         raise UserError(f"{name} is above the limit of {MAX_PIXELS:,} pixels: give a smaller image") from None
     except Exception as error:
-        reason = "not an image in a known format" if isinstance(error, Image.UnidentifiedImageError) else shown(error)
-        raise UserError(f"cannot read {name}: {reason}; give a whole image file that opens in a viewer") from None
+        reason = "not an image in a known format" if isinstance(error, Image.UnidentifiedImageError) else excerpt(error)
+        raise UserError(f"cannot read {name}: {reason}; give a complete image file that opens in a viewer") from None
 
 
 def _open(source: io.BytesIO | Path) -> Image.Image:
@@ -212,8 +192,8 @@ def _head(path: Path) -> bytes:
         return file.read(12)
 
 
-def shown(value: object, letters: int = 60) -> str:
-    """A value as a message shows it: one line of at most `letters`, whatever its size."""
+def excerpt(value: object, letters: int = 60) -> str:
+    """A value for a message: one line of about `letters`, whatever its size."""
     text = repr(value[:letters] if isinstance(value, str | bytes | list) else value)
     if isinstance(value, str | bytes | list) and len(value) > letters:
         text += f" ({len(value):,} in all)"

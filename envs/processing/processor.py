@@ -1,8 +1,8 @@
 """An image and a question to model inputs, and answer tokens back to text.
 
-Everything is read from a model folder: crops from `preprocessor_config.json`, tokens from
-`tokenizer.json` and `tokenizer_config.json`. The processor's time is part of every request's
-latency, so whatever depends on the image's size alone is computed once per tiling.
+Crops are described by `preprocessor_config.json` of a model folder, tokens by `tokenizer.json` and
+`tokenizer_config.json`. The processor's time is part of every request's latency, so results that depend on the image's
+size alone are computed once per tiling.
 """
 
 import json
@@ -28,7 +28,7 @@ from envs.processing.image_processor import (
     make_layout,
     select_tiling,
 )
-from envs.processing.images import ImageRef, check_size, open_image, shown, to_rgb
+from envs.processing.images import ImageRef, check_size, excerpt, open_image, to_rgb
 
 CONFIG_FILE: Final = "preprocessor_config.json"
 MODEL_CONFIG_FILE: Final = "config.json"
@@ -43,10 +43,7 @@ Inputs = dict[str, Tensor]
 
 
 class PromptShape(NamedTuple):
-    """What a request costs in counts.
-
-    Crops (the global view included), image tokens, and all prompt tokens.
-    """
+    """Size of a request: crops (the global view included), image tokens, and all prompt tokens."""
 
     crops: int
     image_tokens: int
@@ -60,7 +57,7 @@ class MolmoEProcessor:
         geometry: how images are cut into crops.
         tokenizer: with the four image tokens and `eos` among its added tokens.
         eos: the end-of-text token's text; its id also opens every prompt.
-        styles: whether the model was trained on prompt styles; where not, every question is asked plainly.
+        styles: whether the model was trained on prompt styles; if not, every question is asked plainly.
         max_tokens: longest prompt in tokens, images included; None for no limit.
     """
 
@@ -77,8 +74,7 @@ class MolmoEProcessor:
         self.tokenizer = tokenizer
         self.styles = styles
         self.max_tokens = max_tokens
-        # A question that spells "<im_patch>" or "<|endoftext|>" is text, not a command to the
-        # model.
+        # A question that spells "<im_patch>" or "<|endoftext|>" is text, not a command to the model.
         self.tokenizer.encode_special_tokens = True
         self.eos_id = self._token_id(eos)
         start, end, patch, column = (self._token_id(token) for token in IMAGE_TOKENS)
@@ -88,12 +84,10 @@ class MolmoEProcessor:
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> "MolmoEProcessor":
-        """The processor of a model folder, a hub id or `embedded`. Weights are neither needed nor
-        fetched.
+        """The processor of a model folder, a hub id or `embedded`. Weights are neither needed nor fetched.
 
         Raises:
-            UserError: no such folder or hub model, or a file that is missing or does not hold
-                together.
+            UserError: no such folder or hub model, or a file that is missing or inconsistent.
         """
         folder = processor_folder(path_or_id, revision)
         config = _read_json(folder / CONFIG_FILE)
@@ -101,8 +95,7 @@ class MolmoEProcessor:
         styles = config.get("prompt_styles", True)
         if not isinstance(styles, bool):
             raise UserError(f"{folder / CONFIG_FILE}: prompt_styles is {styles!r}: give true or false")
-        settings = _read_json(folder / TOKENIZER_CONFIG_FILE)
-        eos = settings.get("eos_token") or "<|endoftext|>"
+        eos = _read_json(folder / TOKENIZER_CONFIG_FILE).get("eos_token") or "<|endoftext|>"
         path = folder / TOKENIZER_FILE
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -126,15 +119,13 @@ class MolmoEProcessor:
         Args:
             image: an image, a reference to one, a path, the bytes of a file, or 8-bit pixels (H, W), (H, W, 3) or
                 (H, W, 4); None for a text-only request.
-            question: as asked. Options of a multiple-choice question belong to it, see
-                `with_options`.
+            question: as asked, options of a multiple-choice question included (see `with_options`).
             tier: `low`, `medium` or `high`: at most 3, 6 or 12 crops.
             style: prompt style such as `vqa2`; None for a plain question.
 
         Returns:
-            `input_ids` (1, T) int64 and, with an image, `images` (1, crops, patches, pixels)
-            float32, `image_masks` (1, crops, patches) float32 and `image_input_idx` (1, crops,
-            tokens per crop) int64.
+            `input_ids` (1, T) int64 and, with an image, `images` (1, crops, patches, pixels) float32, `image_masks`
+            (1, crops, patches) float32 and `image_input_idx` (1, crops, tokens per crop) int64.
 
         Raises:
             UserError: an unknown tier, an image that cannot be read, or a prompt longer than the model takes.
@@ -157,20 +148,14 @@ class MolmoEProcessor:
         }
 
     def tiling(self, size_wh: tuple[int, int], tier: str = "high") -> tuple[int, int]:
-        """Rows and columns of crops an image of this width and height gets at a tier.
-
-        Pure; decodes nothing.
-        """
+        """Rows and columns of crops that an image of this width and height gets at a tier."""
         if tier not in TIER_CROPS:
             raise UserError(f"tier {tier!r} is not allowed: choose one of {', '.join(TIERS)}")
         check_size(size_wh)
         return select_tiling(self.geometry, (int(size_wh[0]), int(size_wh[1])), TIER_CROPS[tier])
 
     def shape(self, size_wh: tuple[int, int] | None, tier: str, question: str, style: str | None = None) -> PromptShape:
-        """Counts of a request without decoding its image.
-
-        `size_wh` is None for a text-only request.
-        """
+        """Counts of a request without decoding its image; `size_wh` is None for a text-only request."""
         text = 1 + len(self.prompt_ids(question, style))
         if size_wh is None:
             self._check_length(0, text)
@@ -181,10 +166,7 @@ class MolmoEProcessor:
         return PromptShape(1 + tiling[0] * tiling[1], image_tokens, image_tokens + text)
 
     def prompt_ids(self, question: str, style: str | None = None) -> list[int]:
-        """Token ids of ` User.
-
-        {style}: {question} Assistant:`, without the opening end-of-text token.
-        """
+        """Token ids of ` User: {style}: {question} Assistant:`, without the opening end-of-text token."""
         return self.encode(prompt_text(question, style if self.styles else None))
 
     def question_ids(self, question: str) -> list[int]:
@@ -196,20 +178,17 @@ class MolmoEProcessor:
         try:
             return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
         except (TypeError, UnicodeEncodeError):  # a lone surrogate cannot be passed on as UTF-8
-            raise UserError(f"the text {shown(text)} is not valid Unicode: give it as UTF-8") from None
+            raise UserError(f"the text {excerpt(text)} is not valid Unicode: give it as UTF-8") from None
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The answer text of generated token ids.
-
-        Up to end-of-text, without control tokens or outer spaces.
-        """
+        """The answer text of generated token ids up to end-of-text, without control tokens or outer spaces."""
         ids = [int(i) for i in token_ids if int(i) >= 0]
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _check_length(self, image_tokens: int, text_tokens: int) -> None:
-        """Refuses prompts beyond the positions that the model was trained for, before anything runs."""
+        """Refuse prompts beyond the positions that the model was trained for, before anything runs."""
         total = image_tokens + text_tokens
         if self.max_tokens is not None and total > self.max_tokens:
             raise UserError(
@@ -231,27 +210,18 @@ class MolmoEProcessor:
 
 def prompt_text(question: str, style: str | None = None) -> str:
     """The published prompt of a question."""
-    named = style not in (
-        None,
-        "demo",
-    )  # the published model was shown demonstrations without a style
+    named = style not in (None, "demo")  # the published model was trained on demonstrations without a style
     return f" User: {style}: {question} Assistant:" if named else f" User: {question} Assistant:"
 
 
 def with_options(question: str, options: Sequence[str]) -> str:
-    """A multiple-choice question as the published model is asked it.
-
-    The options follow, lettered from A.
-    """
+    """A multiple-choice question as the published model expects it: options lettered from A."""
     lines = "".join(f"\n{chr(ord('A') + i)}: {option}" for i, option in enumerate(options))
     return f"{question}{lines}\n"
 
 
 def collate(requests: Sequence[Mapping[str, Tensor]]) -> Inputs:
-    """One batch from several requests.
-
-    Prompts padded on the right and missing crops filled, both with -1.
-    """
+    """One batch from several requests: prompts padded on the right and missing crops filled, both with -1."""
     batch = {"input_ids": _stack([request["input_ids"] for request in requests])}
     pictured = [request for request in requests if "images" in request]
     if not pictured:
@@ -286,12 +256,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"cannot read {path}: {reason}; give a folder with the published processor files") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}: give a folder with the published processor files")
+        raise UserError(f"{path} contains a {type(content).__name__}: give a folder with the published processor files")
     return content
 
 
 def _max_tokens(folder: Path) -> int | None:
-    """The longest sequence that the model's config allows; None where the folder has no such entry."""
+    """The longest sequence that the model's config allows; None without such an entry."""
     if not (folder / MODEL_CONFIG_FILE).is_file():
         return None
     longest = _read_json(folder / MODEL_CONFIG_FILE).get("max_sequence_length")

@@ -7,10 +7,10 @@ from typing import Any
 
 from envs.config import StoreSettings
 from envs.data import load_task
-from envs.engine.importance import measure_importance
+from envs.engine.measure_block_importance import measure_importance
 from envs.errors import UserError
 from envs.knobs import MAX_DROPPED
-from envs.model.importance import (
+from envs.model.block_importance import (
     PUBLISHED_IMPORTANCE,
     Importance,
     importance_path,

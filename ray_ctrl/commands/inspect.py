@@ -1,25 +1,25 @@
-"""`ray-ctrl inspect`: what a run folder, a controller, a profile table, an importance file or a model holds."""
+"""`ray-ctrl inspect`: the content of a run folder, a controller, a latency profile, an importance file or a model."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
+from envs.model.block_importance import read_scores, removal_order
 from envs.model.checkpoint import check_revision
-from envs.model.importance import read_scores, removal_order
 from envs.model.inspect import describe, inspect_model
 from ray_ctrl.console import console
 from ray_ctrl.run_folder import RunFolder, choose
 
 
 def run(path: Path, revision: str | None = None) -> None:
-    """Prints a summary of what lies at `path`.
+    """Print a summary of what is stored at `path`.
 
     Args:
         revision: of a model on the hub.
 
     Raises:
-        UserError: nothing there that belongs to ray-ctrl, or a revision of what has none.
+        UserError: nothing there that belongs to ray-ctrl, or a revision of something other than a hub id.
     """
     check_revision(path, revision)
     if (path / "run.json").is_file():
@@ -27,12 +27,12 @@ def run(path: Path, revision: str | None = None) -> None:
     elif (path / "controller.json").is_file():
         facts = _controller(path)
     elif path.is_file() and path.suffix == ".json":
-        facts = _importance(path) or _table(path)
+        facts = _importance(path) or _profile(path)
     elif (path / "config.json").is_file() or not path.exists():
         console.print(describe(inspect_model(str(path), revision)), markup=False)
         return
     else:
-        raise UserError(f"{path} is no run folder, exported controller, profile table or importance (.json) or model")
+        raise UserError(f"{path} is no run folder, exported controller, latency profile, importance file or model")
     for name, value in facts.items():
         console.print(f"{name:<18}{value}", markup=False)
 
@@ -40,62 +40,69 @@ def run(path: Path, revision: str | None = None) -> None:
 def _run_folder(folder: RunFolder) -> dict[str, Any]:
     origin = json.loads((folder.root / "run.json").read_text("utf-8"))
     metrics, checkpoints = folder.metrics(), folder.checkpoints()
-    chosen = choose(checkpoints)
-    facts: dict[str, Any] = {"run folder": folder.root, "started": origin["started"]}
-    facts |= {"command": origin["command"], "commit": origin["git_commit"], "seed": origin["seed"]}
-    facts |= {"hardware": origin["hardware"], "iterations": f"{len(metrics)} of {folder.config.run.iterations}"}
-    facts["checkpoints"] = ", ".join(str(c.iteration) for c in checkpoints) or "none"
-    if chosen is not None:
-        score = "" if chosen.score is None else f", validation score {chosen.score:.3f}"
-        facts["chosen checkpoint"] = f"{chosen.iteration}{score}"
-    if metrics:
-        facts["last reward"] = f"{metrics[-1]['reward']:.3f}"
-    facts["controller"] = folder.controller if folder.controller.is_dir() else "not exported yet"
-    return facts
+    selected = choose(checkpoints)
+    score = "" if selected is None or selected.score is None else f", validation score {selected.score:.3f}"
+    facts = {
+        "run folder": folder.root,
+        "started": origin["started"],
+        "command": origin["command"],
+        "commit": origin["git_commit"],
+        "seed": origin["seed"],
+        "hardware": origin["hardware"],
+        "iterations": f"{len(metrics)} of {folder.config.run.iterations}",
+        "checkpoints": ", ".join(str(c.iteration) for c in checkpoints) or "none",
+        "chosen checkpoint": f"{selected.iteration}{score}" if selected else None,
+        "last reward": f"{metrics[-1]['reward']:.3f}" if metrics else None,
+        "controller": folder.controller if folder.controller.is_dir() else "not exported yet",
+    }
+    return {name: value for name, value in facts.items() if value is not None or name == "commit"}
 
 
 def _controller(path: Path) -> dict[str, Any]:
     from policies.controller import Controller
 
     controller, metadata = Controller.load(path)
-    weights = sum(p.numel() for p in controller.parameters())
-    facts: dict[str, Any] = {"controller": path, "weights": f"{weights:,}", "d_model": controller.d_model}
     config = metadata.get("config", {})
-    facts |= {"model": config.get("model", {}).get("name"), "task": config.get("task", {}).get("name")}
-    facts["latencies"] = config.get("latency", {}).get("source")
-    facts |= {key: metadata.get(key) for key in ("fingerprint", "iteration", "validation_score", "reference_ms")}
-    return facts
+    return {
+        "controller": path,
+        "weights": f"{sum(p.numel() for p in controller.parameters()):,}",
+        "d_model": controller.d_model,
+        "model": config.get("model", {}).get("name"),
+        "task": config.get("task", {}).get("name"),
+        "latencies": config.get("latency", {}).get("source"),
+        **{key: metadata.get(key) for key in ("fingerprint", "iteration", "validation_score", "reference_ms")},
+    }
 
 
-def _importance(path: Path) -> dict[str, Any]:
-    """What a file of block importance holds; nothing where it is no such file."""
+def _importance(path: Path) -> dict[str, Any] | None:
+    """The content of a file of block importance; None for any other JSON file."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
-        return {}
+        return None
     if not isinstance(content, dict) or "importance" not in content:
-        return {}
+        return None
     scores = read_scores(path)
-    facts: dict[str, Any] = {"block importance": path}
-    facts |= {key: content[key] for key in ("model", "task", "split", "samples", "metric") if key in content}
-    facts["scores"] = ", ".join(f"{score:g}" for score in scores)
-    facts["left out first"] = "blocks " + ", ".join(map(str, removal_order(scores)[:4]))
-    return facts
+    return {
+        "block importance": path,
+        **{key: content[key] for key in ("model", "task", "split", "samples", "metric") if key in content},
+        "scores": ", ".join(f"{score:g}" for score in scores),
+        "left out first": "blocks " + ", ".join(map(str, removal_order(scores)[:4])),
+    }
 
 
-def _table(path: Path) -> dict[str, Any]:
+def _profile(path: Path) -> dict[str, Any]:
     from envs.latency import ProfiledClock, ProfileTable
 
-    table = ProfileTable.load(path)
-    clock = ProfiledClock(table)
-    identity = table.identity
+    profile = ProfileTable.load(path)
+    clock, identity = ProfiledClock(profile), profile.identity
     return {
-        "profile table": path,
+        "latency profile": path,
         "device": identity.device,
         "model": identity.model,
         "dtype, threads": f"{identity.dtype}, {identity.threads}",
-        "requests": len(table.cells),
+        "requests": len(profile.cells),
         "reference": f"{clock.reference_ms:.2f} ms",
         "fit, median error": f"{clock.median_error:.1%}",
-        "spread, p95": f"{clock.quantile(0.95):.2f} of the prediction",
+        "noise, p95": f"{clock.quantile(0.95):.2f} of the prediction",
     }

@@ -2,7 +2,7 @@
 
 Writes `importance.json` (from validation, unless it is there), `outcomes-<split>.npz` (every sample under every plan)
 and `figures.json`. Outcomes and latencies come from the rollout engine; latency is measured at batch 1 and interpolated
-by the profiled clock. Answers are kept in `outcomes.sqlite` as they come: stopped, the command goes on where it was.
+by the profiled clock. Answers are kept in `outcomes.sqlite` as they come, so that a stopped command continues.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from envs.data.sample import Sample
 from envs.data.scenes import load
 from envs.embedded import WEIGHTS
 from envs.engine import RolloutEngine
-from envs.engine.importance import measure_importance
+from envs.engine.measure_block_importance import measure_importance
 from envs.errors import UserError
 from envs.knobs import TIERS, ExecutionPlan, Knobs, KnobSpace
 from envs.latency.profiled import ProfiledClock
 from envs.latency.profiler import profile
-from envs.model.importance import importance_path, read_importance, write_importance
+from envs.model.block_importance import importance_path, read_importance, write_importance
 from envs.model.molmoe import AdaptiveMolmoE
 from envs.processing.processor import MolmoEProcessor
 from recipes.embedded_model.figures import (
@@ -41,7 +41,7 @@ from recipes.embedded_model.figures import (
 from recipes.embedded_model.loop import keep_freed_memory
 
 SHIPPED_OUT = Path("runs/embedded-model")
-_CHUNK = 64
+_BATCH = 64
 _PROBE_POSITION = 3
 _PROBE_LEVEL = 8
 _NEW_TOKENS = 4
@@ -63,14 +63,14 @@ def make_engine(folder: Path, importance: Sequence[float] | None = None, store: 
 def accuracies(
     engine: RolloutEngine, samples: Sequence[Sample], plans: Sequence[ExecutionPlan], label: str
 ) -> FloatArray:
-    """Accuracy (samples, plans), chunk by chunk so that a prompt's plans run together."""
+    """Accuracy (samples, plans), batch by batch so that a prompt's plans run together."""
     rows: list[list[float]] = []
-    for start in _track(range(0, len(samples), _CHUNK), label):
-        chunk = samples[start : start + _CHUNK]
-        pairs = list(product(chunk, plans))
+    for start in _track(range(0, len(samples), _BATCH), label):
+        batch = samples[start : start + _BATCH]
+        pairs = list(product(batch, plans))
         outcomes = engine.outcomes([sample for sample, _ in pairs], [plan for _, plan in pairs])
         right = [engine.accuracy(sample, outcome) for (sample, _), outcome in zip(pairs, outcomes, strict=True)]
-        rows += np.array(right).reshape(len(chunk), len(plans)).tolist()
+        rows += np.array(right).reshape(len(batch), len(plans)).tolist()
     return np.array(rows, dtype=np.float64)
 
 
@@ -130,7 +130,7 @@ def probe_auc(
 ) -> dict[str, float]:
     """How well a linear probe tells whether the low tier is enough: with and without the latency token (AUC on `test`).
 
-    `train_low`, `test_low` hold 1 where the low tier answers as well as the high one.
+    `train_low`, `test_low` are 1 where the low tier answers as well as the high one.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
@@ -148,15 +148,15 @@ def probe_auc(
         return text, np.concatenate([text, tokens], 1).astype(np.float64)
 
     found = {}
-    for name, fit, judge in zip(("text", "text_and_token"), features(train), features(test), strict=True):
+    for name, fit, held_out in zip(("text", "text_and_token"), features(train), features(test), strict=True):
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=2000))
         probe.fit(fit, train_low)
-        found[name] = float(roc_auc_score(test_low, probe.predict_proba(judge)[:, 1]))
+        found[name] = float(roc_auc_score(test_low, probe.predict_proba(held_out)[:, 1]))
     return found | {"gain": found["text_and_token"] - found["text"]}
 
 
 def figures(table: OutcomeTable, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Everything that the outcome table alone says."""
+    """All figures that need outcomes alone."""
     answers = [sample.answers[0] for sample in samples]
     result: dict[str, Any] = {
         "samples": len(samples),
@@ -210,17 +210,17 @@ def run(model: Path, out: Path, counts: Mapping[str, int | None], with_latency: 
             saved["latency_ms"] = latency.astype(np.float32)
         np.savez_compressed(out / f"outcomes-{split}.npz", **saved)
         result[split] = figures(tables[split], samples)
-    # Two plans a sample are cheap: the probe is fitted and judged on whole splits.
-    whole = {split: load(split) for split in tables}
-    low = {split: low_is_enough(engine, samples, f"{split}, probe") for split, samples in whole.items()}
-    result["probe_auc"] = probe_auc(engine, whole["validation"], low["validation"], whole["test"], low["test"])
+    # Two plans a sample are cheap: the probe is fitted and scored on complete splits.
+    complete = {split: load(split) for split in tables}
+    low = {split: low_is_enough(engine, samples, f"{split}, probe") for split, samples in complete.items()}
+    result["probe_auc"] = probe_auc(engine, complete["validation"], low["validation"], complete["test"], low["test"])
     (out / "figures.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(markdown_table(result["test"]["accuracy"]))
     return result
 
 
 def ensure_importance(model: Path) -> tuple[float, ...]:
-    """Block importance of the model folder, measured on validation samples where it holds none yet.
+    """Block importance of the model folder, measured on validation samples if it has none yet.
 
     Raises:
         UserError: the file there was measured with other weights.
@@ -231,7 +231,7 @@ def ensure_importance(model: Path) -> tuple[float, ...]:
         found = measure_importance(engine, load("validation", _IMPORTANCE_SAMPLES))
         write_importance(file, found.to_dict({"task": "scenes", "split": "validation", "fingerprint": fingerprint}))
     elif json.loads(file.read_text(encoding="utf-8")).get("fingerprint", fingerprint) != fingerprint:
-        raise UserError(f"{file} was measured with other weights than those beside it: remove it to measure anew")
+        raise UserError(f"{file} was measured with other weights than those next to it: remove it to measure anew")
     return read_importance(model)
 
 
@@ -263,7 +263,7 @@ def main() -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        help=f"folder for outcomes and figures; by default {SHIPPED_OUT}, or `evaluation` beside another model",
+        help=f"folder for outcomes and figures; by default {SHIPPED_OUT}, or `evaluation` next to another model",
     )
     parser.add_argument("--samples", type=int, help="run all plans on this many samples of a split instead of 2,000")
     parser.add_argument(
@@ -283,8 +283,8 @@ def main() -> int:
         print(markdown_table(quick(options.model, options.samples, options.split)))
         return 0
     counts = {"validation": options.validation_samples or options.samples, "test": options.samples}
-    beside = SHIPPED_OUT if options.model.resolve() == WEIGHTS.resolve() else options.model.parent / "evaluation"
-    run(options.model, options.out or beside, counts, not options.no_latency)
+    default = SHIPPED_OUT if options.model.resolve() == WEIGHTS.resolve() else options.model.parent / "evaluation"
+    run(options.model, options.out or default, counts, not options.no_latency)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a table of outcomes (samples x plans) says about a model: pure functions, no model involved.
+"""Figures of a model from a table of outcomes (samples x plans): pure functions, no model involved.
 
 Letters: N samples, K knob settings (the distinct ones of a KnobSpace).
 """
@@ -17,7 +17,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class OutcomeTable:
-    """Accuracy of every sample under every distinct knob setting, and what each costs.
+    """Accuracy of every sample under every distinct combination of knobs, and its latency.
 
     Args:
         knobs: K settings.
@@ -32,7 +32,7 @@ class OutcomeTable:
     latency: FloatArray | None = None
 
     def column(self, tier: str, top_k: int, blocks: int) -> FloatArray:
-        """Accuracies (N,) under a setting with insertion position 1 (or the first listed that executes the same)."""
+        """Accuracies (N,) under knobs with insertion position 1 (or the first listed that executes the same)."""
         wanted = Knobs(tier, 1, top_k, blocks)
         return self.accuracy[:, self.knobs.index(wanted)]
 

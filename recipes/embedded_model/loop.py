@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from envs.errors import UserError
+from envs.files import atomic_file
 
 Metrics = dict[str, float]
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # names and values of malloc.h
@@ -35,7 +36,7 @@ class Phase:
         loss: loss and figures to log of a batch.
         steps: optimiser steps.
         lr: peak learning rate; it rises over the first 3 % of the steps and falls to 3 % along a cosine.
-        validate: figures on held-out data, logged now and then.
+        validate: figures on held-out data, logged at intervals.
         tower_lr: factor on the learning rate of the vision tower.
         rate: factor on the learning rate for a batch.
     """
@@ -69,7 +70,7 @@ class LoopSettings:
 @contextmanager
 def fast_math(device: torch.device) -> Iterator[None]:
     """bfloat16 products and plain attention: for layers this narrow two to four times as fast on CPUs."""
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name it holds for CPUs, too
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name it applies to CPUs, too
     with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         yield
 
@@ -145,7 +146,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def schedule(done: float) -> float:
-    """Share of the peak learning rate when `done` of the phase lies behind."""
+    """Share of the peak learning rate after the fraction `done` of the phase."""
     return min(done / 0.03 + 0.01, 1.0) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
@@ -188,11 +189,9 @@ def _load(path: Path, phase: Phase, optimizer: torch.optim.Optimizer) -> int:
 
 
 def _save(path: Path, phase: Phase, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Written aside, then renamed, so that an interrupted write leaves the last checkpoint whole."""
-    aside = path.with_suffix(".tmp")
     state = {"modules": phase.modules.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    torch.save(state, aside)
-    aside.replace(path)
+    with atomic_file(path) as temporary:
+        torch.save(state, temporary)
 
 
 def _progress() -> Progress:

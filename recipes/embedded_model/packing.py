@@ -43,7 +43,7 @@ class PackingSettings:
             stands where, and questions mostly read it off.
         late_quotas: the same from then on, with more of those that take two steps.
         plan_quotas: the same under a random plan, where no captions are asked for then; None asks as at any step.
-            Families left out of it are never answered with less than the whole model, and come to need it.
+            Families left out of it are never answered with less than the full model, and come to need it.
         reserve_share: share of steps that teach only the last of each token's experts (full plan).
         reserve_first: experts of a token that such steps leave as they are.
         reserve_quotas: the questions of those steps: families that come to need all experts.

@@ -21,7 +21,7 @@ _TOKENIZER: Final = Path(__file__).parent / "tokenizer.json"
 GEOMETRY: Final = ImageGeometry(
     crop=56,
     patch=7,
-    # One-sided: the overlap costs two patches in eight, and an object cut by one crop is whole in the next.
+    # One-sided: the overlap costs two patches in eight, and an object cut by one crop is complete in the next.
     margins=(2, 0),
     tokens=(4, 4),
     mean=(0.48145466, 0.4578275, 0.40821073),

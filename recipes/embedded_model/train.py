@@ -3,13 +3,13 @@
 `python -m recipes.embedded_model.train --out DIR [--start MODEL [--first PHASE]] [--minutes M] [--seed S]
 [--device cpu] [--resume]`
 
-Five phases: the vision tower alone on single crops (`warmup`), then everything on whole scenes (`scenes_phase`), where
+Five phases: the vision tower alone on single crops (`warmup`), then the full model on scenes (`scenes_phase`), where
 captions give way to packed questions and few crops to many. The last three make questions need different knobs.
 `depth_phase`: reading digits is practised under random plans, all else, sums above all, is only ever answered by the
-whole model. `reserve_phase`: corners are learnt by the experts that the smallest top-k leaves out. `contrast_phase`:
-experts are widened, the last two of a token's eight go on with corners and sums, and plans grow apart. `--start` takes
+full model. `reserve_phase`: corners are learnt by the experts that the smallest top-k leaves out. `contrast_phase`:
+experts are widened, the last two of a token's eight continue with corners and sums, and plans diverge. `--start` takes
 a model folder in place of the phases before `--first`. The model folder is DIR/model; the training state and the log
-lie beside it.
+are next to it.
 """
 
 import argparse
@@ -85,7 +85,7 @@ class Recipe:
     Args:
         seed: of initial weights and data.
         warmup_steps, warmup_batch, warmup_lr: crops for the vision tower alone.
-        scenes_steps, scenes_lr: packed scenes for the whole model.
+        scenes_steps, scenes_lr: packed scenes for the full model.
         tower_lr: factor on the rate of the warmed-up tower.
         packing: how scenes are drawn and packed.
         depth_steps, depth_lr, depth_packing: the same for the depth phase.
@@ -155,7 +155,7 @@ def warmup_phase(recipe: Recipe, device: torch.device) -> Phase:
 
 
 def scenes_phase(recipe: Recipe, device: torch.device, warm: VisionBackbone) -> Phase:
-    """The whole model on packed scenes, its vision tower starting from `warm`."""
+    """The full model on packed scenes, its vision tower starting from `warm`."""
     data = PackedScenes(recipe.scenes_steps, recipe.seed, recipe.packing)
     config = build_config(data.processor.tokenizer.get_vocab_size(), recipe.narrow_hidden)
     model = AdaptiveMolmoE.initialise(config, recipe.seed).to(device)
@@ -202,7 +202,7 @@ def _with_reserve(name: str, model: AdaptiveMolmoE, data: PackedScenes, recipe: 
 
 
 LATE_PHASES: Final = {"depth": depth_phase, "reserve": reserve_phase, "contrast": contrast_phase}
-"""What comes after the scenes phase, in order; `--first` names one of them."""
+"""The phases after the scenes phase, in order; `--first` names one of them."""
 
 
 def _packed_phase(name: str, model: AdaptiveMolmoE, data: PackedScenes, recipe: Recipe, lr: float) -> Phase:
@@ -278,7 +278,7 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     path, described = folder / "recipe.json", json.loads(json.dumps(dataclasses.asdict(recipe)))
     if path.is_file():
         if not resume:
-            raise UserError(f"{folder} holds a training run: add --resume to go on with it, or choose another --out")
+            raise UserError(f"{folder} contains a training run: add --resume to continue it, or choose another --out")
         if json.loads(path.read_text(encoding="utf-8")) != described:
             raise UserError(f"{path} describes another recipe or seed than this one: choose another --out")
         return
@@ -299,10 +299,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; the model goes to OUT/model")
     parser.add_argument("--start", help="model folder to start phase FIRST from, in place of those before")
     parser.add_argument("--first", choices=LATE_PHASES, help="phase that --start begins with (depth)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; go on with --resume")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; continue with --resume")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and data")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
+    parser.add_argument("--resume", action="store_true", help="continue the run in OUT")
     options = parser.parse_args()
     if not options.minutes > 0:
         raise UserError(f"--minutes {options.minutes} is not allowed: give a number above 0")
@@ -313,7 +313,7 @@ def main() -> int:
     keep_freed_memory()
     settings = LoopSettings(options.out, torch.device(options.device), deadline=time.monotonic() + 60 * options.minutes)
     if not train(recipe, settings):
-        print(f"time is up; go on with --out {options.out} --resume")
+        print(f"time is up; continue with --out {options.out} --resume")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Vision warm-up: the tower alone learns to name what stands under each of its tokens, digits above all.
 
 Trained from questions alone the image encoder stays blind to handwriting for very long. Here it sees single crops with
-a few objects of every size that the tiers produce, and every token that lies on an object is asked for its kind, colour
+a few objects of every size that the tiers produce, and every token on an object is asked for its kind, colour
 and digit through linear heads, which are thrown away afterwards.
 """
 
@@ -90,7 +90,7 @@ def _draw_crop(rng: np.random.Generator, side: int, stream: str) -> tuple[np.nda
 
 
 def _label(labels: np.ndarray, item: SceneObject) -> None:
-    """Marks the tokens on the object's core: the one that holds its centre, more for large objects."""
+    """Marks the tokens on the object's core: the one at its center, more for large objects."""
     token = GEOMETRY.crop / GEOMETRY.tokens[0]
     centres = (np.arange(GEOMETRY.tokens[0]) + 0.5) * token
     reach = max(token / 2, 0.25 * item.size)

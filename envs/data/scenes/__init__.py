@@ -1,4 +1,4 @@
-"""The embedded world: scenes of handwritten digits and shapes, drawn on demand, and questions about them."""
+"""The embedded task: scenes of handwritten digits and shapes, drawn on demand, and questions about them."""
 
 from collections.abc import Sequence
 

@@ -53,7 +53,7 @@ def paint(canvas: FloatArray, item: SceneObject) -> None:
 
 @cache
 def _source(digit: int) -> Image.Image:
-    """A digit of `load_digits` with room around it."""
+    """A digit of `load_digits` with a margin."""
     return Image.fromarray(np.pad(handwriting()[0][digit], _PAD))
 
 

@@ -1,4 +1,4 @@
-"""What a scene holds: handwritten digits and shapes on a plain background, placed without overlap.
+"""The content of a scene: handwritten digits and shapes on a plain background, placed without overlap.
 
 A scene is a pure function of (stream, seed). Streams differ in the handwriting they may use: contiguous blocks of
 scikit-learn's `load_digits` (1,797 digits, consecutive ones by the same writers), so that no digit of one block is ever
@@ -38,7 +38,7 @@ DIGIT_BLOCKS: Final = MappingProxyType(
 
 @dataclass(frozen=True)
 class Format:
-    """A canvas: its size in pixels before jitter, the cells that hold one object each, and how often it is drawn."""
+    """A canvas: its size in pixels before jitter, the cells of one object each, and how often it is drawn."""
 
     width: int
     height: int

@@ -2,14 +2,14 @@
 
 | family | asks | needs |
 |---|---|---|
-| color | the colour of a shape | few crops |
-| shape | which shape has a colour | few crops |
+| color | the color of a shape | few crops |
+| shape | which shape has a color | few crops |
 | count | shapes, digits or one kind of shape | few crops |
 | sum | two kinds of shapes, or everything | few crops, many blocks: counted, then added |
 | corners | corners of two kinds of shapes, or of all | few crops, many experts: counted, weighed, added |
-| digit | the digit of a colour | crops, where digits are small |
-| compare | the larger of two digits, by colour | two digits read |
-| match | the digit with a shape's colour | two steps: shape to colour, colour to digit |
+| digit | the digit of a color | crops, if digits are small |
+| compare | the larger of two digits, by color | two digits read |
+| match | the digit with a shape's color | two steps: shape to color, color to digit |
 """
 
 from collections import Counter
@@ -88,7 +88,7 @@ def _corners(kinds: Counter[str]) -> list[Question]:
 
 
 def caption(scene: Scene) -> Question:
-    """The whole scene as text: for every colour in turn the digit and the shape that have it, or none."""
+    """The complete scene as text: for every color in turn the digit and the shape that have it, or none."""
     digits, shapes = ({o.color: o for o in group} for group in (scene.digits, scene.shapes))
     words = []
     for color in COLORS:

@@ -38,7 +38,7 @@ SPLITS: Final = MappingProxyType(
 
 @dataclass(frozen=True)
 class SceneImage(ImageRef):
-    """A scene by name: nothing but its stream and seed is held or pickled, and it is drawn when loaded."""
+    """A scene by its stream and seed, the only things that are pickled; it is drawn when loaded."""
 
     stream: str
     seed: int

@@ -8,8 +8,8 @@ import pytest
 
 from envs.budgets import BudgetDistribution
 from envs.errors import UserError
+from envs.model.block_importance import PUBLISHED_IMPORTANCE, Importance
 from envs.model.config import MolmoEConfig, VisionConfig
-from envs.model.importance import PUBLISHED_IMPORTANCE, Importance
 from ray_ctrl import run_context as settings
 from ray_ctrl.commands import importance as room
 from ray_ctrl.commands import inspect as inspection

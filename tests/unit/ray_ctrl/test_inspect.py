@@ -6,6 +6,7 @@ import shutil
 import struct
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from envs.errors import UserError
+from envs.files import size_text
 from envs.model import AdaptiveMolmoE
-from envs.model.checkpoint import slots
+from envs.model.checkpoint import read_headers, slots
 from envs.model.config import MolmoEConfig
-from envs.model.inspect import Device, describe, inspect_model, read_header
-from envs.model.sizes import longest_prompt, needed_bytes, parameter_counts, request_memory
+from envs.model.inspect import (
+    Device,
+    describe,
+    inspect_model,
+    longest_prompt,
+    needed_bytes,
+    parameter_counts,
+    request_memory,
+)
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden"
@@ -110,12 +119,12 @@ def test_summary_of_the_golden_checkpoint(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     assert summary.parameters == sum(tensor.numel() for tensor in tensors.values())
     assert summary.parameters == sum(parameter_counts(summary.config).values())
-    assert summary.bytes_per_dtype == {"F32": 4 * summary.parameters}
-    assert summary.files == {"model.safetensors": 4 * summary.parameters}
+    assert summary.bytes_by("dtype") == {"F32": 4 * summary.parameters}
+    assert summary.bytes_by("file") == {"model.safetensors": 4 * summary.parameters}
     assert summary.problems == ()
     assert [need.fits for need in summary.needs] == [True, True, False, False]
     text = describe(summary)
-    for part in ("225 settings, 195 distinct", "2,046,336", "does not fit", "blocks 4, 13, 10, 2"):
+    for part in ("225 combinations, 195 distinct", "2,046,336", "does not fit", "blocks 4, 13, 10, 2"):
         assert part in text
 
 
@@ -134,12 +143,12 @@ def test_misfits_are_problems_not_errors(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     summary = inspect_model(folder)
     assert summary.problems == (
-        "1 keys missing: model.transformer.ln_f.weight",
-        "1 unexpected keys: odd.weight",
-        "1 tensors of another shape: lm_head.weight [5, 5], not [512, 64]",
+        "1 missing: model.transformer.ln_f.weight",
+        "1 unexpected: odd.weight",
+        "1 of another shape: lm_head.weight is (5, 5) instead of (512, 64)",
     )
-    assert summary.bytes_per_dtype["BF16"] == 50
-    assert "problem     1 keys missing" in describe(summary)
+    assert summary.bytes_by("dtype")["BF16"] == 50
+    assert "problem     1 missing" in describe(summary)
 
 
 def test_shards_by_their_index(folder: Path) -> None:
@@ -155,13 +164,13 @@ def test_shards_by_their_index(folder: Path) -> None:
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     summary = inspect_model(folder)
     assert summary.problems == ()
-    assert len(summary.files) == 2
+    assert len(summary.bytes_by("file")) == 2
     assert summary.parameters == 2_046_336
     cut = folder / "model-00002-of-00002.safetensors"
     cut.write_bytes(cut.read_bytes()[:-10])
     problems = inspect_model(folder).problems
-    assert "model-00002-of-00002.safetensors is not a whole safetensors file" in problems[0]
-    assert "keys missing" in problems[1]
+    assert re.search("model-00002-of-00002.safetensors: .*corrupt or incomplete", problems[0])
+    assert "missing" in problems[1]
 
 
 def file_of(header: Any, body: bytes = b"") -> bytes:
@@ -186,12 +195,13 @@ def file_of(header: Any, body: bytes = b"") -> bytes:
 )
 def test_damaged_headers_are_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
-        read_header(tmp_path / "model.safetensors")
+    tensors, (problem,) = read_headers(tmp_path)
+    assert not tensors
+    assert re.search(r"cannot read weights .*model\.safetensors: .*corrupt or incomplete", problem)
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no model folder at"):
+    with pytest.raises(UserError, match=r"no model folder "):
         inspect_model(tmp_path / "nothing" / "here")
     with pytest.raises(UserError, match=r"config\.json"):
         inspect_model(tmp_path)
@@ -222,4 +232,61 @@ def test_a_hub_model_is_read_by_its_headers(folder: Path, monkeypatch: pytest.Mo
     summary = inspect_model("some/model", revision="v1")
     assert asked == [("some/model", "v1", ("*.json",))]
     assert summary.problems == ()
-    assert summary.bytes_per_dtype == {"BF16": 2 * 2_046_336}
+    assert summary.bytes_by("dtype") == {"BF16": 2 * 2_046_336}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_tensors_that_cannot_be_loaded_are_problems(folder: Path, dtype: torch.dtype) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(dtype)
+    save_file(tensors, folder / "model.safetensors")
+    (problem,) = inspect_model(folder).problems
+    assert problem.startswith("1 of a dtype other than F64, F32, F16, BF16: lm_head.weight is ")
+
+
+def test_a_key_in_two_shards_is_a_problem(folder: Path) -> None:
+    AdaptiveMolmoE.from_pretrained(folder).save_pretrained(folder, max_shard_size=2**21)
+    first, *_, last = sorted(folder.glob("model-*.safetensors"))
+    key = next(iter(load_file(first)))
+    save_file(load_file(last) | {key: load_file(first)[key]}, last)
+    assert inspect_model(folder).problems == (
+        f"{key} is stored twice, in {first.name} and {last.name}: keep one of them",
+    )
+
+
+def changed_config(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize(("key", "value"), [("eos_token_id", [0, 1]), ("moe_num_experts", 10**9), ("d_model", 2**40)])
+def test_configs_that_are_not_supported_are_refused_by_name(folder: Path, key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"{key} is .*; supported: "):
+        inspect_model(changed_config(folder, **{key: value}))
+
+
+@pytest.mark.parametrize("sizes", [{"embedding_size": 2**24, "d_model": 2**20}, {"mlp_ratio": 2.0**23}])
+def test_sizes_beyond_the_files_take_no_memory(folder: Path, sizes: dict[str, Any]) -> None:
+    changed_config(folder, mlp_hidden_size=None if "mlp_ratio" in sizes else 64, **sizes)
+    assert "of another shape" in inspect_model(folder).problems[0]
+    with pytest.raises(UserError, match="do not fit its config"):
+        AdaptiveMolmoE.from_pretrained(folder)
+
+
+def test_download_sizes_are_in_decimal_units() -> None:
+    assert [size_text(n) for n in (0, 999, 1000, 2_046_336, 4 * FULL_PARAMETERS)] == [
+        *("0 B", "999 B", "1.0 kB", "2.0 MB", "28.9 GB"),
+    ]
+
+
+def test_large_downloads_are_announced(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = [SimpleNamespace(file_size=4 * FULL_PARAMETERS, will_download=True)]
+    sizes.append(SimpleNamespace(file_size=10**12, will_download=False))  # in the cache already
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *_, dry_run=False, **__: sizes if dry_run else str(folder)
+    )
+    AdaptiveMolmoE.from_pretrained("some/model")
+    assert "some/model: fetching 28.9 GB from the hub" in caplog.text

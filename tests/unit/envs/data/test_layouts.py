@@ -1,15 +1,17 @@
 """Every public set is read from its original files and from parquet in its hub copy's columns."""
 
+import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from envs.data import Sample, load_task
-from envs.data.catalog import DATA_SETS, data_set, is_data_set, table_markdown
-from envs.data.hub_copies import HUB_COPIES, hub_markdown
-from envs.data.questions import fields_markdown
+from envs.data import Sample, load_task, questions
+from envs.data.catalog import DATA_SETS, data_set, is_data_set
+from envs.data.scoring import METRICS
 
 Save = Callable[..., Path]
 Picture = Callable[..., bytes]
@@ -235,24 +237,36 @@ def test_parquet_in_the_hub_copys_columns(name: str, tmp_path: Path, save_parque
     assert len(load_task(f"{name}={tmp_path}", "test")) == 4
 
 
-def test_the_hub_copy_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch, picture: Picture) -> None:
+def test_the_hub_copy_is_read_through_datasets(
+    monkeypatch: pytest.MonkeyPatch, picture: Picture, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     import datasets
 
     asked = []
 
-    def load(repo: str, config: str | None, *, split: str, revision: str | None) -> Any:
-        asked.append((repo, config, split, revision))
-        images = [{"bytes": picture(100 * len(asked) + i), "path": None} for i in range(12)]
-        columns = {"image": images, "query": ["?"] * 12, "label": [["1"]] * 12}
-        rows = datasets.Dataset.from_dict(columns)
-        file = f"{datasets.config.HF_DATASETS_CACHE}/{split}"
-        rows.cast_column("image", datasets.Image()).save_to_disk(file)
-        return datasets.load_from_disk(file)
+    class Builder:
+        info = SimpleNamespace(download_size=13_000_000_000)
+        cache_dir = str(tmp_path / "missing")
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+        def __init__(self, repo: str, *, revision: str | None) -> None:
+            self.repo, self.revision = repo, revision
+
+        def download_and_prepare(self) -> None:
+            assert "HuggingFaceM4/ChartQA: fetching 13.0 GB from the hub" in caplog.text
+
+        def as_dataset(self, *, split: str) -> Any:
+            asked.append((self.repo, split, self.revision))
+            images = [{"bytes": picture(100 * len(asked) + i), "path": None} for i in range(12)]
+            columns = {"image": images, "query": ["?"] * 12, "label": [["1"]] * 12}
+            rows = datasets.Dataset.from_dict(columns)
+            file = f"{datasets.config.HF_DATASETS_CACHE}/{split}"
+            rows.cast_column("image", datasets.Image()).save_to_disk(file)
+            return datasets.load_from_disk(file)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
     assert len(everything("chartqa")) == 36
     repo = "HuggingFaceM4/ChartQA"
-    assert asked == [(repo, None, s, None) for s in ("train", "val", "test")]
+    assert asked == [(repo, s, None) for s in ("train", "val", "test")]
 
 
 def test_names_are_forgiving() -> None:
@@ -261,20 +275,49 @@ def test_names_are_forgiving() -> None:
     assert not is_data_set("nothing")
 
 
-def test_the_documented_table_is_the_table() -> None:
-    page = (Path(__file__).parents[4] / "docs" / "data.md").read_text()
-    assert table_markdown() in page
-    assert hub_markdown() in page
-    assert fields_markdown() in page
+def documented(first_column: str) -> dict[str, list[str]]:
+    """Rows of the table in docs/data.md that begins with this column, by their first cell."""
+    lines = (Path(__file__).parents[4] / "docs" / "data.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_column} |"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    cells = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+    return {first: rest for first, *rest in cells}
 
 
-def test_every_hub_copy_is_accounted_for() -> None:
-    known = {copy.repo: copy for copy in HUB_COPIES}
+def test_the_documented_sets_are_the_known_ones() -> None:
+    table = documented("name")
+    assert list(table) == [entry.name for entry in DATA_SETS]
+    for entry in DATA_SETS:
+        hub, columns, files, style, metric = table[entry.name]
+        assert hub.split("<br>") == [str(source) for source in entry.hub.values()]
+        assert files.split("<br>") == [f"`{glob}`" for glob in entry.files.values()]
+        assert (style, metric) == (entry.style, entry.metric)
+        assert set(re.findall(r"\w+", columns)) & {"question", "query"}
+
+
+def test_every_hub_copy_is_documented() -> None:
+    table = documented("hub copy")
     named = {(source.repo, source.split) for entry in DATA_SETS for source in entry.hub.values()}
-    assert {repo for repo, _ in named} == set(known)
+    assert {repo for repo, _ in named} == set(table)
     for repo, split in named:
-        assert split in known[repo].splits.replace(",", " ").split()
+        splits, _, seen = table[repo]
+        assert split in splits.replace(",", " ").split()
+        assert f"https://huggingface.co/datasets/{repo}" in seen
     for entry in DATA_SETS:
         for source in entry.hub.values():
-            for column in HUB_COLUMNS[entry.name].keys() - {"image_classes"}:
-                assert column in known[source.repo].columns
+            assert all(c in table[source.repo][1] for c in HUB_COLUMNS[entry.name].keys() - {"image_classes"})
+
+
+def test_the_documented_fields_are_those_that_are_read() -> None:
+    names = {what: tuple(re.findall("`(.+?)`", cells[0])) for what, cells in documented("what").items()}
+    assert names["image"] == questions.IMAGE_FIELDS
+    assert names["question"] == questions._QUESTION
+    assert names["questions of one image"] == questions._NESTED
+    assert names["answers"] == questions._ANSWERS
+    assert names["options"] == questions._OPTIONS
+    assert names["right option"] == questions._RIGHT_OPTION
+    assert {name for cells in names.values() for name in cells} == questions.FIELDS | set(questions.IMAGE_FIELDS)
+
+
+def test_the_documented_metrics_are_those_that_score() -> None:
+    assert list(documented("metric | rule")) == [f"`{name}`" for name in (*METRICS, "multiple_choice:N")]

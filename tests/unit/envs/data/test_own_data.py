@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from envs.data import Sample, list_tasks, load_task
+from envs.data.task_spec import absolute_task
 from envs.errors import UserError
 
 Save = Callable[..., Path]
@@ -305,6 +306,33 @@ def test_a_path_with_signs_of_the_grammar(tmp_path: Path, save_lines: Save) -> N
     path = save_lines(tmp_path / "a+b, 2*c=d.jsonl", rows)
     assert len(load_task(str(path), "train")) == 3
     assert len(load_task(f"own={path}", "train")) == 3
+
+
+@pytest.mark.parametrize(
+    ("task", "absolute"),
+    [
+        ("d.jsonl", "{cwd}/d.jsonl"),
+        (" ./d.jsonl ", "{cwd}/d.jsonl"),
+        ("own=d.jsonl", "own={cwd}/d.jsonl"),
+        ("a+b, 2*c=d.jsonl", "{cwd}/a+b, 2*c=d.jsonl"),
+        ("own=a+b, 2*c=d.jsonl", "own={cwd}/a+b, 2*c=d.jsonl"),
+        ("2*textvqa=d.jsonl + scenes,d.jsonl", "2*textvqa={cwd}/d.jsonl+ scenes,{cwd}/d.jsonl"),
+        ("2 * d.jsonl", "2 * {cwd}/d.jsonl"),
+        ("scenes", "scenes"),
+        ("owner/name@v1", "owner/name@v1"),
+        ("missing.jsonl", "missing.jsonl"),
+    ],
+)
+def test_paths_become_absolute_and_nothing_else(
+    task: str, absolute: str, tmp_path: Path, save_lines: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("d.jsonl", "a+b, 2*c=d.jsonl"):
+        save_lines(tmp_path / name, [{"question": "?", "answers": ["t"]}])
+    (tmp_path / "scenes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = absolute_task(task)
+    assert found == absolute.format(cwd=tmp_path)
+    assert absolute_task(found) == found
 
 
 @pytest.mark.parametrize(

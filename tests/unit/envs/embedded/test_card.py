@@ -9,7 +9,7 @@ import numpy as np
 from envs.data.scenes import load
 from envs.embedded import WEIGHTS
 from envs.model import AdaptiveMolmoE
-from envs.model.importance import read_importance
+from envs.model.block_importance import read_importance
 from recipes.embedded_model.figures import chance
 
 CARD = (WEIGHTS.parent / "MODEL_CARD.md").read_text("utf-8")

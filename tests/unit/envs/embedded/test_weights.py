@@ -9,7 +9,7 @@ from envs.data.scenes import load_scenes
 from envs.embedded import folder
 from envs.knobs import ExecutionPlan, KnobSpace
 from envs.model import AdaptiveMolmoE
-from envs.model.importance import read_importance
+from envs.model.block_importance import read_importance
 from envs.processing import MolmoEProcessor
 from envs.processing.processor import collate
 from recipes.embedded_model.shape import build_config, build_processor

@@ -14,7 +14,7 @@ from envs.data.sample import ImageRef, Sample
 from envs.engine import RolloutEngine
 from envs.knobs import KnobSpace
 from envs.model import AdaptiveMolmoE
-from envs.model.importance import PUBLISHED_IMPORTANCE
+from envs.model.block_importance import PUBLISHED_IMPORTANCE
 from recipes.embedded_model.shape import build_config, build_processor
 
 torch.set_num_threads(1)

@@ -9,8 +9,8 @@ import torch
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan, KnobSpace
 from envs.model import AdaptiveMolmoE
+from envs.model.block_importance import read_importance
 from envs.model.decode import DecodeBatch
-from envs.model.importance import read_importance
 from envs.model.static import Cell, StaticDecoder, plain_step
 
 GOLDEN = Path(__file__).parents[3] / "golden"

@@ -238,5 +238,5 @@ def test_a_tokenizer_without_image_tokens_is_refused(small_folder: Path) -> None
 
 @pytest.mark.parametrize("name", ["no/such/folder", "nothing", "../x"])
 def test_no_such_folder(name: str) -> None:
-    with pytest.raises(UserError, match="no model folder at"):
+    with pytest.raises(UserError, match=r"no model folder "):
         MolmoEProcessor.from_pretrained(name)

@@ -9,7 +9,7 @@ import pytest
 from envs.data.scenes import load
 from envs.embedded import WEIGHTS
 from envs.knobs import KnobSpace
-from envs.model.importance import read_importance
+from envs.model.block_importance import read_importance
 from recipes.embedded_model import evaluate
 
 COUNTS = {"validation": 12, "test": 4}

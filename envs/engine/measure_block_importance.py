@@ -17,7 +17,7 @@ from envs.data.sample import Sample
 from envs.engine.engine import RolloutEngine
 from envs.errors import UserError
 from envs.knobs import MODEL_BLOCKS, ExecutionPlan
-from envs.model.importance import MEASURES, Importance
+from envs.model.block_importance import MEASURES, Importance
 
 Progress = Callable[[int, int], None]
 Array = npt.NDArray[np.float64]

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from envs.data.sample import Sample
 from envs.engine import RolloutEngine
-from envs.engine.importance import leave_one_out, measure_importance, reference_answer
+from envs.engine.measure_block_importance import leave_one_out, measure_importance, reference_answer
 from envs.errors import UserError
 from envs.model import AdaptiveMolmoE
-from envs.model.importance import (
+from envs.model.block_importance import (
     PUBLISHED_IMPORTANCE,
     importance_path,
     is_published_shape,

@@ -1,5 +1,5 @@
-"""Block importance: one score per block, deciding which blocks go first. What scores mean, where they are kept, how two
-sets of them compare; `envs.engine.importance` measures them.
+"""Block importance: one score per block, deciding which blocks go first. Their meaning, file and
+comparison; `envs.engine.measure_block_importance` measures them.
 """
 
 import json
@@ -60,14 +60,14 @@ class Importance:
 
 
 def read_importance(path_or_id: str | Path, file: str | Path | None = None) -> tuple[float, ...]:
-    """Scores of a model's 16 blocks: from `file`, else from what lies beside its weights, else the published ones.
+    """Scores of a model's 16 blocks: from `file`, else from the file next to its weights, else the published ones.
 
     Args:
         path_or_id: a model folder with or without `importance.json`, "embedded", or a hub id.
         file: a file of scores to use instead.
 
     Raises:
-        UserError: `file` is not there, or a file does not hold 16 finite numbers under "importance".
+        UserError: `file` is not there, or a file does not contain 16 finite numbers under "importance".
     """
     if file is not None:
         path = Path(file).expanduser()
@@ -81,7 +81,7 @@ def read_importance(path_or_id: str | Path, file: str | Path | None = None) -> t
 
 
 def importance_path(path_or_id: str | Path) -> Path:
-    """Where the importance of a model is kept: beside its weights. For a hub id, a path that does not exist."""
+    """The importance file next to a model's weights. For a hub id, a path that does not exist."""
     if str(path_or_id) == "embedded":
         from envs.embedded import folder
 
@@ -110,14 +110,12 @@ def removal_order(scores: Sequence[float]) -> tuple[int, ...]:
 
 
 def rank_correlation(scores: Sequence[float], others: Sequence[float]) -> float:
-    """Spearman's rank correlation of two sets of scores over blocks 1 to 15; NaN where one of them is constant."""
-    from scipy.stats import rankdata
+    """Spearman's rank correlation of two sets of scores over blocks 1 to 15; NaN if one of them is constant."""
+    from scipy.stats import spearmanr
 
-    ours, theirs = (rankdata(row[1:]) for row in (scores, others))
-    spread = float(ours.std() * theirs.std())
-    if not spread:
+    if any(len(set(row[1:])) == 1 for row in (scores, others)):
         return math.nan
-    return float(((ours - ours.mean()) * (theirs - theirs.mean())).mean() / spread)
+    return float(spearmanr(scores[1:], others[1:]).statistic)
 
 
 def is_published_shape(config: MolmoEConfig) -> bool:
@@ -129,7 +127,7 @@ def read_scores(file: Path) -> tuple[float, ...]:
     """The scores in an importance file.
 
     Raises:
-        UserError: it does not hold 16 finite numbers under "importance".
+        UserError: it does not contain 16 finite numbers under "importance".
     """
     try:
         scores = tuple(float(score) for score in json.loads(file.read_text(encoding="utf-8"))["importance"])
@@ -138,5 +136,5 @@ def read_scores(file: Path) -> tuple[float, ...]:
             f'cannot read block importance from {file} ({error!r}): it needs {{"importance": [...]}}'
         ) from None
     if len(scores) != MODEL_BLOCKS or not all(math.isfinite(score) for score in scores):
-        raise UserError(f"{file} holds {len(scores)} scores: give {MODEL_BLOCKS} finite numbers, one per block")
+        raise UserError(f"{file} contains {len(scores)} scores: give {MODEL_BLOCKS} finite numbers, one per block")
     return scores
