@@ -4,20 +4,14 @@ Frozen pydantic models that refuse unknown keys. `ray_ctrl.config` composes them
 help and docs/config.md take their sentences from there.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import Field
 
-Int = Annotated[int, Strict()]
-Flag = Annotated[bool, Strict()]
+from envs.section import Int, Section
+
 Latency = Literal["profiled", "roofline", "measured"]
 DType = Literal["float32", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    """A frozen group of settings; unknown keys, NaN and infinity are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
 from envs.latency.clock import FULL_PLAN, REFERENCE_NEW_TOKENS
+from envs.latency.profile_table import Cell, Identity, ProfileTable
 from envs.latency.record import STAGES, LatencyRecord, RequestShape
-from envs.latency.table import Cell, Identity, ProfileTable
 
 Array = npt.NDArray[np.float64]
 FEWEST_CELLS: Final = 8

@@ -18,9 +18,9 @@ from envs.knobs import (
     block_options,
 )
 from envs.latency.clock import reference_shape
+from envs.latency.profile_table import Cell, Identity, ProfileTable
 from envs.latency.profiled import FEWEST_CELLS, ProfiledClock
 from envs.latency.record import STAGES, LatencyRecord, RequestShape
-from envs.latency.table import Cell, Identity, ProfileTable
 
 Progress = Callable[[int, int], None]
 _WARM_UP: Final = 2

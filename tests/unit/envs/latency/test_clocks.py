@@ -211,7 +211,7 @@ def test_a_failed_write_leaves_the_old_table(table, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("envs.latency.table.os.fsync", fail)
+    monkeypatch.setattr("envs.latency.profile_table.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         table.save(path)
     assert path.read_bytes() == before
