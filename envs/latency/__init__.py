@@ -1,4 +1,4 @@
-"""Clocks: what a request costs on a device, stage by stage, in milliseconds."""
+"""Latency sources: a request's latency on a device, stage by stage, in milliseconds."""
 
 from envs.latency.clock import AnyClock, Clock, MeasuringClock, is_measuring, reference_shape
 from envs.latency.measured import MeasuredClock
