@@ -9,7 +9,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from envs.model.importance import PUBLISHED_IMPORTANCE
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_requests import NEW_TOKENS, Drawn
@@ -18,6 +17,7 @@ from envs.engine import RolloutEngine
 from envs.engine.executor import Executor, Session
 from envs.engine.prompts import Prompts
 from envs.knobs import ExecutionPlan, KnobSpace
+from envs.model.block_importance import PUBLISHED_IMPORTANCE
 from envs.model.decode import DecodeBatch
 
 if TYPE_CHECKING:

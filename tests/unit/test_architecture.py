@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("envs", "policies", "ray_ctrl", "cluster", "recipes")
-SHARED = ("envs.errors", "envs.files")
-"""The one error family and the one way to write files belong to everyone."""
+SHARED = ("envs.errors", "envs.files", "envs.section")
+"""The one error family, the one way to write files and the one base of settings belong to everyone."""
 ALLOWED = {
     "envs": ("envs",),
     "policies": ("policies", "envs.knobs", *SHARED),

@@ -88,7 +88,9 @@ def found(text: str) -> list[str]:
 
 def files() -> list[Path]:
     code = [path for name in CODE for path in sorted((ROOT / name).rglob("*.py"))]
-    texts = [path for name in DOCUMENTS for path in ([ROOT / name] if name.endswith(".md") else (ROOT / name).rglob("*.md"))]
+    texts = [
+        path for name in DOCUMENTS for path in ([ROOT / name] if name.endswith(".md") else (ROOT / name).rglob("*.md"))
+    ]
     yamls = [path for name in ("ray_ctrl", "cluster") for path in sorted((ROOT / name).rglob("*.yaml"))]
     return [*code, *sorted(texts), *yamls]
 
