@@ -1,6 +1,7 @@
 """From rollouts to tables: arithmetic and text, no model and no Ray.
 
-Rollouts are one `pandas.DataFrame` with a row per (method, test sample, held-out budget); tables are aggregations of it.
+Rollouts are one `pandas.DataFrame` with a row per (method, test sample, held-out budget); tables
+aggregate it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,9 @@ def summarize(frame: pd.DataFrame, *keys: str) -> pd.DataFrame:
     """Means, 95th percentiles, shares and standard errors (over samples), one row per value of `keys`."""
     tiers = {f"tier_{name}": frame["tier"] == index for index, name in enumerate(TIERS)}
     violated = frame["latency_ms"] > frame["budget_ms"]
-    frame = frame.assign(violations=violated, latency_p95_ms=frame["latency_ms"], attainable=frame["avoidable"], **tiers)
+    frame = frame.assign(
+        violations=violated, latency_p95_ms=frame["latency_ms"], attainable=frame["avoidable"], **tiers
+    )
     means = ["accuracy", "violations", "latency_ms", "reward", "attainable", *tiers, "insertion", "top_k", "blocks"]
     grouped = frame.groupby(list(keys), sort=False)
     table = grouped[means].mean()
