@@ -36,8 +36,8 @@ class RunnersConfig(TimeoutSettings):
     envs_per_runner: Int | None = Field(
         default=None,
         ge=1,
-        description="Environments of each runner's vector; `null` divides the iteration's rollouts evenly. A multiple of "
-        "`grpo.group_size`.",
+        description="Environments of each runner's vector; `null` divides the iteration's rollouts evenly. A multiple "
+        "of `grpo.group_size`.",
     )
     learners: Int = Field(
         default=0,

@@ -113,4 +113,4 @@ def fit_warning(median_error: float) -> str:
     """What to do about a profile that does not fit its own measurements: its budgets would mean little."""
     if median_error <= GOOD_FIT:
         return ""
-    return f", above {GOOD_FIT:.0%}: the device was busy; profile it again when idle, or raise latency.profile_repeats"
+    return f", above {GOOD_FIT:.0%}: the device was busy; profile it when idle, or raise latency.profile_repeats"

@@ -317,7 +317,7 @@ def explained(path: Path, advice: str = "give a folder that can be written") -> 
         yield
     except OSError as error:
         name = str(path) if len(str(path)) <= 120 else f"{str(path)[:100]}..."
-        raise UserError(f"cannot use {name}: {error.strerror or error}; {advice}") from error
+        raise UserError(f"cannot write {name}: {error.strerror or error}; {advice}") from error
 
 
 def check_writable(folder: Path) -> None:
