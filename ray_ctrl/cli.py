@@ -3,6 +3,8 @@
 A user's mistake is one line on stderr and exit status 2; `RAY_CTRL_DEBUG=1` shows where it came from.
 """
 
+import errno
+import io
 import json
 import os
 import sys
@@ -17,6 +19,9 @@ from typer.core import TyperGroup
 
 from envs.errors import UserError
 from ray_ctrl.signals import Interrupted, Stopper
+
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
+"""What a file system refuses for reasons outside the program."""
 
 
 class Commands(TyperGroup):
@@ -334,6 +339,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     from cluster.package_check import wrong_origin
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # no sign that a terminal lacks may cost a result
     problem = wrong_origin()
     if problem is not None:
         return _complain(problem)
@@ -356,6 +364,9 @@ def _guard(command: Callable[[], Any]) -> int:
     except Interrupted as error:
         print("interrupted", file=sys.stderr)
         return error.exit_status
+    except BrokenPipeError:  # `| head`: the reader has all it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         status = _known(error)
         if status is None:
@@ -372,6 +383,8 @@ def _known(error: Exception) -> int | None:
         return _complain(error.format_message())
     if type(error).__name__ in ("Abort", "Exit"):
         return int(getattr(error, "exit_code", 130))
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        return _complain(f"{error.filename or 'the disk'}: {error.strerror}; give another place, or free space", error)
     cause = getattr(error, "cause", None)
     if isinstance(cause, UserError):  # raised on a Ray worker, wrapped on the way here
         return _complain(cause.message, error)

@@ -20,7 +20,7 @@ from policies.grpo.config import ControllerSettings, GRPOSettings, TimeoutSettin
 
 
 class RunnersConfig(TimeoutSettings):
-    """Processes, and the CPUs and GPUs they hold."""
+    """Processes, and the CPUs and GPUs of each."""
 
     address: str = Field(
         default="auto",
@@ -34,8 +34,8 @@ class RunnersConfig(TimeoutSettings):
     envs_per_runner: Int | None = Field(
         default=None,
         ge=1,
-        description="Environments of each runner's vector; `null` spreads the iteration's rollouts "
-        "evenly. A multiple of `grpo.group_size`.",
+        description="Environments of each runner's vector; `null` divides the iteration's rollouts evenly. A multiple "
+        "of `grpo.group_size`.",
     )
     learners: Int = Field(
         default=0,
@@ -60,18 +60,18 @@ class RunnersConfig(TimeoutSettings):
 
 
 class EvaluationConfig(Section):
-    """Validation on the way, the table at the end."""
+    """Validation during training, the table at the end."""
 
     every: Int = Field(
         default=10,
         ge=0,
-        description="Iterations between validations; 0 validates never, and the last checkpoint is the best.",
+        description="Iterations between validations; 0 never validates, and the last checkpoint is exported.",
     )
-    lookup_samples: Int = Field(
-        default=256,
+    lookup_samples: Int | None = Field(
+        default=None,
         ge=0,
-        description="Training samples on which every distinct plan is run for the lookup-table "
-        "baseline; 0 leaves that baseline out.",
+        description="Training samples, drawn at random, on which every distinct plan is run for the lookup-table "
+        "baseline; `null` takes all that the controller trains on, 0 leaves that baseline out.",
     )
 
 
@@ -91,17 +91,17 @@ class RunConfig(Section):
         default=3,
         ge=1,
         le=1000,
-        description="Latest checkpoints kept, besides the chosen and the highest-scoring one.",
+        description="Latest checkpoints kept, in addition to the chosen and the highest-scoring one.",
     )
     tensorboard: Flag = Field(default=True, description="Write TensorBoard files.")
     prometheus: Flag = Field(
         default=False,
-        description="Show each iteration's numbers at the Prometheus endpoint of Ray's nodes, as `ray_ray_ctrl_*`.",
+        description="Publish each iteration's numbers at the Prometheus endpoint of Ray's nodes, as `ray_ray_ctrl_*`.",
     )
     tracker: str | None = Field(
         default=None,
         pattern=r"^(mlflow|wandb):\S+$",
-        description="Experiment tracker besides TensorBoard: `mlflow:URI` (a server or `sqlite:///FILE`) "
+        description="Experiment tracker in addition to TensorBoard: `mlflow:URI` (a server or `sqlite:///FILE`) "
         "or `wandb:PROJECT`; `null` is none.",
     )
 

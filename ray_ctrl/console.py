@@ -1,5 +1,6 @@
 """What the user sees while something runs: one line an iteration, a bar where there is a terminal."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,8 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """The reader is gone (`| head`, a closed terminal): the command continues, its further lines are dropped."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 # Without a terminal, tables keep their own width rather than the 80 columns that rich assumes.
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+console = _Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def progress_bar() -> Progress:
@@ -46,16 +55,13 @@ def counted(what: str, notice_s: float = 5.0) -> Iterator[Callable[[int, int], N
 
 
 def iteration_line(metrics: Mapping[str, Any], total: int, eta_s: float) -> str:
-    """One iteration in one line."""
-    parts = [
-        f"iteration {metrics['iteration']:>4}/{total}",
-        f"reward {metrics['reward']:+.3f}",
-        f"accuracy {metrics['accuracy']:.3f}",
-        f"latency {metrics['latency_ms']:.1f} ms",
-        f"violations {metrics['violations']:.1%}",
-    ]
-    if "validation/score" in metrics:
-        parts.append(f"validation score {metrics['validation/score']:+.3f}")
+    """One iteration in one line, led by validation (the exported policy, by argmax) if there was one."""
+    parts = [f"iteration {metrics['iteration']:>4}/{total}"]
+    for name, prefix in (("validation", "validation/"), ("training", "")):
+        if f"{prefix}accuracy" in metrics:
+            accuracy, violations = metrics[f"{prefix}accuracy"], metrics[f"{prefix}violations"]
+            parts.append(f"{name}: accuracy {accuracy:.3f}, violations {violations:.1%}")
+    parts.append(f"{metrics['latency_ms']:.1f} ms")
     parts.append(f"{metrics['time/iteration_s']:.1f} s, {clock_time(eta_s)} left")
     return "  ".join(parts)
 

@@ -1,4 +1,4 @@
-"""What is checked before Ray starts: settings that must go together, CPUs and GPUs, names and files."""
+"""What is checked before Ray starts: settings that must fit together, CPUs and GPUs, names and files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +11,16 @@ from ray_ctrl.config import Config
 
 @dataclass(frozen=True)
 class Layout:
-    """How one iteration's rollouts spread over runners.
+    """How one iteration's rollouts are divided among runners.
 
     Attributes:
         envs: environments of each runner's vector, a multiple of the group size.
-        rounds: rounds of all vectors in one iteration.
-        resources: the processes and what they hold.
+        batches: batches that each runner's vector runs per iteration.
+        resources: the processes with their CPUs and GPUs.
     """
 
     envs: int
-    rounds: int
+    batches: int
     resources: ResourcePlan
 
 
@@ -31,10 +31,9 @@ def plan_layout(config: Config, *, here: bool = True) -> Layout:
         here: whether a run on this machine must fit it; a dry run shows the plan first (`check_machine`).
 
     Raises:
-        UserError: sizes that do not divide, budgets that exclude each other, or resources that this machine does not
-            have.
+        UserError: sizes that do not divide, budgets that exclude each other, or resources that this machine lacks.
     """
-    envs, rounds = _spread(config)
+    envs, batches = _divide(config)
     _check_devices(config)
     _check_staleness(config)
     _check_budgets(config)
@@ -48,7 +47,7 @@ def plan_layout(config: Config, *, here: bool = True) -> Layout:
         learner_gpus=runners.learner_gpus,
         evaluation_runners=runners.eval_runners,
     )
-    layout = Layout(envs, rounds, resources)
+    layout = Layout(envs, batches, resources)
     if here:
         check_machine(config, layout)
     return layout
@@ -73,7 +72,7 @@ def check_machine(config: Config, layout: Layout) -> None:
 
 
 def check_inputs(config: Config) -> None:
-    """Refuses names and files that the driver will look for in vain, before anything takes time; reads none of them.
+    """Refuses names and files that do not exist, before anything takes time; reads none of them.
 
     Raises:
         UserError: naming the first.
@@ -89,20 +88,20 @@ def check_inputs(config: Config) -> None:
         check_device(latency.device)
     elif latency.source == "profiled" and latency.profile is not None and not Path(latency.profile).is_file():
         raise UserError(
-            f"no profile table at latency.profile = {latency.profile}: measure one with `ray-ctrl profile --out FILE`, "
+            f"no profile at latency.profile = {latency.profile}: measure one with `ray-ctrl profile --out FILE`, "
             "or set latency.profile=null to have this device measured"
         )
 
 
-def _spread(config: Config) -> tuple[int, int]:
-    """Environments per runner, and rounds per iteration."""
+def _divide(config: Config) -> tuple[int, int]:
+    """Environments per runner, and batches per iteration."""
     size, groups = config.grpo.group_size, config.grpo.groups_per_iteration
     runners = max(1, config.runners.count)
     envs = config.runners.envs_per_runner
     if envs is None:
         if groups % runners:
             raise UserError(
-                f"grpo.groups_per_iteration = {groups} does not spread evenly over {runners} runners: choose a "
+                f"grpo.groups_per_iteration = {groups} does not divide evenly among {runners} runners: choose a "
                 f"multiple of {runners}"
             )
         return size * groups // runners, 1
@@ -111,22 +110,18 @@ def _spread(config: Config) -> tuple[int, int]:
             f"grpo.group_size = {size} does not divide runners.envs_per_runner = {envs}: a group stays in one "
             f"vector, so choose a multiple of {size}"
         )
-    per_round = envs * runners
-    if size * groups % per_round:
+    per_batch = envs * runners
+    if size * groups % per_batch:
         raise UserError(
-            f"{groups} groups of {size} rollouts do not fill whole rounds of {runners} runners "
-            f"with "
-            f"{envs} environments: choose grpo.groups_per_iteration a multiple of {per_round // size}"
+            f"{groups} groups of {size} rollouts do not fill complete batches of {runners} runners with "
+            f"{envs} environments: choose grpo.groups_per_iteration a multiple of {per_batch // size}"
         )
-    return envs, size * groups // per_round
+    return envs, size * groups // per_batch
 
 
 def _check_devices(config: Config) -> None:
     runners, model = config.runners, config.model
-    for key, gpus in (
-        ("runners.gpus", runners.gpus),
-        ("runners.learner_gpus", runners.learner_gpus),
-    ):
+    for key, gpus in (("runners.gpus", runners.gpus), ("runners.learner_gpus", runners.learner_gpus)):
         if gpus > 1 and gpus != int(gpus):
             raise UserError(f"{key} = {gpus:g} is not allowed: whole GPUs above one, or a fraction")
     if runners.count and model.device.startswith("cuda") and runners.gpus == 0:
@@ -136,9 +131,8 @@ def _check_devices(config: Config) -> None:
         )
     if runners.count and model.threads > max(1, runners.cpus) and runners.gpus == 0:
         raise UserError(
-            f"model.threads = {model.threads} is more than runners.cpus = {runners.cpus:g}: "
-            f"runners "
-            f"would slow one another down; set runners.cpus={model.threads}"
+            f"model.threads = {model.threads} is more than runners.cpus = {runners.cpus:g}: runners would slow one "
+            f"another down; set runners.cpus={model.threads}"
         )
 
 

@@ -14,31 +14,31 @@ from policies.grpo.algorithm import GRPO, GRPOConfig
 from policies.grpo.config import TimeoutSettings
 from policies.grpo.lagrangian import LagrangianSettings
 from ray_ctrl.config import Config
-from ray_ctrl.run_context import Setting
+from ray_ctrl.run_context import RunContext
 
 ENVIRONMENT = "ray_ctrl_adaptive_vqa"
 EVALUATION_ENVS = 256
 
 
-def build_algorithm(setting: Setting, envs: int, contexts: int) -> GRPO:
+def build_algorithm(context: RunContext, envs: int, contexts: int) -> GRPO:
     """The training algorithm, with its evaluation runners on the validation samples.
 
     Args:
         envs: environments of each runner's vector.
-        contexts: how many contexts an evaluation holds; its vectors are no wider than that.
+        contexts: contexts of an evaluation; its vectors are no wider than that.
     """
-    config = setting.config
-    settings = _common(setting, "validation", contexts)
+    config = context.config
+    settings = _common(context, "validation", contexts)
     runners = config.runners
     settings.env_runners(
         num_env_runners=runners.count,
         num_envs_per_env_runner=envs,
-        num_cpus_per_env_runner=_whole(runners.cpus),
+        num_cpus_per_env_runner=_ray_cpus(runners.cpus),
         num_gpus_per_env_runner=runners.gpus,
     )
     settings.learners(
         num_learners=runners.learners,
-        num_cpus_per_learner=_whole(runners.learner_cpus),
+        num_cpus_per_learner=_ray_cpus(runners.learner_cpus),
         num_gpus_per_learner=runners.learner_gpus,
     )
     settings.training(
@@ -48,10 +48,10 @@ def build_algorithm(setting: Setting, envs: int, contexts: int) -> GRPO:
     return settings.build_algo()
 
 
-def build_evaluator(setting: Setting, controller: Controller, contexts: int) -> GRPO:
-    """An algorithm that holds `controller` and is only evaluated: its own training runner is a vector of one group."""
-    size = setting.config.grpo.group_size
-    settings = _common(setting, "test", contexts)
+def build_evaluator(context: RunContext, controller: Controller, contexts: int) -> GRPO:
+    """An algorithm with the weights of `controller`, only to be evaluated: it trains on one group."""
+    size = context.config.grpo.group_size
+    settings = _common(context, "test", contexts)
     settings.env_runners(num_env_runners=0, num_envs_per_env_runner=size)
     settings.training(groups_per_iteration=1, hidden=controller.hidden, max_policy_lag=0)
     algorithm = settings.build_algo()
@@ -77,15 +77,19 @@ def lagrangian_settings(config: Config) -> LagrangianSettings:
     )
 
 
-def _common(setting: Setting, split: str, contexts: int) -> GRPOConfig:
-    """What training and mere evaluation share: environment, evaluation runners, seed, failures."""
+def _common(context: RunContext, split: str, contexts: int) -> GRPOConfig:
+    """What training and evaluation share: environment, evaluation runners, seed, failures."""
     tune.register_env(ENVIRONMENT, make_environment)
-    config = setting.config
+    config = context.config
     runners = config.runners
     settings = GRPOConfig()
     settings.environment(
         ENVIRONMENT,
-        env_config={"world": setting.world("train"), "group_size": config.grpo.group_size, "seed": config.run.seed},
+        env_config={
+            "world": context.env_config("train"),
+            "group_size": config.grpo.group_size,
+            "seed": config.run.seed,
+        },
     )
     timeouts = TimeoutSettings(**{name: getattr(runners, name) for name in TimeoutSettings.model_fields})
     settings.sections(grpo=config.grpo, controller=config.controller, timeouts=timeouts)
@@ -95,9 +99,9 @@ def _common(setting: Setting, split: str, contexts: int) -> GRPOConfig:
         evaluation_num_env_runners=runners.eval_runners,
         evaluation_sample_timeout_s=runners.sample_timeout_s,
         evaluation_config={
-            "env_config": {"world": setting.world(split), "group_size": 1, "seed": config.run.seed},
+            "env_config": {"world": context.env_config(split), "group_size": 1, "seed": config.run.seed},
             "num_envs_per_env_runner": min(EVALUATION_ENVS, max(2, contexts)),
-            "num_cpus_per_env_runner": _whole(runners.cpus),
+            "num_cpus_per_env_runner": _ray_cpus(runners.cpus),
             "num_gpus_per_env_runner": runners.gpus,
         },
     )
@@ -116,6 +120,6 @@ def make_environment(env_config: Mapping[str, Any]) -> AdaptiveVQAVectorEnv:
     return AdaptiveVQAVectorEnv(settings)
 
 
-def _whole(cpus: float) -> float | int:
-    """Ray asks for whole numbers above one."""
+def _ray_cpus(cpus: float) -> float | int:
+    """Ray requires an int above one."""
     return int(cpus) if cpus == int(cpus) else cpus

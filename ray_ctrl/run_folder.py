@@ -1,17 +1,20 @@
 """The run folder: configuration, origin, metrics, checkpoints, exported controller.
 
-    config.yaml  run.json  metrics.jsonl  tensorboard/  checkpoints/iteration_000010/  controller/
+    config.yaml  run.json  inputs.json  metrics.jsonl  tensorboard/  checkpoints/iteration_000010/  controller/
 
-Nothing in it is overwritten silently. Checkpoints are complete or absent, with a
-manifest of checksums: a damaged one is recognised and the one before it is used.
+Nothing in it is overwritten silently, and one process writes to it at a time. Checkpoints are complete or absent, with
+a manifest of checksums: a damaged one is recognized and the one before it is used.
 """
 
+import fcntl
 import json
+import os
 import shutil
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +26,13 @@ from ray_ctrl.load_config import load_config, to_yaml
 from ray_ctrl.provenance import provenance
 
 FORMAT_VERSION = 1
+LOCK = ".lock"
 Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One good checkpoint: its folder, the iterations done, and its validation score and its standard error where it
-    has one.
-    """
+    """One good checkpoint: its folder, the iterations done, validation score (if any) and its standard error."""
 
     path: Path
     iteration: int
@@ -49,27 +51,33 @@ class RunFolder:
         """A new run folder.
 
         Raises:
-            UserError: the folder exists and is not empty, or cannot be made; a file of block importance that cannot
-                be read.
+            UserError: the folder exists and is not empty, or cannot be written; an unreadable file of block importance.
         """
         from envs.model.block_importance import read_importance
 
         cls.refuse(root)
         importance = read_importance(config.model.name, config.model.block_importance)
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make run folder {root}: {error.strerror}") from None
-        atomic_write(root / "config.yaml", to_yaml(config))
         started = {"format_version": FORMAT_VERSION, "seed": config.run.seed, **provenance()}
         started |= {"importance": importance, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        write_json(root / "run.json", started)
+        with explained(root):
+            root.mkdir(parents=True, exist_ok=True)
+            atomic_write(root / "config.yaml", to_yaml(config))
+            write_json(root / "run.json", started)
         return cls(root)
 
     @staticmethod
     def refuse(root: Path) -> None:
-        """Raises a UserError where `root` exists and is not an empty folder."""
-        if root.is_file() or (root.is_dir() and any(root.iterdir())):
+        """Raises a UserError if `root` exists and is not an empty folder, or will be removed with a Ray job."""
+        from cluster.jobs import vanishes
+
+        if vanishes(root):
+            raise UserError(
+                f"run folder {root} is in the job's temporary package folder, which Ray removes when the job ends: set "
+                "run.folder or --run-dir to a folder that stays"
+            )
+        with explained(root):
+            taken = root.is_file() or (root.is_dir() and any(path.name != LOCK for path in root.iterdir()))
+        if taken:
             raise UserError(
                 f"run folder {root} exists already: continue it with --resume, or choose another with --run-dir"
             )
@@ -81,7 +89,9 @@ class RunFolder:
         Raises:
             UserError: there is none at `root`.
         """
-        if not (root / "config.yaml").is_file() or not (root / "run.json").is_file():
+        with explained(root):
+            found = (root / "config.yaml").is_file() and (root / "run.json").is_file()
+        if not found:
             raise UserError(f"{root} is not a run folder: it has no config.yaml and run.json")
         return cls(root)
 
@@ -90,7 +100,7 @@ class RunFolder:
         return load_config(None, self.root / "config.yaml")
 
     def check_importance(self) -> None:
-        """Refuses to go on where files of block importance changed since: settings would mean other blocks than before.
+        """Refuses to continue with other block importance: the same knobs would mean other blocks than before.
 
         Raises:
             UserError: the scores in use are not those with which the run began.
@@ -103,13 +113,37 @@ class RunFolder:
         if began is None or tuple(began) == now:
             return
         block = next(block for block, (old, new) in enumerate(zip(began, now, strict=True)) if old != new)
-        beside = importance_path(model.name)
-        source = model.block_importance or (beside if beside.is_file() else "the published scores")
+        own = importance_path(model.name)
+        source = model.block_importance or (own if own.is_file() else "the published scores")
         raise UserError(
             f"block importance cannot change when a run is resumed: in {source} the score of block {block} is "
-            f"{now[block]}, and {self.root} began with {began[block]}; put the scores back that its run.json "
-            "holds, or start a new run"
+            f"{now[block]}, and {self.root} began with {began[block]}; restore the scores in its run.json, or start a "
+            "new run"
         )
+
+    def check_inputs(self, inputs: Mapping[str, str]) -> None:
+        """Records checksums of weights and data in a new run; a resumed run must find the same.
+
+        Raises:
+            UserError: naming what changed.
+        """
+        path = self.root / "inputs.json"
+        if not path.is_file():
+            write_json(path, dict(inputs))
+            return
+        began = json.loads(path.read_text("utf-8"))
+        changed = [name for name, digest in inputs.items() if began.get(name, digest) != digest]
+        if changed:
+            raise UserError(
+                f"{', '.join(changed)} cannot change when a run is resumed: the content is not what {self.root} began "
+                "with; restore it, or start a new run"
+            )
+
+    def finished(self, iterations: int) -> bool:
+        """Whether nothing is left to do: all iterations done, the controller exported and evaluated."""
+        latest = self.latest()
+        evaluated = self.controller.is_dir() and any(self.root.glob("evaluation*/summary.json"))
+        return latest is not None and latest.iteration >= iterations and evaluated
 
     @property
     def controller(self) -> Path:
@@ -122,23 +156,22 @@ class RunFolder:
         """Adds one iteration as a line of JSON, in one write.
 
         Raises:
-            UserError: the disk refuses; a half-written line is left out by every reader.
+            UserError: the disk refuses; every reader skips a half-written line.
         """
         path = self.root / "metrics.jsonl"
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"cannot write {path}: {error.strerror or error}; free space there and continue with --resume"
-            ) from error
+        with explained(path, "free space there and continue with --resume"), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
 
     def metrics(self) -> list[Metrics]:
-        """All whole lines; a torn last line (the process died in writing it) is left out."""
+        """All complete lines; a torn last line (the process died while writing it) is left out."""
         path = self.root / "metrics.jsonl"
-        if not path.is_file():
-            return []
-        return list(_whole_lines(path))
+        rows = []
+        for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []:
+            with suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and "iteration" in row:
+                    rows.append(row)
+        return rows
 
     def cut_metrics(self, iteration: int) -> None:
         """Drops lines after `iteration`, so that the iterations to come are written once."""
@@ -158,21 +191,16 @@ class RunFolder:
         folder = self.root / "checkpoints"
         final = folder / f"iteration_{iteration:06d}"
         state = {"format_version": FORMAT_VERSION, "iteration": iteration, "score": score, "score_error": score_error}
-        try:
+        with explained(final, "free space there and continue with --resume"):
             remove_partial(folder)
             with atomic_folder(final) as temporary:
                 write(temporary)
                 write_json(temporary / "state.json", state)
                 write_manifest(temporary)
-        except OSError as error:
-            raise UserError(
-                f"cannot write checkpoint {final}: {error.strerror or error}; free space there and "
-                "continue with --resume"
-            ) from error
         return Checkpoint(final, iteration, score, score_error)
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Good checkpoints, oldest first; damaged ones are warned of and left out."""
+        """Good checkpoints, oldest first; a damaged one is left out with a warning."""
         good = []
         for path in sorted((self.root / "checkpoints").glob("iteration_*")):
             problem = integrity_error(path)
@@ -194,8 +222,8 @@ class RunFolder:
             return good[-1]
         if any((self.root / "checkpoints").glob("iteration_*")):
             raise UserError(
-                f"every checkpoint in {self.root / 'checkpoints'} is damaged: start again in a new "
-                "run folder with --run-dir"
+                f"every checkpoint in {self.root / 'checkpoints'} is damaged: start again in a new run folder with "
+                "--run-dir"
             )
         return None
 
@@ -217,11 +245,11 @@ class RunFolder:
 
 
 def choose(checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    """The last checkpoint whose validation score lies within one standard error of the highest; the last one where none
-    has a score.
+    """The last checkpoint whose validation score is within one standard error of the highest; the last one without
+    scores.
 
-    Which of many checkpoints of equal worth scores highest is chance (the one-standard-error rule, Breiman et al. 1984,
-    3.4.3). The later ones have been trained for longer, and with less exploration.
+    Which of many equally good checkpoints scores highest is chance (the one-standard-error rule, Breiman et al. 1984,
+    3.4.3). Later ones were trained for longer, and with less exploration.
     """
     top = _highest(checkpoints)
     if top is None or top.score is None:
@@ -230,7 +258,7 @@ def choose(checkpoints: list[Checkpoint]) -> Checkpoint | None:
 
 
 def _highest(checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    """The one with the highest score, the latest on a tie; None where none has a score."""
+    """The one with the highest score, the latest on a tie; None without scores."""
     scored = [c for c in checkpoints if c.score is not None]
     return max(scored, key=lambda c: (c.score, c.iteration)) if scored else None
 
@@ -254,13 +282,64 @@ def newest_runs(folder: Path) -> list[RunFolder]:
 
 
 @contextmanager
-def removed_if_vain(folder: Path, errors: tuple[type[BaseException], ...]) -> Iterator[None]:
-    """Removes a folder made for what runs inside where that ends by one of `errors`."""
+def remove_on_error(folder: Path, *errors: type[BaseException]) -> Iterator[None]:
+    """Removes a new folder if the block, for which it was made, raises one of `errors`."""
     try:
         yield
     except errors:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Holds the folder's lock, which the kernel releases when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written.
+    """
+    with explained(root):
+        file = (root / LOCK).open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run folder {root} is in use by another process: wait until it ends, or choose another with --run-dir"
+            ) from None
+        yield
+
+
+@contextmanager
+def explained(path: Path, advice: str = "give a folder that can be written") -> Iterator[None]:
+    """Turns what the file system refuses inside (full, read-only, a name too long) into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        name = str(path) if len(str(path)) <= 120 else f"{str(path)[:100]}..."
+        raise UserError(f"cannot write {name}: {error.strerror or error}; {advice}") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Finds out before the work whether its result can be saved in `folder`, which is made if missing.
+
+    Raises:
+        UserError: it cannot.
+    """
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".writable-", dir=folder)
+        os.close(handle)
+        os.unlink(name)
+
+
+def claim_folder(path: Path) -> Path:
+    """Makes `path`, or the first of `path-2`, `path-3`, ... that does not exist: two processes never get the same."""
+    while True:
+        free = free_folder(path)
+        with explained(free), suppress(FileExistsError):
+            free.mkdir(parents=True)
+            return free
 
 
 def free_folder(path: Path) -> Path:
@@ -270,14 +349,3 @@ def free_folder(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
-
-
-def _whole_lines(path: Path) -> Iterator[Metrics]:
-    text = path.read_text("utf-8", errors="replace")
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and "iteration" in entry:
-            yield entry

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: an interruption at once, or first a wish to stop, where what is under way should end whole."""
+"""SIGINT, SIGTERM and SIGHUP: they interrupt, or first request a stop while something is best completed."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ _STDERR = 2
 
 
 class Interrupted(BaseException):
-    """What a `Stopper` makes of a signal in the end; no KeyboardInterrupt, to which typer would give its own status.
+    """What a `Stopper` turns a signal into; no KeyboardInterrupt, to which typer would give its own exit status.
 
     Args:
         signal: its number.
@@ -22,7 +22,7 @@ class Interrupted(BaseException):
 
     @property
     def exit_status(self) -> int:
-        """128 plus the signal, as shells say it."""
+        """128 plus the signal, the shells' convention."""
         return 128 + int(self.args[0])
 
 
@@ -40,15 +40,13 @@ class Stopper:
 
     def __enter__(self) -> "Stopper":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._asked)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                    self._before[number] = signal.signal(number, self._received)
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -57,10 +55,10 @@ class Stopper:
 
     @contextmanager
     def patient(self, promise: str) -> Iterator[None]:
-        """Lets what runs inside come to its own end after the first signal; it looks at `requested`.
+        """Defers the first signal to the end of the block, which looks at `requested`.
 
         Args:
-            promise: what the first signal is answered with, on stderr.
+            promise: printed to stderr on the first signal.
         """
         self._promise = promise
         try:
@@ -73,23 +71,23 @@ class Stopper:
         return self.signal is not None
 
     def obey(self) -> None:
-        """Interrupts where a stop was requested, once what was to end whole has ended."""
+        """Interrupts if a stop was requested in a `patient` block."""
         if self.requested:
             raise KeyboardInterrupt
 
-    def _asked(self, number: int, frame: FrameType | None) -> None:
+    def _received(self, number: int, frame: FrameType | None) -> None:
         first, self.signal = not self.requested, number
         if self._promise is None or not first:
             raise KeyboardInterrupt
-        # A handler may run in the middle of anything, also of a print: no buffer may be touched here. Nor may it fail
-        # where stderr is gone, as with a `tee` that the same Ctrl-C ended.
+        # A handler may run in the middle of anything, also of a print: it must not touch a buffer. Nor may it fail if
+        # stderr is closed, as with a `tee` that the same Ctrl-C ended.
         with suppress(OSError):
-            os.write(_STDERR, f"\n{self._promise}; once more to leave at once\n".encode())
+            os.write(_STDERR, f"\n{self._promise}; once more to leave immediately\n".encode())
 
 
 @contextmanager
 def telling(how: str) -> Iterator[None]:
-    """Tells how to go on where what runs inside is interrupted."""
+    """Prints how to continue if the block is interrupted."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`ray-ctrl importance`: how much each block matters on a data set, kept where the model is read from."""
+"""`ray-ctrl importance`: how much each block matters on a data set, stored next to the weights."""
 
 import math
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ from ray_ctrl.console import console, counted, table
 from ray_ctrl.load_config import load_config
 from ray_ctrl.provenance import provenance
 from ray_ctrl.run_context import env_config
+from ray_ctrl.run_folder import check_writable
 
 SPLITS = ("train", "validation")
 
@@ -39,18 +40,19 @@ def run(
     by: str,
     out: Path | None,
 ) -> None:
-    """Measures, prints beside the scores known so far, and writes a new file.
+    """Measures, writes a new file, and prints the scores next to the known ones.
 
     Raises:
-        UserError: nowhere to write, a model or task that cannot be read, or a split that must choose nothing.
+        UserError: nowhere to write, a model or task that cannot be read, or the test split.
     """
     config = load_config(preset, config_file, overrides)
     if split not in SPLITS:
-        raise UserError(f"split {split!r} is not allowed: choose {' or '.join(SPLITS)}; test samples choose nothing")
+        raise UserError(
+            f"split {split!r} is not allowed: choose {' or '.join(SPLITS)}; test samples must choose nothing"
+        )
     file = _target(config, out)
     found, engine = measure(config, samples, split, by)
     others = _known(config, engine)
-    _show(found, others)
     origin = {
         "task": config.task.name,
         "split": split,
@@ -64,8 +66,9 @@ def run(
         "origin": provenance(),
     }
     write_importance(file, found.to_dict(origin))
-    beside = file.absolute() == importance_path(config.model.name).absolute()
-    used = "beside the weights, and used from now on" if beside else f"use it with model.block_importance={file}"
+    _show(found, others)
+    default = file.absolute() == importance_path(config.model.name).absolute()
+    used = "next to the weights, and used from now on" if default else f"use it with model.block_importance={file}"
     console.print(f"importance in {file}: {used}", markup=False)
 
 
@@ -77,7 +80,7 @@ def measure(config: Config, samples: int, split: str, by: str) -> tuple[Importan
     task = config.task
     chosen = load_task(task.name, split, samples, task.seed, on_broken=task.on_invalid_row)
     with console.status("loading model"):
-        # What it runs are not a run's outcomes, so that they need not be kept.
+        # Its outcomes are no run's, so they need not be stored.
         engine = env_config(config, split).model_copy(update={"store": StoreSettings(path=None)}).build_engine()
     with counted(f"leaving out one block at a time on {len(chosen)} samples") as progress:
         return measure_importance(engine, chosen, by, progress=progress), engine
@@ -90,12 +93,13 @@ def _target(config: Config, out: Path | None) -> Path:
         raise UserError(f"{file} exists already: choose another file with --out, or remove it first")
     if not file.absolute().parent.is_dir():
         where = f"there is no folder {file.parent}" if out is not None else f"{config.model.name} is no local folder"
-        raise UserError(f"nowhere to keep the importance: {where}; give a file in an existing folder with --out")
+        raise UserError(f"nowhere to store the importance: {where}; give a file in an existing folder with --out")
+    check_writable(file.absolute().parent)
     return file
 
 
 def _known(config: Config, engine: Any) -> dict[str, tuple[float, ...]]:
-    """Scores to compare with: those in use, and the published ones where they are of this model."""
+    """Scores to compare with: those in use, and the published ones if the model has their shape."""
     model = config.model
     found: dict[str, tuple[float, ...]] = {}
     if model.block_importance is not None or importance_path(model.name).is_file():
@@ -116,8 +120,8 @@ def _show(found: Importance, others: dict[str, tuple[float, ...]]) -> None:
     console.print(f"left out first: blocks {_first(found.scores)}")
     for name, scores in others.items():
         correlation = rank_correlation(found.scores, scores)
-        told = "none, as one of them is constant" if math.isnan(correlation) else f"{correlation:.3f}"
-        console.print(f"{name}: blocks {_first(scores)} first; rank correlation over blocks 1 to 15 {told}")
+        shown = "none, as one of them is constant" if math.isnan(correlation) else f"{correlation:.3f}"
+        console.print(f"{name}: blocks {_first(scores)} first; rank correlation over blocks 1 to 15 {shown}")
 
 
 def _first(scores: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""`ray-ctrl profile`: measure this device into a table."""
+"""`ray-ctrl profile`: measure this device into a file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,18 +6,21 @@ from pathlib import Path
 from envs.errors import UserError
 from ray_ctrl.console import console
 from ray_ctrl.load_config import load_config
-from ray_ctrl.run_context import measure_table, open_setting
+from ray_ctrl.profiles import measure_table
+from ray_ctrl.run_context import open_setting
+from ray_ctrl.run_folder import check_writable, explained
 
 
 def run(preset: str, config_file: Path | None, overrides: Sequence[str], out: Path) -> None:
-    """Writes a profile table to a new file.
+    """Writes a profile to a new file.
 
     Raises:
-        UserError: the file exists, or the model cannot be loaded.
+        UserError: the file exists or cannot be written, or the model cannot be loaded.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already: choose another file with --out, or remove it first")
+    with explained(out):
+        if out.exists():
+            raise UserError(f"{out} exists already: choose another file with --out, or remove it first")
+    check_writable(out.absolute().parent)
     config = load_config(preset, config_file, overrides)
-    setting = open_setting(config)
-    measure_table(config, setting.engine).save(out)
-    console.print(f"profile table in {out}; use it with latency.source=profiled latency.profile={out}", markup=False)
+    measure_table(config, open_setting(config).engine).save(out)
+    console.print(f"profile in {out}; use it with latency.source=profiled latency.profile={out}", markup=False)

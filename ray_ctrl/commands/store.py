@@ -1,4 +1,4 @@
-"""`ray-ctrl store ...`: look into an outcome store, make it smaller, take it elsewhere."""
+"""`ray-ctrl store ...`: inspect, prune and export an outcome store."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ def inspect(path: Path) -> None:
     for name, value in found.items():
         if name != "settings":
             console.print(f"{name:<24}{value}", markup=False)
-    for setting in found["settings"]:
-        console.print("setting", ", ".join(f"{k} {str(v)[:16]}" for k, v in setting.items()), markup=False)
+    for fingerprint in found["settings"]:
+        console.print("computed with", ", ".join(f"{k} {str(v)[:16]}" for k, v in fingerprint.items()), markup=False)
 
 
 def prune(path: Path, max_gb: float | None, unused_days: float | None) -> None:

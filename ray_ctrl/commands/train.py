@@ -1,28 +1,25 @@
 """`ray-ctrl train`: one run from settings to controller, learning curve and held-out table."""
 
-import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError
 from envs.files import atomic_folder
 from ray_ctrl.config import Config
-from ray_ctrl.console import console, iteration_line, progress_bar
+from ray_ctrl.console import console
 from ray_ctrl.load_config import load_config, to_yaml
 from ray_ctrl.preflight import Layout, check_inputs, check_machine, plan_layout
-from ray_ctrl.run_folder import Checkpoint, Metrics, RunFolder, choose, free_folder, newest_run, removed_if_vain
+from ray_ctrl.run_folder import Checkpoint, RunFolder, choose, claim_folder, locked, newest_run, remove_on_error
 from ray_ctrl.signals import Stopper, telling
-from ray_ctrl.tracking import Gauges, open_tracker
+from ray_ctrl.trainer import Trainer
 
-VALIDATION_BUDGETS = 4
-LEARNER_LOSSES = 4  # a run gives up at the fourth
+if TYPE_CHECKING:
+    from ray_ctrl.run_context import RunContext
+
 RESUMABLE = (
     "run.iterations",
     "run.checkpoint_every",
@@ -32,15 +29,6 @@ RESUMABLE = (
     "run.prometheus",
     "runners.",
 )
-# What the algorithm calls a number, and what tables and curves call it.
-RENAMED = {
-    "reward_mean": "reward",
-    "accuracy_mean": "accuracy",
-    "latency_ms_mean": "latency_ms",
-    "violation_rate": "violations",
-    "seconds_sample": "time/sample_s",
-    "seconds_learn": "time/learn_s",
-}
 
 
 def run(
@@ -55,8 +43,8 @@ def run(
     """Trains and evaluates.
 
     Raises:
-        Interrupted: by SIGINT or SIGTERM; what was trained until then is kept.
-        UserError: settings, folders or files that do not do.
+        Interrupted: by a signal; what was trained until then is kept.
+        UserError: settings, folders or files that cannot be used.
     """
     folder = _find(run_dir, preset, config_file, overrides) if resume else None
     if folder is not None:
@@ -67,16 +55,25 @@ def run(
         _show_plan(config, layout)
         check_machine(config, layout)
     check_inputs(config)
-    root = folder.root if folder else run_dir or _new_root(config)
+    root = run_dir or Path(config.run.folder) / (config.run.name or time.strftime("%Y%m%d-%H%M%S"))
     if folder is None:
         RunFolder.refuse(root)
     if dry_run:
         return
+    if folder is not None and folder.finished(config.run.iterations):
+        console.print(
+            f"run {folder.root} is finished: {config.run.iterations} iterations, exported and evaluated; continue it "
+            f"with a larger run.iterations=N, or evaluate it again with: ray-ctrl evaluate {folder.root}",
+            markup=False,
+        )
+        return
+    if folder is None and run_dir is None and config.run.name is None:
+        root = claim_folder(root)  # two runs may begin in the same second
     _train(config, layout, root, folder)
 
 
 def resumed_config(folder: RunFolder, overrides: Sequence[str]) -> Config:
-    """The run's own settings with `overrides`, which may change only what leaves its results as they would be.
+    """The run's own configuration with `overrides`, which may change only what leaves its results unchanged.
 
     Raises:
         UserError: an override that would make it another run.
@@ -102,88 +99,96 @@ def _find(run_dir: Path | None, preset: str, file: Path | None, overrides: Seque
     return newest_run(Path(load_config(preset, file, overrides).run.folder))
 
 
-def _new_root(config: Config) -> Path:
-    name = config.run.name or time.strftime("%Y%m%d-%H%M%S")
-    return Path(config.run.folder) / name
-
-
 def _show_plan(config: Config, layout: Layout) -> None:
-    """The dry run: resolved settings and who holds which resources."""
+    """The dry run: resolved settings, and the resources of each process."""
     console.print(to_yaml(config), markup=False)
     rollouts = config.grpo.group_size * config.grpo.groups_per_iteration
     console.print(
         f"# each iteration: {config.grpo.groups_per_iteration} groups of {config.grpo.group_size} = {rollouts} "
-        f"rollouts, in vectors of {layout.envs} environments, {layout.rounds} round(s)"
+        f"rollouts, in vectors of {layout.envs} environments, {layout.batches} per runner"
     )
     for line in layout.resources.lines():
         console.print(f"# {line}", markup=False)
 
 
 def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None) -> None:
+    """Open the run, train, export, evaluate."""
     from cluster.connect import connect
-    from ray_ctrl.commands.evaluate import evaluate_setting
+    from ray_ctrl.commands.evaluate import evaluate_setting, new_folder
     from ray_ctrl.run_context import open_setting
 
     started = time.monotonic()
     runners = config.runners
-    with Stopper() as stopper:
-        setting = open_setting(config)
-        with connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s):
-            folder, trainer = _begin(config, layout, root, resumed, setting)
-            with telling(_resume(folder)):
-                try:
-                    _run_ahead(config, trainer.setting)
-                    if not trainer.train(stopper):
-                        stopper.obey()
-                finally:
-                    trainer.stop()
+    with remove_if_empty(root), Stopper() as stopper:
+        context = open_setting(config)
+        with (
+            connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s),
+            open_run(root, config, context, resumed) as (folder, context),
+        ):
+            with telling(f"continue with: ray-ctrl train --resume --run-dir {root}"):
+                train(config, layout, folder, context, stopper, new=resumed is None)
                 with stopper.patient("exporting the controller"):
                     exported = export_controller(folder)
             console.print(f"controller of iteration {exported.iteration} exported to {folder.controller}", markup=False)
-            with telling(f"the controller is ready; evaluate it with: ray-ctrl evaluate {folder.root}"):
+            with telling(f"the controller is ready; evaluate it with: ray-ctrl evaluate {root}"):
                 stopper.obey()
-                evaluate_setting(trainer.setting, folder.controller, free_folder(folder.root / "evaluation"))
-    console.print(f"finished in {(time.monotonic() - started) / 60:.1f} minutes")
+                with new_folder(None, folder.root) as out:
+                    evaluate_setting(context, folder.controller, out)
+    console.print(
+        f"finished in {(time.monotonic() - started) / 60:.1f} minutes\n"
+        f"next: ray-ctrl answer IMAGE QUESTION --budget-ms {context.budgets.high_ms:.0f} --controller {root}",
+        markup=False,
+    )
 
 
-def _run_ahead(config: Config, setting: Any) -> None:
-    """Runs what the lookup table asks for before the first iteration, where that is all that training can ask for.
+@contextmanager
+def remove_if_empty(root: Path) -> Iterator[None]:
+    """Removes a claimed folder that was never filled."""
+    try:
+        yield
+    finally:
+        if root.is_dir() and not any(root.iterdir()):
+            root.rmdir()
 
-    Whole batches of it take far less time than the same requests when rollouts come upon them bit by bit. Not with
-    runners, which share that work, nor under a measured clock, which reuses nothing.
+
+@contextmanager
+def open_run(
+    root: Path, config: Config, context: "RunContext", resumed: RunFolder | None
+) -> Iterator[tuple[RunFolder, "RunContext"]]:
+    """The locked run folder, and the context with its clock and budgets.
+
+    A new folder is removed if the settings turn out impossible or profiling is interrupted: nothing was trained yet,
+    and it would only block the name for the next try.
     """
-    covered = config.evaluation.lookup_samples >= config.task.train_samples
-    if not covered or config.runners.count or config.latency.source == "measured":
-        return
-    from ray_ctrl.commands.evaluate import run_all_plans
+    if resumed is None:
+        RunFolder.refuse(root)
+        root.mkdir(parents=True, exist_ok=True)
+    with locked(root):
+        with remove_on_error(root, UserError, OSError, KeyboardInterrupt) if resumed is None else nullcontext():
+            folder = resumed or RunFolder.create(root, config)
+            console.print(f"run folder {root}", markup=False)
+            context = context.with_clock(root)
+        yield folder, context
 
-    world = setting.build("train")
-    for _ in run_all_plans(world, list(world.samples)):
-        pass
 
+def train(
+    config: Config, layout: Layout, folder: RunFolder, context: "RunContext", stopper: Stopper, *, new: bool
+) -> None:
+    """Runs all iterations.
 
-def _begin(
-    config: Config, layout: Layout, root: Path, resumed: RunFolder | None, setting: Any
-) -> tuple[RunFolder, "Trainer"]:
-    """The run folder and the trainer, ready for the next iteration.
-
-    A folder made here is taken away again where the settings turn out not to do, or the profile is interrupted: nothing
-    was trained yet, and it would only stand in the way of the next try.
+    Raises:
+        KeyboardInterrupt: a signal ended it before; a checkpoint was written.
     """
-    folder = resumed or RunFolder.create(root, config)
-    console.print(f"run folder {folder.root}", markup=False)
+    from ray_ctrl.lookup import precompute
 
-    def removed_by(*errors: type[BaseException]) -> AbstractContextManager[None]:
-        return removed_if_vain(folder.root, errors) if resumed is None else nullcontext()
-
-    with removed_by(UserError, KeyboardInterrupt):
-        setting = setting.with_clock(folder.root)
-    with removed_by(UserError), telling(_resume(folder)):
-        return folder, Trainer(config, folder, setting, layout)
-
-
-def _resume(folder: RunFolder) -> str:
-    return f"go on with: ray-ctrl train --resume --run-dir {folder.root}"
+    with remove_on_error(folder.root, UserError) if new else nullcontext():
+        trainer = Trainer(config, folder, context, layout)
+    try:
+        precompute(context)
+        if not trainer.train(stopper):
+            stopper.obey()
+    finally:
+        trainer.stop()
 
 
 def export_controller(folder: RunFolder) -> Checkpoint:
@@ -197,179 +202,3 @@ def export_controller(folder: RunFolder) -> Checkpoint:
         shutil.copytree(chosen.path / "controller", temporary, dirs_exist_ok=True)
     learning_curve(folder.metrics(), folder.root / "learning_curve.png")
     return chosen
-
-
-@dataclass
-class Trainer:
-    """The loop over iterations: train, validate, write down, checkpoint."""
-
-    config: Config
-    folder: RunFolder
-    setting: Any
-    layout: Layout
-
-    def __post_init__(self) -> None:
-        run = self.config.run
-        tracker = open_tracker(run.tracker, self.config.model_dump(mode="json"), self.folder.root)
-        gauges = Gauges(self.folder.root) if run.prometheus else None
-        self.trackers = [found for found in (tracker, gauges) if found is not None]
-        self.contexts = validation_contexts(len(self.setting.build("validation").samples), self.setting.budgets)
-        self.lost = 0
-        self.writer: Any = None
-        self._build()
-
-    def _build(self) -> None:
-        from ray_ctrl.rllib_setup import build_algorithm
-
-        self.algorithm = build_algorithm(self.setting, self.layout.envs, len(self.contexts))
-        self.done = self._restore()
-        if self.writer is not None:
-            self.writer.close()
-        self.writer = self._writer()
-
-    def train(self, stopper: Stopper) -> bool:
-        """Runs to the last iteration; False when a signal ended it before."""
-        total = self.config.run.iterations
-        begun, first = time.monotonic(), self.done
-        with progress_bar() as bar, stopper.patient("stopping after this iteration, with a checkpoint"):
-            task = bar.add_task("training", total=total, completed=self.done)
-            while self.done < total and not stopper.requested:
-                row = self._iterate_or_recover(stopper)
-                if row is None:
-                    first, begun = self.done, time.monotonic()
-                    continue
-                spent = (time.monotonic() - begun) / (self.done - first)
-                console.print(iteration_line(row, total, spent * (total - self.done)), markup=False)
-                bar.update(task, completed=self.done)
-        return self.done >= total
-
-    def _iterate_or_recover(self, stopper: Stopper) -> Metrics | None:
-        """One iteration and its checkpoint; where a learner died, None, with everything back at the last checkpoint.
-
-        Raises:
-            LearnerDied: learners keep dying.
-            ConnectError: the cluster has no place for a new one in time.
-        """
-        from cluster.connect import wait_for
-        from policies.grpo.learner import LearnerDied, learner_errors
-
-        try:
-            with learner_errors(self.done):
-                row = self.iterate()
-                if self._due() or stopper.requested:
-                    self._checkpoint(row)
-        except LearnerDied as error:
-            self.lost += 1
-            if self.lost >= LEARNER_LOSSES:
-                raise
-            console.print(f"{error.message} (done by itself, {self.lost} of {LEARNER_LOSSES - 1})", markup=False)
-            self.algorithm.stop()
-            wait_for(self.layout.resources, self.config.runners.connect_timeout_s, "the cluster")
-            self._build()
-            return None
-        return row
-
-    def iterate(self) -> Metrics:
-        """One iteration, written to metrics.jsonl and TensorBoard."""
-        started = time.perf_counter()
-        numbers = self.algorithm.train()["grpo"]
-        self.done += 1
-        row: Metrics = {"iteration": self.done}
-        # What was not seen (a penalty bin without rollouts) is NaN there and left out here: JSON has no NaN.
-        row |= {RENAMED.get(key, key): value for key, value in numbers.items() if math.isfinite(value)}
-        if self._validates():
-            row |= self._validate()
-        row |= self.algorithm.engine_stats()
-        row["time/iteration_s"] = time.perf_counter() - started
-        self.folder.append_metrics(row)
-        if self.writer is not None:
-            for key, value in row.items():
-                if key != "iteration":
-                    self.writer.add_scalar(key, value, self.done)
-        for tracker in self.trackers:
-            tracker.log({key: value for key, value in row.items() if key != "iteration"}, self.done)
-        return row
-
-    def stop(self) -> None:
-        """Ends the algorithm's processes."""
-        if self.writer is not None:
-            self.writer.close()
-        for tracker in self.trackers:
-            tracker.close()
-        self.algorithm.stop()
-
-    def _restore(self) -> int:
-        """Takes up the newest good checkpoint and cuts the metrics back to it; returns iterations done."""
-        from policies.grpo.checkpoint import restore_checkpoint
-
-        latest = self.folder.latest()
-        done = latest.iteration if latest else 0
-        if latest is not None:
-            restore_checkpoint(self.algorithm, latest.path)
-            console.print(f"resumed after iteration {done}")
-        self.folder.set_aside_after(done)
-        self.folder.cut_metrics(done)
-        return done
-
-    def _writer(self) -> Any:
-        if not self.config.run.tensorboard:
-            return None
-        from tensorboardX import SummaryWriter
-
-        # What was written of iterations that were lost is taken back. Files are named by the second they begin in, and
-        # a second one of that name would empty the first.
-        suffix = f".{self.lost}" if self.lost else ""
-        return SummaryWriter(str(self.folder.root / "tensorboard"), purge_step=self.done + 1, filename_suffix=suffix)
-
-    def _validates(self) -> bool:
-        every = self.config.evaluation.every
-        return bool(every) and (self.done % every == 0 or self.done == self.config.run.iterations)
-
-    def _due(self) -> bool:
-        every, total = self.config.run.checkpoint_every, self.config.run.iterations
-        return self.done % every == 0 or self.done == total or self._validates()
-
-    def _validate(self) -> Metrics:
-        """Means over the validation contexts, acting by argmax, and the score that chooses among checkpoints."""
-        from policies.grpo.evaluation import evaluate_contexts, summary
-
-        rows = evaluate_contexts(self.algorithm, self.contexts)
-        means = summary(rows)
-        means.pop("contexts")
-        figures = {f"validation/{RENAMED.get(key, key)}": value for key, value in means.items()}
-        figures["validation/score"], figures["validation/score_error"] = validation_score(rows)
-        return figures
-
-    def _checkpoint(self, row: Metrics) -> None:
-        score, error = row.get("validation/score"), row.get("validation/score_error", 0.0)
-
-        def write(folder: Path) -> None:
-            self.algorithm.save_to_path(folder.absolute())
-            metadata = self.setting.metadata() | {"iteration": self.done, "validation_score": score}
-            self.algorithm.controller().save(folder / "controller", metadata)
-
-        self.folder.save_checkpoint(self.done, score, write, score_error=error)
-        self.folder.prune(self.config.run.keep_checkpoints)
-
-
-def validation_score(rows: Sequence[Mapping[str, float]]) -> tuple[float, float]:
-    """What checkpoints are chosen by, and its standard error over samples, each of them seen under every budget.
-
-    The mean reward by argmax under the constant multiplier `reward.penalty`, in both modes: what training maximizes, at
-    a multiplier that does not move from checkpoint to checkpoint.
-
-    Args:
-        rows: one per (validation sample, budget), with `reward`, budgets of one sample next to one another.
-    """
-    rewards = np.array([row["reward"] for row in rows])
-    sample_of = np.arange(len(rows)) // VALIDATION_BUDGETS
-    means = np.bincount(sample_of, rewards) / np.bincount(sample_of)
-    error = float(means.std(ddof=1) / math.sqrt(means.size)) if means.size > 1 else 0.0
-    return float(rewards.mean()), error
-
-
-def validation_contexts(samples: int, budgets: Any) -> list[tuple[int, float]]:
-    """Every validation sample under evenly spread training budgets (never held-out ones, which choose nothing)."""
-    shares = (np.arange(VALIDATION_BUDGETS) + 0.5) / VALIDATION_BUDGETS
-    spread = [float(ms) for ms in budgets.at(shares)]
-    return [(sample, ms) for sample in range(samples) for ms in spread]

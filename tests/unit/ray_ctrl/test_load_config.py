@@ -21,7 +21,7 @@ from ray_ctrl.load_config import (
     with_absolute_paths,
 )
 from ray_ctrl.preflight import plan_layout
-from ray_ctrl.run_context import doubt
+from ray_ctrl.profiles import fit_warning
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "config.md"
 
@@ -126,9 +126,9 @@ def test_defaults_live_in_the_models_alone() -> None:
     assert yaml.safe_load(to_yaml(Config()))["grpo"]["lr"] == Config().grpo.lr
 
 
-def test_a_profile_that_does_not_fit_is_doubted_aloud() -> None:
-    assert doubt(0.05) == ""
-    assert "the device was busy" in doubt(0.08)
+def test_a_profile_that_does_not_fit_comes_with_a_warning() -> None:
+    assert fit_warning(0.05) == ""
+    assert "the device was busy" in fit_warning(0.08)
 
 
 def test_files_named_in_settings_are_found_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from policies.grpo.ema import WeightAverage
 from policies.grpo.env_runner import Rollouts
 from policies.grpo.lagrangian import LagrangianSettings, PenaltyMultipliers
 from policies.grpo.sampling import COUNTS
-from ray_ctrl.commands import train
+from ray_ctrl.trainer import Trainer
 
 DOCS = Path(__file__).parents[3] / "docs"
 ENDINGS = {"<head>": HEADS, "<bin>": ("0", "1")}
@@ -27,12 +27,12 @@ def documented(page: str, heading: str) -> set[str]:
     section = (DOCS / page).read_text("utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]
     columns = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     names = [name for column in columns for name in re.findall(r"`([^`]+)`", column)]
-    found = [one for name in names for one in _whole(name)]
+    found = [one for name in names for one in _expanded(name)]
     assert len(found) == len(set(found)), "a name is in the table twice"
     return set(found)
 
 
-def _whole(name: str) -> list[str]:
+def _expanded(name: str) -> list[str]:
     for ending, values in ENDINGS.items():
         if ending in name:
             return [name.replace(ending, value) for value in values]
@@ -90,9 +90,9 @@ def test_the_columns_of_metrics_jsonl_are_documented(monkeypatch: pytest.MonkeyP
         writer=None,
         trackers=[],
         _validates=lambda: True,
-        _validate=lambda: train.Trainer._validate(trainer),
+        _validate=lambda: Trainer._validate(trainer),
     )
-    train.Trainer.iterate(trainer)
+    Trainer.iterate(trainer)
     # The engine's own are looked at where there is an engine.
     wanted = {name for name in documented("runs.md", "metrics.jsonl") if not name.startswith("engine/")}
     assert set(rows[0]) == wanted

@@ -14,21 +14,21 @@ def _two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
-def test_rollouts_spread_evenly_by_default() -> None:
+def test_rollouts_are_divided_evenly_by_default() -> None:
     layout = plan_layout(load_config("smoke", None, ["runners.count=2"]))
-    assert (layout.envs, layout.rounds) == (8, 1)
+    assert (layout.envs, layout.batches) == (8, 1)
 
 
-def test_given_vectors_make_rounds() -> None:
+def test_given_vectors_make_batches() -> None:
     layout = plan_layout(load_config("smoke", None, ["runners.envs_per_runner=4", "grpo.groups_per_iteration=6"]))
-    assert (layout.envs, layout.rounds) == (4, 6)
+    assert (layout.envs, layout.batches) == (4, 6)
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (["runners.envs_per_runner=6"], "does not divide runners.envs_per_runner = 6"),
-        (["runners.envs_per_runner=8", "grpo.groups_per_iteration=5"], "do not fill whole rounds"),
+        (["runners.envs_per_runner=8", "grpo.groups_per_iteration=5"], "do not fill complete batches"),
         (["runners.count=2", "grpo.groups_per_iteration=5"], "multiple of 2"),
         (["runners.count=4"], "4 CPUs wanted, 2 there"),
         (["runners.count=1", "runners.gpus=0.5"], "GPUs wanted"),
@@ -53,7 +53,7 @@ def test_a_cluster_is_not_checked_against_this_machine() -> None:
 def test_the_full_size_preset_needs_one_gpu_for_each_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("molmoe-1b")
     assert (config.budgets.low_ms, config.budgets.high_ms) == (None, None)
-    assert config.evaluation.lookup_samples == config.task.train_samples
+    assert config.evaluation.lookup_samples is None  # all that the controller trains on
     several = load_config("molmoe-1b", None, ["runners.count=8"])
     one, eight = plan_layout(config, here=False), plan_layout(several, here=False)
     assert (one.resources.gpus, eight.resources.gpus, eight.resources.cpus) == (0, 8, 32)

@@ -1,4 +1,4 @@
-"""A run that takes itself back to its last checkpoint: each iteration is told once, wherever it is told."""
+"""A run that takes itself back to its last checkpoint: each iteration is recorded once, wherever it is recorded."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,33 +8,34 @@ import pytest
 
 from envs.budgets import BudgetDistribution
 from policies.grpo.learner import LearnerDied
-from ray_ctrl.commands import train
+from ray_ctrl import trainer as training
 from ray_ctrl.load_config import load_config
 from ray_ctrl.run_folder import RunFolder
+from ray_ctrl.signals import Stopper
 
-LOST = (4, 5)  # iterations in which a learner dies, the first time round
+LOST = (4, 5)  # iterations in which a learner dies at first
 
 
 class Algorithm:
-    """Tells the round it is in as its reward, plus 100 the first time round."""
+    """Its reward is the iteration, plus 100 before the last loss."""
 
     def __init__(self, left: list[int]) -> None:
-        self.left, self.round = left, 0
+        self.left, self.iteration = left, 0
 
     def train(self) -> dict[str, Any]:
-        self.round += 1
-        if self.left and self.round == self.left[0]:
+        self.iteration += 1
+        if self.left and self.iteration == self.left[0]:
             self.left.pop(0)
             raise LearnerDied("a learner died")
-        shown = {"accuracy_mean": 0.5, "latency_ms_mean": 10.0, "violation_rate": 0.0}
-        return {"grpo": {"reward_mean": self.round + 100.0 * bool(self.left)} | shown}
+        numbers = {"accuracy_mean": 0.5, "latency_ms_mean": 10.0, "violation_rate": 0.0}
+        return {"grpo": {"reward_mean": self.iteration + 100.0 * bool(self.left)} | numbers}
 
     def engine_stats(self) -> dict[str, float]:
         return {}
 
     def save_to_path(self, place: Path) -> None:
-        place.mkdir()
-        (place / "round").write_text(str(self.round), encoding="utf-8")
+        place.mkdir(exist_ok=True)
+        (place / "iteration").write_text(str(self.iteration), encoding="utf-8")
 
     def controller(self) -> Any:
         return SimpleNamespace(save=lambda place, metadata: place.mkdir())
@@ -44,30 +45,32 @@ class Algorithm:
 
 
 def restore(algorithm: Algorithm, place: Path) -> None:
-    algorithm.round = int((place / "round").read_text("utf-8"))
+    algorithm.iteration = int((place / "iteration").read_text("utf-8"))
 
 
 @pytest.fixture
-def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> train.Trainer:
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> training.Trainer:
     overrides = ["run.iterations=6", "run.checkpoint_every=2", "evaluation.every=0"]
     config = load_config("smoke", None, overrides)
     lost = list(LOST)
-    world = SimpleNamespace(samples=[0])
-    setting = SimpleNamespace(build=lambda split: world, budgets=BudgetDistribution.over(10.0, 80.0), metadata=dict)
+    resources = SimpleNamespace(samples=[0])
+    context: Any = SimpleNamespace(
+        build=lambda split: resources, budgets=BudgetDistribution.over(10.0, 80.0), metadata=dict, inputs={}
+    )
     monkeypatch.setattr("ray_ctrl.rllib_setup.build_algorithm", lambda *given: Algorithm(lost))
     monkeypatch.setattr("policies.grpo.checkpoint.restore_checkpoint", restore)
     monkeypatch.setattr("cluster.connect.wait_for", lambda *given: {})
     layout: Any = SimpleNamespace(envs=4, resources=None)
-    return train.Trainer(config, RunFolder.create(tmp_path / "run", config), setting, layout)
+    return training.Trainer(config, RunFolder.create(tmp_path / "run", config), context, layout)
 
 
-def test_tensorboard_shows_each_iteration_once(trainer: train.Trainer) -> None:
+def test_tensorboard_shows_each_iteration_once(trainer: training.Trainer) -> None:
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with train.Stopper() as stopper:
+    with Stopper() as stopper:
         assert trainer.train(stopper)
     trainer.stop()
     rows = [(row["iteration"], row["reward"]) for row in trainer.folder.metrics()]
     assert [iteration for iteration, _ in rows] == [1, 2, 3, 4, 5, 6]
     place = trainer.folder.root / "tensorboard"
-    shown = accumulators.EventAccumulator(str(place)).Reload()
-    assert [(event.step, event.value) for event in shown.Scalars("reward")] == rows
+    recorded = accumulators.EventAccumulator(str(place)).Reload()
+    assert [(event.step, event.value) for event in recorded.Scalars("train/reward")] == rows

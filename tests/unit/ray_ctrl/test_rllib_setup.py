@@ -7,7 +7,7 @@ import pytest
 
 from envs.budgets import BudgetDistribution
 from policies.grpo.algorithm import GRPOConfig
-from ray_ctrl import rllib_setup as building
+from ray_ctrl import rllib_setup
 from ray_ctrl.load_config import load_config
 
 
@@ -18,12 +18,10 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Any:
     def build(*overrides: str) -> Any:
         config = load_config("smoke", None, overrides)
         budgets = BudgetDistribution.over(10.0, 40.0)
-        setting = SimpleNamespace(config=config, budgets=budgets, reference_ms=40.0, world=lambda split: split)
-        return building.build_algorithm(setting, envs=8, contexts=4)  # type: ignore[arg-type]
+        context = SimpleNamespace(config=config, budgets=budgets, env_config=lambda split: split)
+        return rllib_setup.build_algorithm(context, envs=8, contexts=4)  # type: ignore[arg-type]
 
     return build
-
-    return built
 
 
 def test_the_entropy_bonus_falls_over_the_whole_run_or_not_at_all(built: Any) -> None:
@@ -43,6 +41,6 @@ def test_settings_arrive_under_the_names_of_the_algorithm(built: Any) -> None:
 def test_multipliers_move_only_in_lagrangian_mode(built: Any) -> None:
     settings = built("reward.mode=lagrangian", "reward.penalty_init=9", "reward.penalty_max=4").lagrangian
     assert settings is not None
-    assert settings.bins == load_config("smoke").budgets.price_bins
+    assert settings.bins == load_config("smoke").budgets.penalty_bins
     assert settings.init == settings.maximum == 4.0
     assert built("reward.mode=fixed").lagrangian is None
