@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import ray
 
+from cluster.package_check import worker_conflict
 from cluster.resources import ResourcePlan, assigned_device, machine_cpus, shortfall
 from envs.errors import UserError, first_line
 
@@ -78,6 +79,9 @@ def connect(address: str, plan: ResourcePlan, *, timeout_s: float) -> Iterator[d
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     silence_ray_warnings()
+    conflict = worker_conflict()
+    if conflict is not None:
+        raise ConnectError(conflict)
     target, local = _target(address), is_local(address)
     if not local:
         # Checked even if Ray is connected already: a wrong address is never passed over.

@@ -24,7 +24,7 @@ from policies.controller import Controller
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted
 from ray_ctrl.provenance import hardware, versions
-from ray_ctrl.serving import Steering
+from ray_ctrl.serving import RequestController
 
 TABLE_FILE = "profile.json"
 BUDGETS_FILE = "budgets.json"
@@ -209,7 +209,7 @@ def measure_table(config: Config, engine: Any) -> ProfileTable:
     )
     # An untrained controller costs the time of a trained one, and time is all that is asked of it here.
     controller = Controller(int(engine.model.config.d_model), config.controller.hidden).eval()
-    steering = Steering(controller, KnobSpace(engine.importance), budget_ms=1.0, reference_ms=1.0)
+    steering = RequestController(controller, KnobSpace(engine.importance), budget_ms=1.0, reference_ms=1.0)
     with counted("profiling this device") as report:
         table = profile(
             engine,

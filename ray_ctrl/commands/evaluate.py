@@ -27,7 +27,7 @@ from ray_ctrl.provenance import provenance
 from ray_ctrl.report import Rollouts
 from ray_ctrl.run_context import Setting, check_importance, open_setting
 from ray_ctrl.run_folder import RunFolder, choose, free_folder, newest_runs, removed_if_vain
-from ray_ctrl.serving import shown_budget
+from ray_ctrl.serving import clamped_budget_ms
 
 LOOKUP_BATCH = 1024  # larger ones are no faster, and progress is seen only between two
 STATIC_SHARE = 0.9  # of the budget, for plans chosen from a profile and then measured: room for the device's noise
@@ -162,7 +162,7 @@ def evaluate_setting(setting: Setting, folder: Path, out: Path) -> dict[str, Any
     world = setting.build("test")
     controller, metadata = load_controller(folder, setting)
     contexts = [(sample, ms) for sample in range(len(world.samples)) for ms in budgets]
-    shown = {ms: shown_budget(ms, metadata, world.clock.reference_ms) for ms in budgets}
+    shown = {ms: clamped_budget_ms(ms, metadata, world.clock.reference_ms) for ms in budgets}
     contexts_shown = [(sample, ms, shown[ms]) for sample, ms in contexts]
     for ms, instead in shown.items():
         if ms != instead:
