@@ -102,7 +102,7 @@ def test_invalid_rows_are_treated_as_the_run_treats_them(tmp_path: Path) -> None
     rows = [json.dumps({"question": f"q{i}?", "answer": str(i)}) for i in range(40)] + ["{broken"]
     (tmp_path / "mine.jsonl").write_text("\n".join(rows), encoding="utf-8")
     name = f"task.name={tmp_path / 'mine.jsonl'}"
-    assert [f.level for f in findings("task", name, "task.on_invalid_row=error")] == ["wrong"]
+    assert [f.level for f in findings("task", name, "task.on_invalid_row=refuse")] == ["wrong"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert [f.level for f in findings("task", name, "task.on_invalid_row=skip")] == ["ok"]
