@@ -59,6 +59,6 @@ def _location(spec: object) -> Path:
 
 def _explain(package: str, found: Path) -> str:
     return (
-        f"package {package!r} is imported from {found}, which is not ray-ctrl's ({ROOT / package}): rename {found.name} "
-        f"in {found.parent}, start from another folder, or uninstall the PyPI package of that name"
+        f"package {package!r} is imported from {found}, which is not ray-ctrl's ({ROOT / package}): rename "
+        f"{found.name} in {found.parent}, start from another folder, or uninstall the PyPI package of that name"
     )

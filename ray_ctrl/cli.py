@@ -89,10 +89,12 @@ def command(group: typer.Typer = app, module: str = "", name: str = "run", **set
 
 
 def _with_overrides(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with `--seed` and `--task` as overrides; a task's name may contain YAML syntax, so it is quoted."""
+    """Options with lists for None; `--seed` and `--task` as overrides, quoted as a task's name may look like YAML."""
     found = {key: value for key, value in options.items() if key not in ("seed", "task")}
+    for name in ("overrides", "arguments", "env"):
+        if name in found:
+            found[name] = list(found[name] or [])
     if "overrides" in found:
-        found["overrides"] = list(found["overrides"] or [])
         if options.get("seed") is not None:
             found["overrides"].append(f"run.seed={options['seed']}")
         if options.get("task") is not None:

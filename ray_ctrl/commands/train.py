@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.resources import check_outlives_job
 from envs.errors import UserError
 from envs.files import atomic_folder
 from ray_ctrl.config import Config
@@ -68,6 +69,7 @@ def run(
         check_machine(config, layout)
     check_inputs(config)
     root = folder.root if folder else run_dir or _new_root(config)
+    check_outlives_job(root)
     if folder is None:
         RunFolder.refuse(root)
     if dry_run:

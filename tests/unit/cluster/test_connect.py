@@ -44,8 +44,9 @@ def test_a_users_folder_that_hides_a_package_on_workers_is_named_before_ray_star
     (tmp_path / "policies.py").write_text("", encoding="utf-8")
     assert f"rename policies.py in {tmp_path}" in (worker_conflict([tmp_path]) or "")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConnectError, match=r"package 'policies' is imported from .*rename policies.py"), connect(
-        "local", plan(), timeout_s=5
+    with (
+        pytest.raises(ConnectError, match=r"package 'policies' is imported from .*rename policies.py"),
+        connect("local", plan(), timeout_s=5),
     ):
         pass
 
@@ -112,7 +113,7 @@ def test_resources_are_waited_for_where_ray_runs_already(monkeypatch: pytest.Mon
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1.0})
     shut: list[bool] = []
     monkeypatch.setattr("ray.shutdown", lambda: shut.append(True))
-    with pytest.raises(ConnectError, match="2 CPUs wanted, 1 there"), connect("auto", plan(runners=2), timeout_s=0.1):
+    with pytest.raises(ConnectError, match="2 CPUs needed, 1 available"), connect("auto", plan(runners=2), timeout_s=0.1):
         pass
     with connect("auto", plan(runners=1), timeout_s=0.1) as there:
         assert there == {"CPU": 1.0}

@@ -24,7 +24,7 @@ def findings(check: str, *overrides: str, quick: bool = True) -> list[Finding]:
 
 def test_the_command_tells_by_its_exit_status(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "ray_ctrl.cli", "doctor", "--quick", "--json", "model.name=" + str(tmp_path)],
+        [sys.executable, "-m", "ray_ctrl", "doctor", "--quick", "--json", "model.name=" + str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
@@ -141,7 +141,7 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_settings_that_do_not_fit_this_machine() -> None:
     (found,) = findings("resources", "runners.count=4000", "grpo.groups_per_iteration=4000")
     assert found.level == "wrong"
-    assert "cannot hold this run" in found.seen
+    assert "is too small for this run" in found.seen
     assert found.fix
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from envs.files import atomic_write
 from ray_ctrl.load_config import load_config
 from ray_ctrl.run_folder import RunFolder
 from ray_ctrl.tune.summary import read_results, write_summary
@@ -133,7 +134,7 @@ def test_an_interruption_before_tune_listens_is_passed_on_later() -> None:
 
     heard: list[int] = []
     with Stopper() as stopper, _tune_signal_kept(), stopper.patient("stopping"):
-        progress = Progress(sweep(), Path(), lambda: stopper.requested)
+        progress = Progress(sweep(), lambda: stopper.requested)
         progress.on_step_begin(0, [])
         os.kill(os.getpid(), signal.SIGINT)
         assert stopper.requested
@@ -150,7 +151,7 @@ def test_the_best_so_far_is_that_of_the_whole_sweep(capsys: pytest.CaptureFixtur
     from ray_ctrl.tune.progress import Progress
 
     for mode, score, better in (("max", 0.7, False), ("max", 0.9, True), ("min", 0.2, False), ("min", 0.0, True)):
-        progress = Progress(sweep(mode=mode), Path())
+        progress = Progress(sweep(mode=mode))
         progress.recall([0.8, 0.1])
         progress.on_trial_result(0, [], SimpleNamespace(trial_id="a", last_result={}), {"iteration": 1, METRIC: score})
         assert ("best so far" in capsys.readouterr().out) == better
@@ -168,7 +169,7 @@ def test_an_ended_sweep_says_so_and_is_finished_again(tmp_path: Path, capsys: py
     atomic_write(tmp_path / "statuses.json", json.dumps({"a": "TERMINATED", "b": "TERMINATED"}))
     for _ in range(2):
         tune.run(None, run_dir=tmp_path, resume=True)
-        assert "all 2 trials of this sweep ended before" in capsys.readouterr().out
+        assert "all 2 trials of this sweep have ended" in capsys.readouterr().out
         assert (tmp_path / "controller" / "name").read_text("utf-8") == "b 1"
     assert json.loads((tmp_path / "statuses.json").read_text("utf-8")) == {"a": "TERMINATED", "b": "TERMINATED"}
 
@@ -177,11 +178,11 @@ def test_statuses_are_known_where_tune_had_nothing_left_to_run(tmp_path: Path) -
     from ray_ctrl import tune
     from ray_ctrl.tune.progress import Progress
 
-    progress = Progress(sweep(), tmp_path)
+    progress = Progress(sweep())
     progress.on_experiment_end([SimpleNamespace(trial_id=name, status="TERMINATED") for name in "ab"])
     assert progress.statuses() == {"a": "TERMINATED", "b": "TERMINATED"}
     atomic_write(tmp_path / "statuses.json", json.dumps(progress.statuses()))
-    tune.summarise(sweep(), tmp_path, {})
+    tune.summarize(sweep(), tmp_path, {})
     assert tune.recorded(tmp_path) == progress.statuses()
 
 
