@@ -113,7 +113,8 @@ def test_resources_are_waited_for_where_ray_runs_already(monkeypatch: pytest.Mon
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1.0})
     shut: list[bool] = []
     monkeypatch.setattr("ray.shutdown", lambda: shut.append(True))
-    with pytest.raises(ConnectError, match="2 CPUs needed, 1 available"), connect("auto", plan(runners=2), timeout_s=0.1):
+    missing = pytest.raises(ConnectError, match="2 CPUs needed, 1 available")
+    with missing, connect("auto", plan(runners=2), timeout_s=0.1):
         pass
     with connect("auto", plan(runners=1), timeout_s=0.1) as there:
         assert there == {"CPU": 1.0}

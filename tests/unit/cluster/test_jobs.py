@@ -125,9 +125,7 @@ def test_an_upload_leaves_out_what_the_runtime_environment_excludes(tmp_path: Pa
     assert {name for name, _ in jobs.upload(tmp_path, ["*.bin"]).files} == {"a.py"}
 
 
-def test_a_run_folder_that_is_removed_with_its_job_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_folder_that_is_removed_with_its_job_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `ray job submit --working-dir . -- python train.py` without run.folder would make it."""
     from ray_ctrl import tune
     from ray_ctrl.commands import train
