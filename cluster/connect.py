@@ -168,7 +168,7 @@ def _check_reachable(address: str, timeout_s: float) -> None:
         ) from error
 
 
-def wait_for(plan: ResourcePlan, timeout_s: float, where: str) -> dict[str, float]:
+def wait_for(plan: ResourcePlan, timeout_s: float, what: str) -> dict[str, float]:
     """Total resources once they suffice for the plan; nodes of an autoscaling cluster may still be joining.
 
     Raises:
@@ -177,7 +177,7 @@ def wait_for(plan: ResourcePlan, timeout_s: float, where: str) -> dict[str, floa
     deadline = time.monotonic() + timeout_s
     while True:
         there = dict(ray.cluster_resources())
-        missing = shortfall(plan, there, where)
+        missing = shortfall(plan, there, what)
         if missing is None:
             return there
         if time.monotonic() > deadline:

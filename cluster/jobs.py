@@ -113,7 +113,7 @@ def http_address(address: str | None) -> str:
     try:
         parts = urlsplit(found)
         understood = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port beyond 65535, a broken IPv6 address
+    except ValueError:  # a port above 65535, a broken IPv6 address
         understood = False
     if not understood:
         raise ConnectError(

@@ -63,7 +63,7 @@ def resource_plan(
     if learners > 1 and 0 < learner_gpus < 1:
         raise UserError(
             f"runners.learner_gpus = {learner_gpus:g} with runners.learners = {learners} is not allowed: learners that "
-            "share a GPU cannot exchange gradients over NCCL; give each a whole GPU, none (0), or use one learner"
+            "share a GPU cannot exchange gradients over NCCL; give each one GPU, none (0), or use one learner"
         )
     driver_does = [name for name, n in (("samples", runners), ("learns", learners)) if n == 0]
     name = "driver" + (f" ({' and '.join(driver_does)})" if driver_does else "")
@@ -77,25 +77,25 @@ def resource_plan(
     return ResourcePlan(tuple(roles))
 
 
-def shortfall(plan: ResourcePlan, available: dict[str, float], where: str) -> str | None:
+def shortfall(plan: ResourcePlan, available: dict[str, float], what: str) -> str | None:
     """One line that compares requested and available resources, or None if the plan fits.
 
     Args:
         available: totals by Ray's names ("CPU", "GPU").
-        where: what `available` describes, such as "this machine".
+        what: what `available` describes, such as "this machine".
     """
     wanted = {"CPU": plan.cpus, "GPU": plan.gpus}
     short = [name for name, amount in wanted.items() if amount > available.get(name, 0.0) + 1e-6]
     if not short:
         return None
     parts = ", ".join(f"{wanted[n]:g} {n}s needed, {available.get(n, 0.0):g} available" for n in short)
-    return f"{where} is too small for this run: {parts}. Lower runners.count, runners.learners or the resources of each"
+    return f"{what} is too small for this run: {parts}. Lower runners.count, runners.learners or the resources of each"
 
 
 def assigned_device(assigned: Sequence[str], visible: str | None) -> str:
     """The torch device of a process that Ray runs: its first GPU, or "cpu" if Ray gave it none.
 
-    The GPUs that torch sees do not tell: Ray does not set CUDA_VISIBLE_DEVICES for a process without GPUs, which then
+    Not the GPUs that torch sees: Ray does not set CUDA_VISIBLE_DEVICES for a process without GPUs, which then
     sees all of the node's, nor for any process if the user forbids it.
 
     Args:

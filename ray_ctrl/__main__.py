@@ -16,8 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError:
         import cluster
 
-        where = cluster.__file__ or next(iter(cluster.__path__))
-        conflict = f"package 'cluster' is imported from {where}, which is not ray-ctrl's: rename that folder or file"
+        found = cluster.__file__ or next(iter(cluster.__path__))
+        conflict = f"package 'cluster' is imported from {found}, which is not ray-ctrl's: rename that folder or file"
     if conflict is not None:
         print(f"error: {conflict}", file=sys.stderr)
         return 2

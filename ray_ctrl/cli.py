@@ -43,8 +43,8 @@ store_app = typer.Typer(no_args_is_help=True, help="Inspect, prune or export an 
 app.add_typer(store_app, name="store")
 
 
-def _option(*names: str, **settings: Any) -> Any:
-    return typer.Option(*names, show_default=False, **settings)
+def _option(*names: str, **more: Any) -> Any:
+    return typer.Option(*names, show_default=False, **more)
 
 
 Overrides = Annotated[
@@ -70,19 +70,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text."
 StorePath = Annotated[Path, typer.Argument(help="File of the store.")]
 
 
-def command(group: typer.Typer = app, module: str = "", name: str = "run", **settings: Any) -> Callable[[Any], Any]:
+def command(group: typer.Typer = app, module: str = "", name: str = "run", **more: Any) -> Callable[[Any], Any]:
     """Registers a declaration, whose parameters are those of function `name` in `module`, by default the command's."""
 
     def register(declaration: Callable[..., None]) -> Callable[..., None]:
-        where = module or f"ray_ctrl.commands.{declaration.__name__}"
+        home = module or f"ray_ctrl.commands.{declaration.__name__}"
 
         @functools.wraps(declaration)
         def call(**options: Any) -> None:
-            status = getattr(import_module(where), name)(**_with_overrides(options))
+            status = getattr(import_module(home), name)(**_with_overrides(options))
             if status:
                 raise typer.Exit(status)
 
-        group.command(name if group is store_app else declaration.__name__, **settings)(call)
+        group.command(name if group is store_app else declaration.__name__, **more)(call)
         return declaration
 
     return register
@@ -316,7 +316,7 @@ def _guard(command: Callable[[], Any]) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+def _warn(message: Warning | str, category: type[Warning], *source: Any, **more: Any) -> None:
     """A warning as one line, without the source line that Python would add."""
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 

@@ -16,7 +16,7 @@ from policies.controller import Controller
 
 
 def clamped_budget_ms(budget_ms: float, metadata: Mapping[str, Any], reference_ms: float) -> float:
-    """`budget_ms` clamped to the training range, beyond which a controller does not extrapolate reliably.
+    """`budget_ms` clamped to the training range: a controller does not extrapolate reliably.
 
     Args:
         metadata: of the exported controller: its budgets, and the reference latency they were drawn for.

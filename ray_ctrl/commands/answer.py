@@ -91,7 +91,7 @@ def run(
 
 
 def _runs(overrides: Sequence[str]) -> Path:
-    """Where runs are: `run.folder` of the command line, else its default."""
+    """Folder of runs: `run.folder` of the command line, else its default."""
     return Path(load_config(None, None, [word for word in overrides if word.startswith("run.folder=")]).run.folder)
 
 
@@ -177,7 +177,7 @@ def _check_model(engine: Any, metadata: Mapping[str, Any]) -> None:
         raise UserError(
             f"the controller was trained on another model (fingerprint {str(trained)[:12]}, this one is "
             f"{engine.model.fingerprint[:12]}): train again, choose another with --controller, or set model.name to "
-            "where its model is now"
+            "its model's folder"
         )
 
 

@@ -121,7 +121,7 @@ def _arguments(request: Request, here: bool, runtime_env: Mapping[str, Any]) -> 
     A job starts in a copy of the working directory, which is removed after it: relative paths name other files there.
 
     Args:
-        here: whether the cluster is this machine, where this machine's absolute paths are valid.
+        here: whether the cluster is this machine, so that its absolute paths are valid.
     """
     options = _parsed(request)
     sent = jobs.upload(request.working_dir, runtime_env.get("excludes", ())).files
@@ -142,7 +142,7 @@ def _arguments(request: Request, here: bool, runtime_env: Mapping[str, Any]) -> 
 
 
 def _output_settings(options: Mapping[str, Any], places: "_Places") -> Iterator[str]:
-    """Overrides that put run folder and outcome store where they outlive the job, unless the arguments do."""
+    """Overrides for a run folder and outcome store that outlive the job, unless the arguments have them."""
     given = dict(word.partition("=")[::2] for word in options.get("overrides") or [])
     run_dir = options.get("run_dir")
     folder = given.get("run.folder") or (run_dir and str(run_dir.parent))

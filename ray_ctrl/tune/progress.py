@@ -24,7 +24,7 @@ class Progress(tune.Callback):
     def __init__(self, sweep: Sweep, stop_requested: Callable[[], bool] = lambda: False) -> None:
         self.sweep = sweep
         self.stop_requested = stop_requested
-        self.stopping = False
+        self.stop_sent = False
         self.best: float | None = None
         self.trials: list[Any] = []
         self.ended: set[str] | None = None
@@ -44,8 +44,8 @@ class Progress(tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._see(trials)
-        if self.stop_requested() and not self.stopping:
-            self.stopping = True
+        if self.stop_requested() and not self.stop_sent:
+            self.stop_sent = True
             # Ray Tune saves its state and exits on this signal; by now its handler is installed.
             os.kill(os.getpid(), signal.SIGUSR1)
 

@@ -24,7 +24,7 @@ BUDGET_SECTIONS = ("budgets.", "latency.", "model.", "task.")
 
 
 class AshaSettings(Section):
-    """Stopping trials that fall behind (asynchronous successive halving)."""
+    """Early stopping of the worst trials (asynchronous successive halving)."""
 
     grace: Int = Field(default=1, ge=1, description="Iterations every trial gets before it may be stopped.")
     reduction: Int = Field(default=3, ge=2, le=64, description="One in so many trials survives each rung. 2 to 64.")
@@ -158,8 +158,8 @@ def make_sweep(tree: Mapping[str, Any], folder: Path, overrides: Sequence[str] =
 def dump(sweep: Sweep) -> str:
     """The sweep as YAML that `make_sweep` reads again, with the resolved configuration."""
     tree = sweep.file.model_dump(mode="json") | {"preset": None, "config": None}
-    settings = yaml.safe_load(to_yaml(sweep.base))
-    tree["set"] = {f"{section}.{key}": value for section, keys in settings.items() for key, value in keys.items()}
+    config = yaml.safe_load(to_yaml(sweep.base))
+    tree["set"] = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
     return yaml.safe_dump(tree, sort_keys=False)
 
 
@@ -187,10 +187,10 @@ def _range(key: str, given: Mapping[str, Any]) -> Range:
 
 def _ends(kind: str, values: Sequence[Any]) -> tuple[tuple[Any, ...], str]:
     """Lowest and highest value, or none and what is allowed."""
-    whole = kind in ("int", "log_int")
+    integers = kind in ("int", "log_int")
     numbers = [_number(value) for value in values]
-    if len(numbers) != 2 or not all(type(n) is int or (type(n) is float and not whole) for n in numbers):
-        return (), f"give two {'whole ' if whole else ''}numbers, lowest and highest"
+    if len(numbers) != 2 or not all(type(n) is int or (type(n) is float and not integers) for n in numbers):
+        return (), f"give two {'whole ' if integers else ''}numbers, lowest and highest"
     low, high = numbers
     positive = kind.startswith("log")
     if not (math.isfinite(low) and math.isfinite(high) and low < high and (low > 0 or not positive)):

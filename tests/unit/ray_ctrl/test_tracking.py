@@ -73,22 +73,22 @@ def test_other_trackers_are_refused() -> None:
 
 
 def test_prometheus_names_are_those_of_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: dict[str, Any] = {}
+    exported: dict[str, Any] = {}
 
     def gauge(name: str, description: str, tag_keys: tuple[str, ...]) -> Any:
-        return SimpleNamespace(set=lambda value, tags: shown.update({f"ray_{name}": (value, tags)}))  # as Ray does
+        return SimpleNamespace(set=lambda value, tags: exported.update({f"ray_{name}": (value, tags)}))  # as Ray does
 
     monkeypatch.setattr("ray.util.metrics.Gauge", gauge)
     gauges = Gauges(Path("/shared/runs/my-run"))
     gauges.log({"reward": 0.25, "violations": 0.5, "validation/score": 0.75}, 6)
     gauges.log({"reward": 0.5}, 7)
     page = (Path(__file__).parents[3] / "docs" / "cluster.md").read_text("utf-8")
-    assert set(shown) == set(re.findall(r"`(ray_ray_ctrl_\w+)`", page))
-    assert {name: value for name, (value, _) in shown.items()} == {
+    assert set(exported) == set(re.findall(r"`(ray_ray_ctrl_\w+)`", page))
+    assert {name: value for name, (value, _) in exported.items()} == {
         "ray_ray_ctrl_reward": 0.5,
         "ray_ray_ctrl_violations": 0.5,
         "ray_ray_ctrl_validation_score": 0.75,
         "ray_ray_ctrl_iteration": 7.0,
     }
-    assert all(tags == {"run": "my-run", "folder": "/shared/runs/my-run"} for _, tags in shown.values())
+    assert all(tags == {"run": "my-run", "folder": "/shared/runs/my-run"} for _, tags in exported.values())
     assert Gauges(Path("/other/my-run")).tags != gauges.tags, "runs of one name are two series"

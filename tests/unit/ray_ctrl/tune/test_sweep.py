@@ -88,17 +88,17 @@ def test_mistakes_are_named_before_anything_starts(keys: dict[str, Any], words: 
     assert "\n" not in caught.value.message
 
 
-def test_trials_hold_what_they_need_and_as_many_run_as_fit() -> None:
+def test_trials_get_their_resources_and_as_many_run_as_fit() -> None:
     from ray_ctrl.tune.search import concurrent_trials, totals, trial_resources
 
     alone = totals(trial_resources(sweep().base))
     assert alone == {"CPU": 1.0, "GPU": 0.0}
-    spread = sweep(set={"runners.count": 2, "runners.gpus": 0.5, "runners.address": "10.0.0.1:6379"})
-    group = trial_resources(spread.base)
+    several = sweep(set={"runners.count": 2, "runners.gpus": 0.5, "runners.address": "10.0.0.1:6379"})
+    group = trial_resources(several.base)
     assert group.bundles == [{"CPU": 1.0}, {"CPU": 1.0, "GPU": 0.5}, {"CPU": 1.0, "GPU": 0.5}]
     each = totals(group)
-    assert concurrent_trials(spread, each, {"CPU": 64.0, "GPU": 2.0}) == 2
-    assert concurrent_trials(spread, each, {"CPU": 2.0, "GPU": 8.0}) == 0
+    assert concurrent_trials(several, each, {"CPU": 64.0, "GPU": 2.0}) == 2
+    assert concurrent_trials(several, each, {"CPU": 2.0, "GPU": 8.0}) == 0
     assert concurrent_trials(sweep(concurrent=1), alone, {"CPU": 8.0}) == 1
     assert concurrent_trials(sweep(trials=2), alone, {"CPU": 8.0}) == 2
 
@@ -109,7 +109,7 @@ def test_trials_share_budgets_unless_the_space_touches_them() -> None:
     assert not sweep(space={"budgets.high_factor": {"uniform": [1.0, 2.0]}}).shares_budgets
 
 
-def test_bayesian_search_learns_from_what_it_is_told() -> None:
+def test_bayesian_search_learns_from_results() -> None:
     """Optuna's searcher, driven by hand on a parabola, ends nearer to its top than it began."""
     from ray_ctrl.tune.search import param_space, searcher
 
@@ -125,7 +125,7 @@ def test_bayesian_search_learns_from_what_it_is_told() -> None:
     assert sum(distances[-10:]) < 0.5 * sum(distances[:10])
 
 
-def test_what_a_resumed_trial_tells_again_is_no_warning() -> None:
+def test_a_result_reported_again_is_no_warning() -> None:
     from ray_ctrl.tune.search import param_space, searcher, silence_tune
 
     found = sweep(search="bayesian")
