@@ -2,7 +2,7 @@
 
 import sys
 
-from ray_ctrl.cli import main
+from ray_ctrl.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,3 +1,1 @@
-"""The ground: connecting to Ray and planning its resources. Knows Ray, and none of the other
-rooms.
-"""
+"""Connecting to Ray, planning its resources, submitting jobs. Imports Ray and envs.errors only."""

@@ -1,4 +1,4 @@
-"""Starting a local Ray or joining a running one, with a timeout and without noise."""
+"""Starting a local Ray or joining a running one, with a timeout and without needless messages."""
 
 import logging
 import math
@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 
 import ray
 
+from cluster.package_check import worker_conflict
 from cluster.resources import ResourcePlan, assigned_device, machine_cpus, shortfall
 from envs.errors import UserError, first_line
 
-# Read by Ray when its processes start; set before ray.init, and only where the user has not.
+# Read by Ray when its processes start; set before ray.init. The user's own values are kept.
 QUIET_ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "1",
     "RAY_DISABLE_IMPORT_WARNING": "1",
@@ -30,33 +31,33 @@ QUIET_ENVIRONMENT = {
 }
 
 
-# A local Ray takes seconds to start on a busy machine, however little patience the settings have for a cluster.
+# A local Ray takes seconds to start on a busy machine, even if the configured timeout of a cluster is shorter.
 MIN_INIT_S = 60.0
 
 
 class ConnectError(UserError):
-    """Ray cannot be reached or cannot hold the run; the message is one line."""
+    """Ray cannot be reached or is too small for the run; the message is one line."""
 
 
 def silence_ray_warnings() -> None:
-    """Turns off the warnings of Ray and RLlib that a user can do nothing about."""
+    """Turns off warnings of Ray and RLlib that require no action of the user."""
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\..*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\..*")
     warnings.filterwarnings("ignore", message=".*Overriding environment")
     for name in ("ray", "ray.rllib", "ray.tune", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Logs a dead runner with a traceback of its own; our loop names the cause of death in one line.
+    # Logs a dead runner with a traceback; the training loop names the cause in one line.
     logging.getLogger("ray.rllib.utils.actor_manager").setLevel(logging.CRITICAL)
 
 
 def is_local(address: str) -> bool:
-    """Whether `address` means a Ray of our own: "local", or "auto" where RAY_ADDRESS names no other cluster."""
+    """Whether `address` starts a new Ray: "local", or "auto" without a cluster in RAY_ADDRESS."""
     return _target(address) == "local"
 
 
 def _target(address: str) -> str:
-    """The address that `address` stands for: "auto" is RAY_ADDRESS (set inside a Ray job), else "local"."""
+    """`address` with "auto" resolved: RAY_ADDRESS (set inside a Ray job), else "local"."""
     return os.environ.get("RAY_ADDRESS") or "local" if address == "auto" else address
 
 
@@ -64,8 +65,8 @@ def _target(address: str) -> str:
 def connect(address: str, plan: ResourcePlan, *, timeout_s: float) -> Iterator[dict[str, float]]:
     """A connection to Ray that can place `plan`; yields the cluster's total resources.
 
-    A Ray started here is stopped on the way out, a cluster that was there before is only left, and a connection that
-    was there before is used as it is.
+    On exit a Ray started here is stopped and a running cluster is disconnected from. An existing connection is used
+    and kept.
 
     Args:
         address: "local" starts a Ray for this run, "auto" joins the cluster of RAY_ADDRESS or else starts a local one;
@@ -78,9 +79,12 @@ def connect(address: str, plan: ResourcePlan, *, timeout_s: float) -> Iterator[d
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     silence_ray_warnings()
+    conflict = worker_conflict()
+    if conflict is not None:
+        raise ConnectError(conflict)
     target, local = _target(address), is_local(address)
     if not local:
-        # Checked even if Ray is connected already: a wrong address is never passed over.
+        # Checked even if Ray is connected already: a wrong address is always an error.
         _check_reachable(target, timeout_s)
     connected_before, released = ray.is_initialized(), threading.Event()
     if not connected_before:
@@ -98,14 +102,14 @@ def connect(address: str, plan: ResourcePlan, *, timeout_s: float) -> Iterator[d
 
 
 def _init(options: dict[str, Any], timeout_s: float, what: str) -> threading.Event:
-    """`ray.init` that can be waited for no longer than `timeout_s` and be interrupted; set the event after shutdown.
+    """`ray.init` with a timeout that Ctrl-C interrupts; the caller sets the returned event after shutdown.
 
-    It blocks in native code, deaf to signals and without a limit of its own, if the node under it dies. In a thread of
-    its own it also leaves the handler of SIGTERM alone, which would otherwise become an exit without a checkpoint. The
-    thread stays: Linux sends the parent-death signal of Ray's processes when the thread that started them ends.
+    If its node dies, ray.init blocks indefinitely in native code, which ignores signals. In a separate thread it also
+    does not replace the handler of SIGTERM, which would exit without a checkpoint. The thread must outlive Ray: Linux
+    sends the parent-death signal of Ray's processes when the thread that started them ends.
 
     Raises:
-        ConnectError: it failed, or did not come back in time.
+        ConnectError: it failed, or did not return before the timeout.
     """
     failures: list[Exception] = []
     returned, released = threading.Event(), threading.Event()
@@ -143,7 +147,7 @@ def _local_options(plan: ResourcePlan) -> dict[str, Any]:
 
 
 def _check_reachable(address: str, timeout_s: float) -> None:
-    """Fails early with the address in the message: ray.init alone retries for long before it says anything."""
+    """Fails early with the address in the message: ray.init alone retries for minutes first."""
     if address == "auto":
         return
     try:
@@ -164,16 +168,16 @@ def _check_reachable(address: str, timeout_s: float) -> None:
         ) from error
 
 
-def wait_for(plan: ResourcePlan, timeout_s: float, where: str) -> dict[str, float]:
-    """Total resources once they hold the plan; nodes of an autoscaling cluster may still be joining.
+def wait_for(plan: ResourcePlan, timeout_s: float, what: str) -> dict[str, float]:
+    """Total resources once they suffice for the plan; nodes of an autoscaling cluster may still be joining.
 
     Raises:
-        ConnectError: they do not within `timeout_s`; it names what is wanted and what is there.
+        ConnectError: they do not before the timeout; names needed and available resources.
     """
     deadline = time.monotonic() + timeout_s
     while True:
         there = dict(ray.cluster_resources())
-        missing = shortfall(plan, there, where)
+        missing = shortfall(plan, there, what)
         if missing is None:
             return there
         if time.monotonic() > deadline:
@@ -184,7 +188,7 @@ def wait_for(plan: ResourcePlan, timeout_s: float, where: str) -> dict[str, floa
 def worker_device() -> str | None:
     """The torch device of this process by what Ray gave it (`assigned_device`); None outside Ray's workers.
 
-    A driver of our own counts as outside: it samples and learns beside Ray's bookkeeping.
+    The driver counts as outside: Ray does not account for the resources it uses.
     """
     if not ray.is_initialized():
         return None

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 import re
-import shlex
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +24,8 @@ STOPPED_STATUS: Final = 143
 INTERRUPTED_STATUS: Final = 130
 STOP_WAIT_S: Final = 120
 SERVER_TIMEOUT_S: Final = 180.0
-"""How long a job server may be away (a dashboard that restarts, a proxy that answers 502) before it is given up."""
+"""How long a job server may be unreachable (a dashboard that restarts, a proxy that answers 502)."""
 PENDING_NOTICE_S: Final = 10.0
-JOB_FOLDER: Final = "working_dir_files"
-"""Ray unpacks a job's working directory below a folder of this name on the cluster, and removes it after the job."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +34,10 @@ class Job:
 
     Attributes:
         entrypoint: shell command, run in the working directory on the cluster.
-        working_dir: local folder that travels; None runs what is installed there.
+        working_dir: local folder to upload; None runs what is installed there.
         env: environment variables of the driver and its workers.
         runtime_env: further keys of Ray's runtime environment, such as `pip`.
-        cpus, gpus: what the driver holds; above 0 it is placed on a node that has them, else it runs on the head.
+        cpus, gpus: of the driver; above 0 it is placed on a node that has them, else it runs on the head.
         submission_id: name of the job; None lets Ray choose.
     """
 
@@ -63,7 +60,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Upload:
-    """What travels of a working directory: files and their bytes, largest first."""
+    """Files of a working directory that are uploaded and their bytes, largest first."""
 
     files: tuple[tuple[str, int], ...]
 
@@ -76,7 +73,7 @@ def upload(folder: Path, excludes: Sequence[str] = ()) -> Upload:
     """What Ray would send of `folder`.
 
     Args:
-        excludes: patterns of the runtime environment, besides those of the ignore files.
+        excludes: patterns of the runtime environment, in addition to those of the ignore files.
 
     Raises:
         ConnectError: it is no folder, or larger than a job should carry.
@@ -101,18 +98,13 @@ def upload(folder: Path, excludes: Sequence[str] = ()) -> Upload:
         largest = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for name, size in found.files[:3])
         raise ConnectError(
             f"working directory {folder} would send {found.bytes / 2**20:.0f} MiB, of which {largest}: name what is "
-            f"not wanted in {folder / '.rayignore'} (at most {LARGEST_UPLOAD / 2**20:.0f} MiB)"
+            f"not needed in {folder / '.rayignore'} (at most {LARGEST_UPLOAD / 2**20:.0f} MiB)"
         )
     return found
 
 
-def vanishes(path: Path) -> bool:
-    """Whether `path` lies in the unpacked working directory of a Ray job, which is removed when the job ends."""
-    return JOB_FOLDER in path.absolute().parts
-
-
 def http_address(address: str | None) -> str:
-    """The job server's address: as given, else of the environment, else this machine's usual one.
+    """The job server's address: as given, else of the environment, else this machine's default.
 
     Raises:
         ConnectError: not a http(s) address.
@@ -121,7 +113,7 @@ def http_address(address: str | None) -> str:
     try:
         parts = urlsplit(found)
         understood = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port beyond 65535, a broken IPv6 address
+    except ValueError:  # a port above 65535, a broken IPv6 address
         understood = False
     if not understood:
         raise ConnectError(
@@ -132,7 +124,7 @@ def http_address(address: str | None) -> str:
 
 
 def is_here(address: str) -> bool:
-    """True where the address is this machine's own."""
+    """Whether the address is this machine's own."""
     return urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1")
 
 
@@ -143,10 +135,10 @@ def client(address: str, auth: str, timeout_s: float) -> Any:
         auth: "disabled" or "token"; Ray takes the token from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or its own file.
 
     Raises:
-        ConnectError: nobody answers in time, or the authentication is refused.
+        ConnectError: no answer before the timeout, or the authentication is refused.
     """
     if auth not in AUTH_MODES:
-        raise ConnectError(f"authentication {auth!r} is not known: choose one of {', '.join(AUTH_MODES)}")
+        raise ConnectError(f"authentication {auth!r} is unknown: choose one of {', '.join(AUTH_MODES)}")
     parts = urlsplit(address)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
@@ -160,7 +152,7 @@ def client(address: str, auth: str, timeout_s: float) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    # Ray lets these overrule the address it is given.
+    # Ray prefers these over the address that it is given.
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(name, None)
     try:
@@ -176,9 +168,9 @@ def _explain(error: Exception, address: str, auth: str) -> str:
     if "401" in reason or "403" in reason or "authentication" in reason.lower():
         return (
             f"the cluster at {address} refuses authentication {auth!r} ({reason}): use --auth token with its "
-            "RAY_AUTH_TOKEN, or --auth disabled where it has none"
+            "RAY_AUTH_TOKEN, or --auth disabled if it has none"
         )
-    return f"the job server at {address} gives no proper answer ({reason}): check address and Ray version"
+    return f"the job server at {address} gives no valid answer ({reason}): check address and Ray version"
 
 
 def submit(jobs: Any, job: Job) -> str:
@@ -222,15 +214,15 @@ def follow(
 ) -> int:
     """Writes the job's log as it grows; returns the driver's exit status (143 if the job was stopped).
 
-    The log comes over a web socket, which proxies drop and a restarted dashboard closes: it is opened again, and what
-    was written already is left out. Whether the job has ended is the server's to say, log or no log.
+    The log comes over a web socket, which proxies and a restarting dashboard close: it is then opened again, without
+    repeating what was written. Whether the job has ended is asked separately, so a lost log does not matter.
 
     Args:
-        notice: takes lines about the job itself: that it waits for resources, that the server is away.
-        server_timeout_s: seconds without any answer of the server until it is given up.
+        notice: is called with lines about the job: that it is pending, that the server does not answer.
+        server_timeout_s: seconds without any answer of the server before this gives up.
 
     Raises:
-        ConnectError: the server stays away, or the job never started.
+        ConnectError: the server does not answer, or the job never started.
     """
     log = _Log(jobs, job_id, write)
     begun = answered = time.monotonic()
@@ -265,7 +257,7 @@ def follow(
 
 @dataclass
 class _Log:
-    """A job's log, written once however often the connection to it is lost."""
+    """A job's log, written once even if the connection is lost and opened again."""
 
     jobs: Any
     job_id: str
@@ -273,7 +265,7 @@ class _Log:
     written: int = 0
 
     def follow(self) -> Exception | None:
-        """Follows until the connection ends; what broke it, None after a regular end."""
+        """Follows until the connection ends; returns its error, None after a regular end."""
         try:
             asyncio.run(self._tail())
         except (RuntimeError, OSError, ValueError, aiohttp.ClientError, TimeoutError) as error:
@@ -283,7 +275,7 @@ class _Log:
     async def _tail(self) -> None:
         seen = 0
         async for text in self.jobs.tail_job_logs(self.job_id):
-            # The log comes from its beginning each time.
+            # Every connection begins with the first line.
             fresh = text[max(0, self.written - seen) :]
             seen += len(text)
             if fresh:
@@ -318,8 +310,3 @@ def stop(jobs: Any, job_id: str, timeout_s: float = STOP_WAIT_S + 10) -> str:
         if status.is_terminal() or time.monotonic() > deadline:
             return str(status.value)
         time.sleep(0.5)
-
-
-def shell(words: Sequence[str]) -> str:
-    """One shell command from its words."""
-    return shlex.join(words)

@@ -1,19 +1,20 @@
-"""The resource plan: which process holds how many CPUs and GPUs. Pure arithmetic, no Ray.
+"""The resource plan: CPUs and GPUs of every process. Pure arithmetic, no Ray.
 
-One driver runs the loop. Env runners hold the model; with none of them the driver samples itself. Learners update the
-controller; with none of them the driver learns itself. Evaluation runners work between training iterations.
+One driver runs the loop. Env runners run the model; without any the driver samples itself. Learners update the
+controller; without any the driver learns itself. Evaluation runners work between training iterations.
 """
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from envs.errors import UserError
 
 
 @dataclass(frozen=True)
 class Role:
-    """`count` processes of one kind, each holding `cpus` CPUs and `gpus` (possibly fractional) GPUs."""
+    """`count` processes of one kind, each with `cpus` CPUs and `gpus` (possibly fractional) GPUs."""
 
     name: str
     count: int
@@ -23,7 +24,7 @@ class Role:
 
 @dataclass(frozen=True)
 class ResourcePlan:
-    """Who holds what. Totals are what Ray must be able to place at once."""
+    """All roles of a run; Ray must be able to place the totals at the same time."""
 
     roles: tuple[Role, ...]
 
@@ -62,7 +63,7 @@ def resource_plan(
     if learners > 1 and 0 < learner_gpus < 1:
         raise UserError(
             f"runners.learner_gpus = {learner_gpus:g} with runners.learners = {learners} is not allowed: learners that "
-            "share a GPU cannot exchange gradients over NCCL; give each a whole GPU, none (0), or use one learner"
+            "share a GPU cannot exchange gradients over NCCL; give each one GPU, none (0), or use one learner"
         )
     driver_does = [name for name, n in (("samples", runners), ("learns", learners)) if n == 0]
     name = "driver" + (f" ({' and '.join(driver_does)})" if driver_does else "")
@@ -76,42 +77,55 @@ def resource_plan(
     return ResourcePlan(tuple(roles))
 
 
-def shortfall(plan: ResourcePlan, available: dict[str, float], where: str) -> str | None:
-    """One line naming requested versus available resources, or None where the plan fits.
+def shortfall(plan: ResourcePlan, available: dict[str, float], what: str) -> str | None:
+    """One line that compares requested and available resources, or None if the plan fits.
 
     Args:
         available: totals by Ray's names ("CPU", "GPU").
-        where: what `available` describes, such as "this machine".
+        what: what `available` describes, such as "this machine".
     """
     wanted = {"CPU": plan.cpus, "GPU": plan.gpus}
     short = [name for name, amount in wanted.items() if amount > available.get(name, 0.0) + 1e-6]
     if not short:
         return None
-    parts = ", ".join(f"{wanted[n]:g} {n}s wanted, {available.get(n, 0.0):g} there" for n in short)
-    return f"{where} cannot hold this run: {parts}. Lower runners.count, runners.learners or what each of them holds"
+    parts = ", ".join(f"{wanted[n]:g} {n}s needed, {available.get(n, 0.0):g} available" for n in short)
+    return f"{what} is too small for this run: {parts}. Lower runners.count, runners.learners or the resources of each"
 
 
 def assigned_device(assigned: Sequence[str], visible: str | None) -> str:
     """The torch device of a process that Ray runs: its first GPU, or "cpu" if Ray gave it none.
 
-    What torch sees says nothing here: Ray leaves CUDA_VISIBLE_DEVICES alone for a process without GPUs, so that it sees
-    all of the node's, and for any process where the user forbids Ray to set it.
+    Not the GPUs that torch sees: Ray does not set CUDA_VISIBLE_DEVICES for a process without GPUs, which then
+    sees all of the node's, nor for any process if the user forbids it.
 
     Args:
-        assigned: ids of the GPUs that Ray gave the process, as it counts or names them.
-        visible: the process's CUDA_VISIBLE_DEVICES; None where it is not set and torch counts all GPUs of the node.
+        assigned: ids of the GPUs that Ray gave the process, indices or names.
+        visible: the process's CUDA_VISIBLE_DEVICES; None if it is not set and torch counts all GPUs of the node.
     """
     if not assigned:
         return "cpu"
     if visible is None:
         return f"cuda:{assigned[0]}" if assigned[0].isdigit() else "cuda"
     names = [name.strip() for name in visible.split(",")]
-    # Inside the process torch counts from 0 along the visible ones.
+    # Inside the process torch counts the visible ones from 0.
     return f"cuda:{names.index(assigned[0])}" if assigned[0] in names else "cuda:0"
 
 
 def machine_cpus() -> int:
-    """CPUs this process may use: its affinity if the system reports one, else the machine's count."""
+    """CPUs this process may use: its affinity if the system reports it, else all of the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0)) or 1
     return os.cpu_count() or 1
+
+
+def check_outlives_job(folder: Path) -> None:
+    """Refuses a folder in the unpacked working directory of a Ray job, which Ray removes when the job ends.
+
+    Raises:
+        UserError: saying how to name another.
+    """
+    if "working_dir_files" in folder.absolute().parts:
+        raise UserError(
+            f"{folder} would be removed with the job's working directory when the job ends: set run.folder (or "
+            "--run-dir) to an absolute path that all nodes and you can reach, such as run.folder=/shared/runs"
+        )

@@ -1,1 +1,3 @@
-"""The desk: configuration, command line, training, evaluation and reports."""
+"""Configuration, command line, training, evaluation and reports."""
+
+__version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""What the user sees while something runs: one line an iteration, a bar where there is a terminal."""
+"""Console output of running commands: one line per iteration, a progress bar on a terminal."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ console = _Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isa
 
 
 def progress_bar() -> Progress:
-    """A bar at the foot of a terminal; nothing where output goes to a file."""
+    """A progress bar at the bottom of a terminal; nothing if the output goes to a file."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -68,14 +68,13 @@ def iteration_line(metrics: Mapping[str, Any], total: int, eta_s: float) -> str:
 
 def clock_time(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss."""
-    whole = max(0, round(seconds))
-    hours, rest = divmod(whole, 3600)
+    hours, rest = divmod(max(0, round(seconds)), 3600)
     minutes, seconds_left = divmod(rest, 60)
     return f"{hours}:{minutes:02}:{seconds_left:02}" if hours else f"{minutes}:{seconds_left:02}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
-    """A table for the terminal, numbers to the right."""
+    """A table for the terminal, numbers right-aligned."""
     grid = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for index, name in enumerate(header):
         grid.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)

@@ -13,7 +13,7 @@ from envs.latency.profiler import GOOD_FIT
 from policies.controller import Controller
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted
-from ray_ctrl.serving import Steering
+from ray_ctrl.serving import RequestController
 
 TABLE_FILE = "profile.json"
 MISSING = "no such file"
@@ -98,7 +98,7 @@ def measure_table(config: Config, engine: Any) -> ProfileTable:
             per_tiling=latency.profile_samples,
             seed=config.run.seed,
             progress=report,
-            controller=Steering(controller, KnobSpace(engine.importance), budget_ms=1.0, reference_ms=1.0),
+            controller=RequestController(controller, KnobSpace(engine.importance), budget_ms=1.0, reference_ms=1.0),
         )
     clock = ProfiledClock(table)
     console.print(

@@ -1,4 +1,4 @@
-"""A trained controller at work on one request, as the engine's timed runs take it."""
+"""A trained controller that serves one request, as the engine's timed runs use it."""
 
 import math
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ from envs.latency_token import budget_level
 from policies.controller import Controller
 
 
-def shown_budget(budget_ms: float, metadata: Mapping[str, Any], reference_ms: float) -> float:
-    """The budget that a controller is shown: `budget_ms`, or the nearest one that it was trained for.
+def clamped_budget_ms(budget_ms: float, metadata: Mapping[str, Any], reference_ms: float) -> float:
+    """`budget_ms` clamped to the training range: a controller does not extrapolate reliably.
 
     Args:
-        metadata: what was exported with the controller: its budgets, and the latency of the reference request there.
-        reference_ms: that latency here.
+        metadata: of the exported controller: its budgets, and the reference latency they were drawn for.
+        reference_ms: reference latency of this device; the range scales with it.
 
     Raises:
         UserError: budgets that cannot be read.
@@ -37,8 +37,8 @@ def plans_within(
     """Which plans (3, 5, 5, 5) the exported guardrail predicts to meet the budget on this device's wall clock.
 
     Args:
-        metadata: what was exported with the controller. None is returned if it has no guardrail with a profile.
-        reference_ms: latency of the reference request here; predictions are scaled by its ratio to that in training.
+        metadata: of the exported controller. None is returned if it has no guardrail with a profile.
+        reference_ms: reference latency of this device; predictions scale with it.
     """
     if not metadata.get("guardrail"):
         return None
@@ -51,14 +51,13 @@ def plans_within(
     return fits
 
 
-class Steering:
-    """Decides both stages by argmax, from the observations that the environment shows in training.
+class RequestController:
+    """Decides both stages of one request by argmax, on the observations that the environment gives in training.
 
     Args:
-        space: of the model being steered.
-        budget_ms, reference_ms: the budget that the controller observes, and the device's reference latency it is seen
-            relative to.
-        fits: (3, 5, 5, 5), which plans are predicted to meet the request's budget; None without a guardrail.
+        space: of the model that is served.
+        budget_ms, reference_ms: the observed budget and this device's reference latency, which scales it.
+        fits: (3, 5, 5, 5), which plans are predicted to meet the budget; None without a guardrail.
     """
 
     def __init__(
@@ -69,34 +68,32 @@ class Steering:
         reference_ms: float,
         fits: BoolArray | None = None,
     ) -> None:
-        self.controller, self.space = controller, space
+        self.controller, self.space, self.fits = controller, space, fits
         log_ratio = math.log(budget_ms / reference_ms)
         self.level = budget_level(log_ratio)
         self.budget = torch.tensor([[log_ratio]], dtype=torch.float32)
         self.none = torch.zeros(1, controller.d_model)
         self.knobs: Knobs | None = None
-        self._first = ("", 0)
-        self.fits = fits
+        self._tier = 0
 
     @property
     def feasible(self) -> bool:
-        """Whether some plan is predicted to meet the budget; without a guardrail nobody can tell, and it is true."""
+        """Whether some plan is predicted to meet the budget; true without a guardrail, which alone can tell."""
         return self.fits is None or bool(self.fits.any())
 
-    def first(self, language_feature_D: Tensor, has_image: bool) -> tuple[str, int]:
+    def decide_stage1(self, language_feature_D: Tensor, has_image: bool) -> tuple[str, int]:
         """Tier and insertion position."""
         mask = self.space.stage1_mask(has_image=has_image, fits=self.fits)
         action = self._act(language_feature_D[None].float().cpu(), self.none, 0, mask)
-        self._first = (TIERS[action[0]], INSERTIONS[action[1]])
-        return self._first
+        self._tier = action[0]
+        return TIERS[action[0]], INSERTIONS[action[1]]
 
-    def second(self, latency_token_D: Tensor, insertion: int) -> tuple[int, tuple[int, ...]]:
+    def decide_stage2(self, latency_token_D: Tensor, insertion: int) -> tuple[int, tuple[int, ...]]:
         """Top-k and kept blocks."""
-        tier = self._first[0] or TIERS[0]
-        fits = None if self.fits is None else self.fits[TIERS.index(tier), INSERTIONS.index(insertion)]
-        mask = self.space.stage2_mask(insertion, fits)
+        position = INSERTIONS.index(insertion)
+        mask = self.space.stage2_mask(insertion, None if self.fits is None else self.fits[self._tier, position])
         action = self._act(self.none, latency_token_D[None].float().cpu(), insertion, mask)
-        self.knobs = self.space.decode((TIERS.index(tier), INSERTIONS.index(insertion), action[2], action[3]))
+        self.knobs = self.space.decode((self._tier, position, action[2], action[3]))
         return TOP_KS[action[2]], self.space.plan(self.knobs).blocks
 
     def _act(self, language: Tensor, token: Tensor, insertion: int, mask: object) -> list[int]:

@@ -1,7 +1,7 @@
-"""Experiment trackers by one setting, `run.tracker`, through Ray's own integrations; and Ray's Prometheus endpoint.
+"""Experiment trackers (`run.tracker`) through Ray's own integrations, and Ray's Prometheus endpoint.
 
-`mlflow:URI` (a server or `sqlite:///FILE`) or `wandb:PROJECT`. A resumed run continues its entry. Iterations done again
-after a crash have the numbers they had before, and a tracker that has them already is not sent them twice.
+`mlflow:URI` (a server or `sqlite:///FILE`) or `wandb:PROJECT`. A resumed run continues its entry. Iterations repeated
+after a crash have the same numbers as before, and a tracker that already has them does not get them twice.
 """
 
 import json
@@ -18,19 +18,19 @@ FILE = "tracking.json"
 
 
 class Tracker(Protocol):
-    """Where rows go besides metrics.jsonl."""
+    """Receives each row of metrics.jsonl."""
 
     def log(self, row: Mapping[str, float], step: int) -> None: ...
 
     def close(self) -> None: ...
 
 
-def open_tracker(track: str | None, settings: Mapping[str, Any], folder: Path) -> Tracker | None:
-    """The tracker of a run; None where none is set.
+def open_tracker(track: str | None, config: Mapping[str, Any], folder: Path) -> Tracker | None:
+    """The tracker of a run; None if none is configured.
 
     Args:
-        settings: the run's configuration, logged as parameters.
-        folder: the run folder; keeps the tracker's own id of the run.
+        config: the run's configuration, logged as parameters.
+        folder: the run folder, where the tracker's id of the run is stored.
 
     Raises:
         UserError: the tracker's package is missing, or it cannot be reached.
@@ -38,13 +38,13 @@ def open_tracker(track: str | None, settings: Mapping[str, Any], folder: Path) -
     if track is None:
         return None
     kind, _, target = track.partition(":")
-    flat = {f"{section}.{key}": value for section, keys in settings.items() for key, value in keys.items()}
+    flat = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
     try:
         return _MLflow(target, flat, folder) if kind == "mlflow" else _WandB(target, flat, folder)
     except ImportError as error:
         package = "mlflow-skinny" if kind == "mlflow" else "wandb"
         raise UserError(
-            f"run.tracker = {track!r} needs a package that is not there ({error}): pip install {package}"
+            f"run.tracker = {track!r} needs a package that is not installed ({error}): pip install {package}"
         ) from None
     except Exception as error:
         raise UserError(
@@ -53,10 +53,10 @@ def open_tracker(track: str | None, settings: Mapping[str, Any], folder: Path) -
 
 
 class Gauges:
-    """An iteration's numbers as gauges `ray_ctrl_<number>` at Ray's Prometheus endpoint.
+    """An iteration's metrics as gauges `ray_ctrl_<metric>` at Ray's Prometheus endpoint.
 
-    Slashes in a number's name become underscores. Ray adds a prefix of its own, `ray_`. The label `run` is the run
-    folder's name, `folder` its whole path: two runs of one name in different folders are two series.
+    Slashes become underscores, and Ray adds its prefix `ray_`. The label `run` is the run folder's name, `folder` its
+    path: runs of the same name in different folders are different series.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,7 +64,7 @@ class Gauges:
         self.gauges: dict[str, Any] = {}
 
     def log(self, row: Mapping[str, float], step: int) -> None:
-        """Show `row`, and `step` as `ray_ctrl_iteration`."""
+        """Exports `row`, and `step` as `ray_ctrl_iteration`."""
         from ray.util.metrics import Gauge
 
         for key, value in {**row, "iteration": float(step)}.items():
@@ -74,7 +74,7 @@ class Gauges:
             self.gauges[name].set(float(value), tags=self.tags)
 
     def close(self) -> None:
-        """Nothing is held; Ray drops the numbers of processes that ended."""
+        """Nothing to do: Ray drops the gauges of processes that ended."""
 
 
 def _known(folder: Path) -> str | None:
@@ -84,16 +84,16 @@ def _known(folder: Path) -> str | None:
         return None
 
 
-# A server that does not answer is found out in half a minute, not in the hour that MLflow's own retries take.
-_MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+# A dead server is an error after half a minute instead of the hour that MLflow's default retries take.
+_MLFLOW_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
 class _MLflow:
-    def __init__(self, uri: str, settings: Mapping[str, Any], folder: Path) -> None:
-        for name, value in _MLFLOW_PATIENCE.items():
+    def __init__(self, uri: str, config: Mapping[str, Any], folder: Path) -> None:
+        for name, value in _MLFLOW_RETRIES.items():
             os.environ.setdefault(name, value)
         if uri.startswith(("file:", "/")):
-            # Folders are in maintenance only; MLflow asks for this word before it reads or writes one.
+            # Folders are deprecated; MLflow requires this variable to use one.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         known = _known(folder)
         self.last_step = -1
@@ -109,7 +109,7 @@ class _MLflow:
             from ray.air.integrations.mlflow import setup_mlflow
 
             self.mlflow = setup_mlflow(
-                dict(settings),
+                dict(config),
                 tracking_uri=uri,
                 experiment_name="ray-ctrl",
                 run_name=folder.name,
@@ -131,20 +131,20 @@ class _MLflow:
 
 
 def _last_step(client: Any, run_id: str) -> int:
-    """The last step that the entry has numbers of; -1 without any."""
+    """The last step logged to the entry; -1 without any."""
     keys = client.get_run(run_id).data.metrics
     steps = [max(point.step for point in client.get_metric_history(run_id, key)) for key in keys]
     return max(steps, default=-1)
 
 
 class _WandB:
-    def __init__(self, project: str, settings: Mapping[str, Any], folder: Path) -> None:
+    def __init__(self, project: str, config: Mapping[str, Any], folder: Path) -> None:
         from ray.air.integrations.wandb import setup_wandb
 
         known = _known(folder)
         try:
             self.run: Any = setup_wandb(
-                dict(settings),
+                dict(config),
                 project=project,
                 name=folder.name,
                 dir=str(folder),

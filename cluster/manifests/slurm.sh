@@ -1,6 +1,6 @@
 #!/bin/bash
 # One training run on Slurm: `sbatch slurm.sh [ray-ctrl train arguments]`, with ray-ctrl installed on the nodes.
-# Before the time limit it writes a checkpoint and queues itself again; sent again, it goes on from the last one.
+# Before the time limit it writes a checkpoint and queues itself again; sent again, it continues from the last one.
 # Change: partition, nodes, GPUs a node, and the two folders below.
 #SBATCH --job-name=ray-ctrl
 #SBATCH --partition=gpu
@@ -17,11 +17,11 @@
 
 set -euo pipefail
 
-SHARED=${RAY_CTRL_SHARED:-$HOME/ray-ctrl}                # seen by all nodes: model files and run folders
+SHARED=${RAY_CTRL_SHARED:-$HOME/ray-ctrl}                # reachable from all nodes: model files and run folders
 export STORE=${RAY_CTRL_STORE:-${TMPDIR:-/tmp}/ray-ctrl} # on each node's own disk: the outcome store
 RUN=$SHARED/runs/${RAY_CTRL_RUN:-job-$SLURM_JOB_ID}
 export HF_HOME=$SHARED/models OMP_NUM_THREADS=1
-# Right where the nodes are this job's alone. Where they are not: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN.
+# For nodes that only this job uses; on shared nodes set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN.
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-disabled}
 
 CPUS=${SLURM_CPUS_PER_TASK:-1}
@@ -29,7 +29,7 @@ GPUS=${SLURM_GPUS_ON_NODE:-0}
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node keep apart
 export CPUS GPUS HEAD PORT
-# One GPU is left to the driver, which runs the model itself to profile the device.
+# One GPU is for the driver, which runs the model to profile the device.
 RUNNERS=${RAY_CTRL_RUNNERS:-$((SLURM_JOB_NUM_NODES * GPUS - 1))}
 
 mkdir -p "$SHARED/runs" "$SHARED/models"

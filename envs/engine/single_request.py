@@ -23,11 +23,11 @@ class Steering(Protocol):
 
     level: int
 
-    def first(self, language_feature_D: Tensor, has_image: bool) -> tuple[str, int]:
+    def decide_stage1(self, language_feature_D: Tensor, has_image: bool) -> tuple[str, int]:
         """Tier and insertion position."""
         ...
 
-    def second(self, latency_token_D: Tensor, insertion: int) -> tuple[int, tuple[int, ...]]:
+    def decide_stage2(self, latency_token_D: Tensor, insertion: int) -> tuple[int, tuple[int, ...]]:
         """Top-k and kept blocks, from the latency token's state (D,) float32 after block `insertion`."""
         ...
 
@@ -119,7 +119,7 @@ def _measure(
     prefix = _without_last(run)
     watch.lap("prefix")
     if steering is not None:
-        top_k, blocks = steering.second(state_D, insertion)
+        top_k, blocks = steering.decide_stage2(state_D, insertion)
         chosen = plan or ExecutionPlan(tier, insertion, top_k, blocks)
         watch.lap("controller")
     else:
@@ -144,7 +144,7 @@ def _decide_first(
         assert plan is not None
         return plan.tier, plan.insertion
     feature = model.language_feature(processor.question_ids(sample.question)).float()
-    tier, insertion = steering.first(feature, sample.image is not None)
+    tier, insertion = steering.decide_stage1(feature, sample.image is not None)
     return (tier, insertion) if plan is None else (plan.tier, plan.insertion)
 
 

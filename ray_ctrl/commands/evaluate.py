@@ -29,7 +29,7 @@ from ray_ctrl.run_folder import (
     newest_runs,
     remove_on_error,
 )
-from ray_ctrl.serving import shown_budget
+from ray_ctrl.serving import clamped_budget_ms
 
 
 def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
@@ -198,7 +198,7 @@ def evaluate_setting(context: RunContext, folder: Path, out: Path) -> dict[str, 
     resources = context.build("test")
     controller, metadata = load_controller(folder, context)
     contexts = [(sample, ms) for sample in range(len(resources.samples)) for ms in budgets]
-    clamped = {ms: shown_budget(ms, metadata, resources.clock.reference_ms) for ms in budgets}
+    clamped = {ms: clamped_budget_ms(ms, metadata, resources.clock.reference_ms) for ms in budgets}
     observed = [(sample, ms, clamped[ms]) for sample, ms in contexts]
     for ms, instead in clamped.items():
         if ms != instead:

@@ -1,9 +1,10 @@
 """`ray-ctrl submit -- ARGUMENTS`: runs `ray-ctrl train ARGUMENTS` as a Ray job, follows it, returns its exit status."""
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ray_ctrl.load_config import load_config
 
 COMMANDS = ("train", "tune", "evaluate", "profile", "doctor")
 WRITING = ("train", "tune")
-"""Commands that write below `run.folder` unless an option names another place."""
+"""Commands that write below `run.folder` unless an option says otherwise."""
 OUTPUT_OPTIONS = ("run_dir", "out")
 OUTPUT_KEYS = ("run.folder", "store.path", "latency.profile_dir")
 INPUT_KEYS = ("latency.profile", "model.name", "model.block_importance", "task.name")
@@ -29,31 +30,32 @@ class Request:
     Attributes:
         arguments: of the ray-ctrl command.
         command: which command.
-        python: interpreter on the cluster; None takes this one on this machine's own cluster, else `python`.
+        python: interpreter on the cluster; None is this one on a cluster of this machine, else `python`.
         runtime_env: YAML file with further keys of Ray's runtime environment.
         env: NAME=VALUE each.
     """
 
-    arguments: Sequence[str]
+    arguments: Sequence[str] = ()
     command: str = "train"
     address: str | None = None
     working_dir: Path = Path()
     python: str | None = None
     auth: str | None = None
     runtime_env: Path | None = None
-    env: Sequence[str] = field(default_factory=tuple)
+    env: Sequence[str] = ()
     cpus: float = 0.0
     gpus: float = 0.0
     submission_id: str | None = None
     timeout_s: float = 30.0
 
 
-def run(request: Request, *, follow: bool = True, stop_on_interrupt: bool = False, dry_run: bool = False) -> int:
-    """Submits the job; returns its exit status, or 0 at once where it is not followed.
+def run(*, no_wait: bool = False, stop_on_interrupt: bool = False, dry_run: bool = False, **options: Any) -> int:
+    """Submits the job that `options`, those of `Request`, describe; returns its exit status, 0 if it is not followed.
 
     Raises:
-        UserError, ConnectError: arguments that do not do, or a cluster that does not answer or refuses.
+        UserError, ConnectError: invalid arguments, or a cluster that does not answer or refuses the job.
     """
+    request = Request(**options)
     address = jobs.http_address(request.address)
     auth = request.auth or os.environ.get("RAY_AUTH_MODE") or "disabled"
     job = make_job(request, address, auth)
@@ -68,13 +70,19 @@ def run(request: Request, *, follow: bool = True, stop_on_interrupt: bool = Fals
     server = jobs.client(address, auth, request.timeout_s)
     job_id = jobs.submit(server, job)
     console.print(f"job {job_id} submitted; stop it with: ray job stop --address {address} {job_id}", markup=False)
-    if not follow:
+    if no_wait:
         return 0
     try:
         status = jobs.follow(server, job_id, _write, lambda line: console.print(line, markup=False))
     except KeyboardInterrupt:
-        return _interrupted(server, job_id, stop_on_interrupt)
-    console.print(f"job {job_id} ended with exit status {status}", markup=False)
+        status = jobs.INTERRUPTED_STATUS
+        if stop_on_interrupt:
+            console.print(f"stopping job {job_id}", markup=False)
+            console.print(f"job {job_id} is {jobs.stop(server, job_id)}", markup=False)
+        else:
+            console.print(f"job {job_id} is still running; follow: ray job logs --follow {job_id}", markup=False)
+    else:
+        console.print(f"job {job_id} ended with exit status {status}", markup=False)
     return status
 
 
@@ -82,13 +90,13 @@ def make_job(request: Request, address: str, auth: str) -> jobs.Job:
     """The job behind a request.
 
     Raises:
-        UserError: a command, option, setting or path that would fail on the cluster, or output that would be lost.
+        UserError: a command, option, value or path that would fail on the cluster, or output that would be lost.
     """
     if request.command not in COMMANDS:
         raise UserError(f"command {request.command!r} cannot be a job: choose one of {', '.join(COMMANDS)}")
     here = jobs.is_here(address)
     python = request.python or (sys.executable if here else "python")
-    program = ["train.py"] if request.command == "train" else ["-m", "ray_ctrl.cli", request.command]
+    program = ["train.py"] if request.command == "train" else ["-m", "ray_ctrl", request.command]
     env = {
         "RAY_AUTH_MODE": auth,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
@@ -97,7 +105,7 @@ def make_job(request: Request, address: str, auth: str) -> jobs.Job:
     }
     runtime_env = _runtime_env(request.runtime_env)
     return jobs.Job(
-        entrypoint=jobs.shell([python, *program, *_arguments(request, here, runtime_env)]),
+        entrypoint=shlex.join([python, *program, *_arguments(request, here, runtime_env)]),
         working_dir=request.working_dir,
         env=env | _variables(request.env),
         runtime_env=runtime_env,
@@ -108,19 +116,19 @@ def make_job(request: Request, address: str, auth: str) -> jobs.Job:
 
 
 def _arguments(request: Request, here: bool, runtime_env: Mapping[str, Any]) -> list[str]:
-    """The command's arguments as they hold on the cluster: checked, with paths that a job can follow.
+    """The command's arguments for the cluster: checked, with paths that are valid there.
 
-    A job starts in a copy of the working directory, which is removed after it: relative paths mean other files there.
+    A job starts in a copy of the working directory, which is removed after it: relative paths name other files there.
 
     Args:
-        here: whether the cluster is this machine, so that absolute paths of ours hold for it.
+        here: whether the cluster is this machine, so that its absolute paths are valid.
     """
     options = _parsed(request)
     sent = jobs.upload(request.working_dir, runtime_env.get("excludes", ())).files
     places = _Places(request.working_dir.absolute(), here, frozenset(name for name, _ in sent))
     words = list(request.arguments)
     for name, value in options.items():
-        if isinstance(value, Path) or (name == "task" and value):
+        if isinstance(value, Path) or (name in ("task", "sweep") and value):
             place = places.output if name in OUTPUT_OPTIONS else places.input
             words = [_replaced(word, str(value), place(str(value))) for word in words]
     for word in options.get("overrides") or []:
@@ -134,7 +142,7 @@ def _arguments(request: Request, here: bool, runtime_env: Mapping[str, Any]) -> 
 
 
 def _output_settings(options: Mapping[str, Any], places: "_Places") -> Iterator[str]:
-    """Settings that put run folder and outcome store where they outlive the job, unless the arguments do."""
+    """Overrides for a run folder and outcome store that outlive the job, unless the arguments have them."""
     given = dict(word.partition("=")[::2] for word in options.get("overrides") or [])
     run_dir = options.get("run_dir")
     folder = given.get("run.folder") or (run_dir and str(run_dir.parent))
@@ -148,13 +156,13 @@ def _output_settings(options: Mapping[str, Any], places: "_Places") -> Iterator[
         yield f"run.folder={folder}"
     if "preset" not in options or "store.path" in given:
         return
-    store = load_config(options["preset"], options.get("config")).store.path
-    if store is not None and not Path(store).is_absolute():
+    store = load_config(options["preset"], options.get("config_file")).store.path
+    if store is not None and Path(store).is_relative_to(Path.cwd()):  # a relative one: it would be lost with the job
         yield f"store.path={Path(places.output(folder)) / Path(store).name}"
 
 
 def _parsed(request: Request) -> dict[str, Any]:
-    """The command's options by name, read as the cluster will read them; settings are checked on the way.
+    """The command's options by name, parsed as on the cluster; the configuration is checked, too.
 
     Raises:
         UserError: an option, preset, key or value that the command would refuse.
@@ -174,7 +182,7 @@ def _parsed(request: Request) -> dict[str, Any]:
         raise UserError(f"{request.command} would refuse these arguments: {error.format_message()}") from None
     options = dict(context.params)
     if "preset" in options and not options.get("resume"):
-        load_config(options["preset"], options.get("config"), options.get("overrides") or [])
+        load_config(options["preset"], options.get("config_file"), options.get("overrides") or [])
     return options
 
 
@@ -188,12 +196,12 @@ def _replaced(word: str, value: str, moved: str) -> str:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where paths of the command line lie for a job.
+    """What paths of the command line are for a job.
 
     Attributes:
         root: the working directory, absolute.
         here: whether the cluster is this machine.
-        files: what travels, relative to the working directory.
+        files: uploaded files, relative to the working directory.
     """
 
     root: Path
@@ -211,10 +219,7 @@ class _Places:
         )
 
     def input(self, text: str) -> str:
-        """A path that is read, such as `data.jsonl` or `textvqa=FOLDER`; words that name no file here stay as they are.
-
-        Those are names of tasks and hub ids.
-        """
+        """A path that is read, such as `data.jsonl` or `textvqa=FOLDER`; names of tasks and hub ids are unchanged."""
         name, sign, path = text.rpartition("=")
         given = Path(path).expanduser()
         if given.is_absolute() or not given.exists():
@@ -226,8 +231,8 @@ class _Places:
         if relative and any(file == relative or file.startswith(f"{relative}/") for file in self.files):
             return f"{name}{sign}{relative}"
         raise UserError(
-            f"{path} does not travel with the job: it lies outside {self.root} or is named in its ignore files; give a "
-            "path that the cluster's nodes can read"
+            f"{path} is not uploaded with the job: it is outside {self.root} or in its ignore files; give a path that "
+            "the cluster's nodes can read"
         )
 
 
@@ -249,19 +254,10 @@ def _runtime_env(path: Path | None) -> Mapping[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"runtime environment {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"runtime environment {path} holds a {type(tree).__name__}: give keys such as 'pip:'")
+        raise UserError(f"runtime environment {path} contains a {type(tree).__name__}: give keys such as 'pip:'")
     if "working_dir" in tree:
         raise UserError(f"runtime environment {path} names a working_dir: give it with --working-dir")
     return tree
-
-
-def _interrupted(server: Any, job_id: str, stop_it: bool) -> int:
-    if stop_it:
-        console.print(f"stopping job {job_id}", markup=False)
-        console.print(f"job {job_id} is {jobs.stop(server, job_id)}", markup=False)
-    else:
-        console.print(f"job {job_id} is still running; follow it with: ray job logs --follow {job_id}", markup=False)
-    return jobs.INTERRUPTED_STATUS
 
 
 def _write(text: str) -> None:

@@ -1,6 +1,6 @@
-"""Which trials are stopped early: Ray Tune's ASHA, made to survive an interruption.
+"""Which trials are stopped early: Ray Tune's ASHA, with its memory restored after an interruption.
 
-Tune saves no scheduler: after a restore it begins without a memory, and gets it back here from the trials' folders.
+Tune saves no scheduler; after a restore the scores come from the trials' run folders.
 """
 
 from pathlib import Path
@@ -19,24 +19,20 @@ TIME = "iteration"
 def scheduler(sweep: Sweep, root: Path) -> TrialScheduler:
     """Tune's scheduler of a sweep in folder `root`; time is counted in iterations."""
     file, last = sweep.file, sweep.base.run.iterations
-    if file.scheduler == "asha":
-        return Halving(
-            root,
-            time_attr=TIME,
-            max_t=last,
-            grace_period=min(file.asha.grace, last),
-            reduction_factor=file.asha.reduction,
-            metric=file.metric,
-            mode=file.mode,
-        )
-    return FIFOScheduler()
+    if file.scheduler == "none":
+        return FIFOScheduler()
+    grace = min(file.asha.grace, last)
+    return Halving(
+        root, time_attr=TIME, max_t=last, grace_period=grace, reduction_factor=file.asha.reduction,
+        metric=file.metric, mode=file.mode,
+    )  # fmt: skip
 
 
 class Halving(AsyncHyperBandScheduler):
-    """ASHA that counts what trials reached before an interruption when it judges those after it."""
+    """ASHA that also counts the scores from before an interruption."""
 
-    def __init__(self, root: Path, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, root: Path, **options: Any) -> None:
+        super().__init__(**options)
         self._root = root
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
@@ -45,8 +41,8 @@ class Halving(AsyncHyperBandScheduler):
         place = self._root / TRIALS / trial.trial_id
         if known or not place.is_dir():
             return
-        told = (trial.last_result or {}).get(TIME, 0)
+        reported = (trial.last_result or {}).get(TIME, 0)
         for row in RunFolder(place).metrics():
-            if self._metric in row and row[TIME] <= told:
-                # Only remembered: whether the trial was stopped there was decided then.
+            if self._metric in row and row[TIME] <= reported:
+                # Only recorded: whether the trial was stopped there was decided then.
                 self._trial_info[trial.trial_id].on_result(trial, row[TIME], self._metric_op * row[self._metric])

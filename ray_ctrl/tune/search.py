@@ -1,14 +1,16 @@
-"""From a sweep to Ray Tune: the space, the searcher, what each trial holds."""
+"""From a sweep to Ray Tune: the search space, the searcher, the resources of a trial."""
 
 import logging
 import math
 import warnings
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from ray import tune
 from ray.tune import PlacementGroupFactory
 
-from cluster.resources import ResourcePlan
+from cluster.resources import ResourcePlan, Role
 from ray_ctrl.config import Config
 from ray_ctrl.preflight import plan_layout
 from ray_ctrl.tune.sweep import Range, Sweep
@@ -28,7 +30,7 @@ def domain(item: Range) -> Any:
 
 
 def param_space(sweep: Sweep) -> dict[str, Any]:
-    """What Tune draws from."""
+    """What Tune samples from."""
     return {item.key: domain(item) for item in sweep.space}
 
 
@@ -47,21 +49,21 @@ def searcher(sweep: Sweep, concurrent: int) -> Any:
     return ConcurrencyLimiter(OptunaSearch(sampler=sampler, metric=file.metric, mode=file.mode), concurrent)
 
 
-def quiet() -> None:
-    """Turns off what Tune and Optuna print of what the user sees in one line from us."""
+def silence_tune() -> None:
+    """Turns off messages of Tune and Optuna that repeat the lines of Progress."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("ray.tune.search.optuna").setLevel(logging.ERROR)
-    # A resumed trial tells its last result again.
+    # A resumed trial reports its last result again.
     warnings.filterwarnings("ignore", message="The reported value is ignored")
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # which trials an interruption left unfinished
 
 
 def trial_resources(config: Config) -> PlacementGroupFactory:
-    """What a trial holds: its own process, and the processes of its plan, placed together.
+    """Resources of a trial: its own process and the processes of its plan, placed together.
 
-    With no runners the trial's process runs the model itself and so holds the runner's share.
+    Without runners the trial's process runs the model itself and so gets a runner's share.
     """
     runners = config.runners
     own = {"CPU": float(max(runners.cpus, config.model.threads)) if runners.count == 0 else 1.0}
@@ -77,21 +79,18 @@ def trial_resources(config: Config) -> PlacementGroupFactory:
 
 def totals(group: PlacementGroupFactory) -> dict[str, float]:
     """CPUs and GPUs of one trial."""
-    found: dict[str, float] = {"CPU": 0.0, "GPU": 0.0}
+    found: Counter[str] = Counter({"CPU": 0.0, "GPU": 0.0})  # type: ignore[dict-item]
     for bundle in group.bundles:
-        for name, amount in bundle.items():
-            found[name] = found.get(name, 0.0) + amount
-    return found
+        found.update(bundle)
+    return {name: float(amount) for name, amount in found.items()}
 
 
-def at_once(sweep: Sweep, trial: dict[str, float], there: dict[str, float]) -> int:
-    """How many trials run at a time: what fits, at most what was asked for."""
-    fits = [math.floor(there.get(name, 0.0) / amount + 1e-9) for name, amount in trial.items() if amount > 0]
+def concurrent_trials(sweep: Sweep, trial: Mapping[str, float], available: Mapping[str, float]) -> int:
+    """How many trials run at a time: what fits, and at most `concurrent`."""
+    fits = [math.floor(available.get(name, 0.0) / amount + 1e-9) for name, amount in trial.items() if amount > 0]
     return max(0, min([sweep.trials, *fits, *([sweep.file.concurrent] if sweep.file.concurrent else [])]))
 
 
-def needed(trial: dict[str, float]) -> ResourcePlan:
-    """One trial as a resource plan, for the wait on the cluster."""
-    from cluster.resources import Role
-
+def needed(trial: Mapping[str, float]) -> ResourcePlan:
+    """One trial as a resource plan, to wait for on a cluster."""
     return ResourcePlan((Role("trial", 1, trial["CPU"], trial["GPU"]),))

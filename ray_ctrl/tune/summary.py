@@ -1,14 +1,12 @@
-"""The end of a sweep: what each trial reached, by its own run folder; the best one's controller, table and plot."""
+"""Results of a sweep, read from its trials' run folders: the best controller, a table and a plot."""
 
-import csv
-import io
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from envs.errors import UserError
 from envs.files import atomic_folder, atomic_write, write_json
@@ -23,10 +21,10 @@ class Result:
 
     Attributes:
         chosen: dotted key to value.
-        status: Tune's word: TERMINATED, ERROR, RUNNING, PAUSED, PENDING; UNFINISHED where it was interrupted.
+        status: of Tune: TERMINATED, ERROR, RUNNING, PAUSED, PENDING; UNFINISHED if it was interrupted.
         curve: (iteration, metric) of every validation.
         best: iteration and metric of the best validation that has a checkpoint; None without one.
-        iterations: how many were done.
+        iterations: completed.
     """
 
     trial: str
@@ -39,7 +37,7 @@ class Result:
 
 
 def read_results(sweep: Sweep, root: Path, statuses: Mapping[str, str]) -> list[Result]:
-    """All trials that got as far as a run folder, best first."""
+    """All trials that have a run folder, best first."""
     results = []
     for place in sorted((root / TRIALS).glob("*")):
         if (place / "run.json").is_file():
@@ -56,11 +54,9 @@ def _result(sweep: Sweep, folder: RunFolder, status: str) -> Result:
     better = max if sweep.file.mode == "max" else min
     scored = [point for point in curve if point[0] in kept]
     best = better(scored, key=lambda point: point[1]) if scored else None
-    settings = folder.config.model_dump(mode="json")
-    chosen = {}
-    for item in sweep.space:
-        section, _, key = item.key.partition(".")
-        chosen[item.key] = settings[section][key]
+    config = folder.config.model_dump(mode="json")
+    keys = [item.key.partition(".") for item in sweep.space]
+    chosen = {f"{section}.{key}": config[section][key] for section, _, key in keys}
     done = int(metrics[-1]["iteration"]) if metrics else 0
     return Result(folder.root.name, chosen, status, curve, best, done, folder.root)
 
@@ -97,10 +93,7 @@ def _short(value: Any) -> str:
 def write_summary(sweep: Sweep, results: Sequence[Result], root: Path, provenance: Mapping[str, Any]) -> None:
     """summary.csv, summary.md, summary.json and sweep.png."""
     header, table = rows(sweep, results)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([header, *table])
-    atomic_write(root / "summary.csv", text.getvalue())
+    atomic_write(root / "summary.csv", pd.DataFrame(table, columns=header).to_csv(index=False))
     lines = ["| " + " | ".join(row) + " |" for row in [header, *table]]
     lines.insert(1, "|" + "---|" * len(header))
     origin = f"`{provenance['command']}` on {provenance['hardware']}; {sweep.file.metric}, {sweep.file.mode}imum.\n\n"
@@ -114,37 +107,24 @@ def write_summary(sweep: Sweep, results: Sequence[Result], root: Path, provenanc
 
 
 def plot(sweep: Sweep, results: Sequence[Result], path: Path) -> None:
-    """Left: every trial's validations, the best one strong. Then the score over each searched setting."""
-    import matplotlib as mpl
+    """Left: every trial's validations, the best one highlighted. Then the score over each searched key."""
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = sweep.space[:5]
-    figure, axes = plt.subplots(1, 1 + len(shown), figsize=(4 * (1 + len(shown)), 3.6), squeeze=False)
-    left = axes[0, 0]
+    keys = sweep.space[:5]
+    figure = Figure(figsize=(4 * (1 + len(keys)), 3.6), layout="tight")
+    axes = figure.subplots(1, 1 + len(keys), squeeze=False)[0]
     for index, result in reversed(list(enumerate(results))):
-        if result.curve:
-            style = {"color": "tab:orange", "linewidth": 2.5} if index == 0 else {"color": "tab:blue", "alpha": 0.35}
-            left.plot(*zip(*result.curve, strict=True), marker="o", markersize=3, **style)
-    left.set_xlabel("iteration")
-    left.set_ylabel(sweep.file.metric)
-    left.set_title(f"{len(results)} trials, best {results[0].trial}" if results else "no trials", fontsize=9)
-    scored = [result for result in results if result.best]
-    for axis, item in zip(axes[0, 1:], shown, strict=True):
-        values = [result.chosen[item.key] for result in scored]
-        heights = [result.best[1] for result in scored if result.best]
-        if item.is_range:
-            axis.plot(values, heights, "o", color="tab:blue", markersize=4)
-            if item.kind.startswith("log"):
-                axis.set_xscale("log")
-        else:
-            places = [item.values.index(value) if value in item.values else np.nan for value in values]
-            axis.plot(places, heights, "o", color="tab:blue", markersize=4)
+        style = {"color": "tab:blue", "alpha": 0.35} if index else {"color": "tab:orange", "linewidth": 2.5}
+        axes[0].plot(*zip(*result.curve, strict=True) if result.curve else ((), ()), marker="o", markersize=3, **style)
+    best = f", best {results[0].trial}" if results else ""
+    axes[0].set(xlabel="iteration", ylabel=sweep.file.metric, title=f"{len(results)} trials{best}")
+    for axis, item in zip(axes[1:], keys, strict=True):
+        scored = [(result.chosen[item.key], result.best[1]) for result in results if result.best]
+        axis.set(xlabel=item.key, xscale="log" if item.kind.startswith("log") else "linear")
+        if not item.is_range:
+            scored = [(item.values.index(value), score) for value, score in scored if value in item.values]
             axis.set_xticks(range(len(item.values)), [str(value) for value in item.values])
-        axis.set_xlabel(item.key)
-    for axis in axes.flat:
+        axis.plot([value for value, _ in scored], [score for _, score in scored], "o", color="tab:blue", markersize=4)
+    for axis in axes:
         axis.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)

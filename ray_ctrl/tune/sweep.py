@@ -1,9 +1,10 @@
-"""A sweep as its YAML file describes it: fixed settings, what is searched, how, and how many trials.
+"""A sweep as its YAML file describes it: fixed values, search space, search method, number of trials.
 
-Every range and choice is checked against the configuration before Ray starts, so that a trial does not die of a typing
+Every range and choice is checked against the configuration before Ray starts, so that no trial fails of a typing
 mistake.
 """
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ from ray_ctrl.config import Config
 from ray_ctrl.load_config import load_config, to_yaml, valid_keys, with_overrides
 
 KINDS = ("uniform", "log_uniform", "int", "log_int", "choice", "grid")
-# Trials that differ here are judged by different budgets or a different scale.
-JUDGES = ("reward.", "budgets.", "latency.", "model.", "task.")
+# Trials that differ here have different profiles or budgets.
+BUDGET_SECTIONS = ("budgets.", "latency.", "model.", "task.")
 
 
 class AshaSettings(Section):
-    """Stopping trials that fall behind (asynchronous successive halving)."""
+    """Early stopping of the worst trials (asynchronous successive halving)."""
 
     grace: Int = Field(default=1, ge=1, description="Iterations every trial gets before it may be stopped.")
     reduction: Int = Field(default=3, ge=2, le=64, description="One in so many trials survives each rung. 2 to 64.")
@@ -33,14 +34,14 @@ class AshaSettings(Section):
 class SweepFile(Section):
     """The file's keys."""
 
-    preset: str | None = Field(default="laptop", description="Shipped settings to start from.")
-    config: str | None = Field(default=None, description="YAML file of settings laid over the preset.")
-    set: dict[str, Any] = Field(default_factory=dict, description="Fixed settings: dotted key to value.")
+    preset: str | None = Field(default="laptop", description="Shipped configuration to start from.")
+    config: str | None = Field(default=None, description="YAML file that overrides the preset.")
+    set: dict[str, Any] = Field(default_factory=dict, description="Fixed values: dotted key to value.")
     space: dict[str, dict[str, Any]] = Field(description="Dotted key to one of " + ", ".join(KINDS) + ".")
-    search: Literal["random", "grid", "bayesian"] = Field(default="random", description="How settings are drawn.")
+    search: Literal["random", "grid", "bayesian"] = Field(default="random", description="How values are drawn.")
     scheduler: Literal["none", "asha"] = Field(default="none", description="Which trials are stopped early.")
     trials: Int | None = Field(default=None, ge=1, le=100_000, description="Trials; a grid counts its own.")
-    concurrent: Int | None = Field(default=None, ge=1, description="Most trials at once; by default what fits.")
+    concurrent: Int | None = Field(default=None, ge=1, description="Most trials at a time; by default what fits.")
     seed: Int = Field(default=0, ge=0, lt=2**31, description="Seed of the draws.")
     metric: str = Field(default="validation/score", pattern=r"^validation/\w+$", description="What ranks trials.")
     mode: Literal["max", "min"] = Field(default="max", description="Whether more of the metric is better.")
@@ -51,7 +52,7 @@ class SweepFile(Section):
 
 @dataclass(frozen=True)
 class Range:
-    """One searched setting.
+    """One searched key of the configuration.
 
     Attributes:
         kind: one of KINDS.
@@ -69,7 +70,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A checked sweep: the settings all trials share, and what is searched."""
+    """A checked sweep: the configuration that all trials share, and the search space."""
 
     file: SweepFile
     base: Config
@@ -83,11 +84,11 @@ class Sweep:
 
     @property
     def shares_budgets(self) -> bool:
-        """Whether all trials are judged by the same budgets and latencies."""
-        return not any(item.key.startswith(JUDGES[1:]) for item in self.space)
+        """Whether all trials have the same profile and budgets."""
+        return not any(item.key.startswith(BUDGET_SECTIONS) for item in self.space)
 
     def config(self, chosen: Mapping[str, Any]) -> Config:
-        """Settings of one trial.
+        """Configuration of one trial.
 
         Raises:
             UserError: a value that the configuration does not allow.
@@ -95,7 +96,7 @@ class Sweep:
         return with_overrides(self.base, [f"{key}={_as_yaml(value)}" for key, value in chosen.items()])
 
     def samples(self) -> Iterator[dict[str, Any]]:
-        """Every end and choice of a setting with the first ones of the others: what is checked before the start."""
+        """Every end and choice of a key with the first ones of the others: what is checked before the start."""
         first = {item.key: item.values[0] for item in self.space}
         yield first
         for item in self.space:
@@ -103,8 +104,23 @@ class Sweep:
                 yield first | {item.key: value}
 
 
+def find_sweep(name: str) -> Path:
+    """The file of a sweep: a path, or the name of a shipped one.
+
+    Raises:
+        UserError: neither.
+    """
+    shipped = {path.stem: path for path in (Path(__file__).parents[1] / "presets" / "sweeps").glob("*.yaml")}
+    path = Path(name).expanduser()
+    if not path.is_file() and name not in shipped:
+        raise UserError(
+            f"no sweep {name!r}: give a YAML file (docs/cluster.md), or one of {', '.join(sorted(shipped))}"
+        )
+    return path if path.is_file() else shipped[name]
+
+
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
-    """The sweep in a YAML file, with dotted settings of all trials laid over its own.
+    """The sweep in a YAML file, with overrides of all its trials.
 
     Raises:
         UserError: an unreadable file, an unknown key, or a range that is not allowed.
@@ -112,16 +128,16 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     try:
         tree = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read sweep {path}: {error.strerror}; give a YAML file, see docs/cluster.md") from None
+        raise UserError(f"cannot read sweep {path}: {error.strerror}; give a YAML file (docs/cluster.md)") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"sweep {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"sweep {path} holds a {type(tree).__name__}: give keys such as 'space:'")
+        raise UserError(f"sweep {path} contains a {type(tree).__name__}: give keys such as 'space:'")
     return make_sweep(tree, path.parent, overrides)
 
 
 def make_sweep(tree: Mapping[str, Any], folder: Path, overrides: Sequence[str] = ()) -> Sweep:
-    """A checked sweep from the tree of its file; paths in it start at `folder`."""
+    """A checked sweep from its file's content, whose paths are relative to `folder`."""
     if tree.get("scheduler") == "pbt" or "pbt" in tree:
         raise UserError(
             "scheduler: pbt is not a scheduler of sweeps: run Ray Tune's own PopulationBasedTraining on the algorithm, "
@@ -141,63 +157,63 @@ def make_sweep(tree: Mapping[str, Any], folder: Path, overrides: Sequence[str] =
 
 
 def dump(sweep: Sweep) -> str:
-    """The sweep as YAML that `make_sweep` reads again, resolved settings included."""
+    """The sweep as YAML that `make_sweep` reads again, with the resolved configuration."""
     tree = sweep.file.model_dump(mode="json") | {"preset": None, "config": None}
-    settings = yaml.safe_load(to_yaml(sweep.base))
-    tree["set"] = {f"{section}.{key}": value for section, keys in settings.items() for key, value in keys.items()}
+    config = yaml.safe_load(to_yaml(sweep.base))
+    tree["set"] = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
     return yaml.safe_dump(tree, sort_keys=False)
 
 
 def _range(key: str, given: Mapping[str, Any]) -> Range:
     known = [name for name in valid_keys() if "." in name]
     if key not in known:
-        import difflib
-
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "all keys are in docs/config.md"
-        raise UserError(f"space: unknown setting {key!r}: {hint}")
+        raise UserError(f"space: unknown key {key!r}: {hint}")
     if len(given) != 1 or next(iter(given)) not in KINDS:
         raise UserError(f"space: {key} = {dict(given)!r} is not understood: give one of {', '.join(KINDS)}")
     kind, values = next(iter(given.items()))
     if not isinstance(values, list) or not values:
-        raise UserError(f"space: {key}.{kind} = {values!r} is not allowed: give a list")
-    if kind in ("choice", "grid"):
-        if len({_as_yaml(value) for value in values}) != len(values):
-            raise UserError(f"space: {key}.{kind} = {values!r} is not allowed: each value once")
-        return Range(key, kind, tuple(values))
-    return Range(key, kind, _ends(key, kind, values))
+        allowed = "give a list"
+    elif kind in ("choice", "grid"):
+        if len({_as_yaml(value) for value in values}) == len(values):
+            return Range(key, kind, tuple(values))
+        allowed = "each value once"
+    else:
+        ends, allowed = _ends(kind, values)
+        if ends:
+            return Range(key, kind, ends)
+    raise UserError(f"space: {key}.{kind} = {values!r} is not allowed: {allowed}")
 
 
-def _ends(key: str, kind: str, values: Sequence[Any]) -> tuple[Any, Any]:
-    wanted = (int,) if kind in ("int", "log_int") else (int, float)
+def _ends(kind: str, values: Sequence[Any]) -> tuple[tuple[Any, ...], str]:
+    """Lowest and highest value, or none and what is allowed."""
+    integers = kind in ("int", "log_int")
     numbers = [_number(value) for value in values]
-    if len(numbers) != 2 or not all(isinstance(n, wanted) and not isinstance(n, bool) for n in numbers):
-        what = "two whole numbers" if wanted == (int,) else "two numbers"
-        raise UserError(f"space: {key}.{kind} = {list(values)!r} is not allowed: give {what}, lowest and highest")
+    if len(numbers) != 2 or not all(type(n) is int or (type(n) is float and not integers) for n in numbers):
+        return (), f"give two {'whole ' if integers else ''}numbers, lowest and highest"
     low, high = numbers
-    if not (math.isfinite(low) and math.isfinite(high) and low < high and (low > 0 or not kind.startswith("log"))):
-        more = ", both above 0" if kind.startswith("log") else ""
-        raise UserError(f"space: {key}.{kind} = {list(values)!r} is not allowed: the lower end comes first{more}")
-    return low, high
+    positive = kind.startswith("log")
+    if not (math.isfinite(low) and math.isfinite(high) and low < high and (low > 0 or not positive)):
+        return (), "the lower end comes first" + (", both above 0" if positive else "")
+    return (low, high), ""
 
 
 def _number(value: Any) -> Any:
     """YAML 1.1 reads 1e-4 as text."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _check(sweep: Sweep) -> None:
-    """What spans several keys, and every corner of the space against the configuration."""
+    """Constraints between keys, and every value of the space against the configuration."""
     from ray_ctrl.preflight import plan_layout
 
     file, space = sweep.file, sweep.space
     if not space:
-        raise UserError("space: is empty: name at least one setting to search")
+        raise UserError("space: is empty: name at least one key to search")
     grids = [item.key for item in space if item.kind == "grid"]
     if file.search == "grid" and len(grids) != len(space):
         other = next(item for item in space if item.kind != "grid")
@@ -208,8 +224,7 @@ def _check(sweep: Sweep) -> None:
         raise UserError(f"trials: is missing: search {file.search} needs a number")
     if file.search == "grid" and file.trials not in (None, sweep.trials):
         raise UserError(f"trials: {file.trials} is not the size of the grid, {sweep.trials}: leave it out")
-    every = sweep.base.evaluation.every
-    if not every:
+    if not sweep.base.evaluation.every:
         raise UserError("evaluation.every = 0 is not allowed in a sweep: trials are ranked by validation")
     for chosen in sweep.samples():
         plan_layout(sweep.config(chosen))
@@ -221,15 +236,13 @@ def _as_yaml(value: Any) -> str:
 
 
 def _explain(error: ValidationError) -> str:
-    import difflib
-
     problem = error.errors()[0]
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(path, list(SweepFile.model_fields), n=1, cutoff=0.5)
         hint = f"the nearest valid key is {near[0]!r}" if near else f"keys are {', '.join(SweepFile.model_fields)}"
         return f"unknown sweep key {path!r}: {hint}"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
     if problem["type"] == "missing":
         return f"sweep key {path!r} is missing"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
     return f"sweep: {path} = {problem['input']!r} is not allowed: {message}"

@@ -1,7 +1,7 @@
-"""One trial: an ordinary run in a run folder of its own, which tells Ray Tune how it does on validation.
+"""One trial: an ordinary run in a run folder of its own, which reports its validation metric to Ray Tune.
 
-A trial whose process died, or whose sweep was interrupted, goes on from the run folder's last good checkpoint, exactly
-as `ray-ctrl train --resume` does.
+A trial whose process died, or whose sweep was interrupted, continues from the run folder's last good checkpoint, as
+`ray-ctrl train --resume` does.
 """
 
 import os
@@ -20,18 +20,18 @@ from ray_ctrl.run_context import BUDGETS_FILE, TABLE_FILE, open_setting
 from ray_ctrl.run_folder import RunFolder
 
 TRIALS = "trials"
-# Tune hands a trial's process to the next trial, and gives the one before 2 s to end in it. On a busy machine, or with
-# runners to stop, that is too short, and Tune then loses the next trial without trying again.
+# Tune reuses a trial's process for the next trial and gives the previous one 2 s to end. On a busy machine, or with
+# runners to stop, that is too short, and Tune then fails the next trial without a retry.
 END_TIMEOUT_S = 600
 
 
 def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
-    """What runs inside a trial's process.
+    """Runs inside a trial's process.
 
     Args:
         chosen: dotted key to value.
         sweep: the `Sweep`.
-        root: the sweep's folder, seen by all nodes.
+        root: the sweep's folder, reachable from all nodes.
     """
     from cluster.connect import silence_ray_warnings
     from ray_ctrl.commands.train import Trainer
@@ -46,11 +46,11 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
         atomic_write(folder.root / "config.yaml", to_yaml(config))
     setting = open_setting(config)
     if (table := Path(root) / TABLE_FILE).is_file() and sweep.shares_budgets:
-        # All trials are judged by one profile: a node that it does not hold for is refused, not profiled anew.
+        # All trials use one profile: a node that it is not valid for is refused, not profiled again.
         ProfiledClock.for_engine(ProfileTable.load(table), setting.engine)
     trainer = Trainer(config, folder, setting.with_clock(folder.root), plan_layout(config))
     try:
-        # The last iteration before a crash or an interruption may never have reached Tune; what it knows does no harm.
+        # Tune may not have received the last iteration before a crash or an interruption; twice does no harm.
         row = next((found for found in folder.metrics() if found["iteration"] == trainer.done), {})
         if sweep.file.metric in row:
             report(row, sweep.file.metric)
@@ -65,7 +65,7 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
 
 
 def open_folder(root: Path, trial: str, config: Config, *, share: bool) -> RunFolder:
-    """The trial's run folder, made where it is missing; with `share` it takes the sweep's profile and budgets."""
+    """The trial's run folder, created if it is missing; with `share` it copies the sweep's profile and budgets."""
     place = root / TRIALS / trial
     if (place / "run.json").is_file():
         found = RunFolder.open(place)
@@ -82,5 +82,5 @@ def open_folder(root: Path, trial: str, config: Config, *, share: bool) -> RunFo
 
 
 def report(row: Mapping[str, Any], metric: str) -> None:
-    """Tells Tune the metric of an iteration."""
+    """Reports the metric of an iteration to Tune."""
     tune.report({"iteration": row["iteration"], metric: row[metric], "reward": row["reward"]})

@@ -19,7 +19,7 @@ BIN = Path(sys.executable).parent
 
 
 def model_folder(place: Path) -> str:
-    """`embedded` where its weights are there, else an untrained model of the same shape, made in `place`."""
+    """`embedded` if its weights exist, else an untrained model of the same shape in `place`."""
     from envs.embedded import folder
     from envs.errors import UserError
 
@@ -43,7 +43,7 @@ def model_folder(place: Path) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
+    """Ports that are free now."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:
@@ -55,7 +55,7 @@ class Head:
     """A head node with job server, in a process group and a folder of its own."""
 
     def __init__(self, cpus: int = 2) -> None:
-        # Ray's sockets lie below it, and their paths may not be long.
+        # Ray's sockets are below it, and their paths must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))
         gcs, dashboard, client, agent, metrics = free_ports(5)
         self.address, self.jobs = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"

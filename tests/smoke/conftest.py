@@ -36,9 +36,7 @@ class Done:
     err: str
 
 
-def start(
-    arguments: Sequence[str | Path], program: Sequence[str | Path] = ("-m", "ray_ctrl.cli")
-) -> subprocess.Popen[str]:
+def start(arguments: Sequence[str | Path], program: Sequence[str | Path] = ("-m", "ray_ctrl")) -> subprocess.Popen[str]:
     """Starts a command of this checkout, as leader of its own process group."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
     environment.pop("RAY_ADDRESS", None)

@@ -45,7 +45,7 @@ def test_each_runner_has_a_gpu_of_its_own_and_others_have_none() -> None:
 
 
 def test_a_preset_of_visible_gpus_does_not_pile_runners_on_one() -> None:
-    """As Slurm sets it, and Ray told to leave it alone."""
+    """As Slurm sets it, with Ray configured not to change it."""
     variables = {"CUDA_VISIBLE_DEVICES": "4,5", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
     _, without, *runners = devices(**variables)
     assert without == "cpu"

@@ -84,7 +84,7 @@ def test_a_sweep_is_interrupted_resumed_and_decided(tmp_path: Path) -> None:
     stopped = interrupted(write(tmp_path, iterations=3, search="random", trials=3), root, after=2)
     assert stopped.status == 130, stopped.out + stopped.err
     assert "stopping the trials at their last checkpoints" in stopped.err
-    assert "go on with: ray-ctrl tune --resume" in stopped.out
+    assert "continue with: ray-ctrl tune --resume" in stopped.out
     before = {trial: rows[:-1] for trial, rows in written(root).items()}
     done = ended("--resume", "--run-dir", root)
     decided(root, trials=3, iterations=3)
@@ -108,7 +108,7 @@ def test_twelve_trials_are_halved_interrupted_once_and_name_the_best(tmp_path: P
     summary = decided(root, trials=12, iterations=None)
     lengths = [entry["iterations"] for entry in summary["trials"]]
     assert max(lengths) == 9
-    assert min(lengths) < 9, "nobody was stopped early"
+    assert min(lengths) < 9, "no trial was stopped early"
     best = summary["trials"][0]
     print(
         f"12 trials on {os.cpu_count()} CPUs in {time.monotonic() - started:.0f} s; iterations {sorted(lengths)}; "

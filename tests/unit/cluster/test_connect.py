@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.connect import ConnectError, connect, is_local
-from cluster.package_check import MARKERS, wrong_origin
+from cluster.package_check import MARKERS, package_conflict, worker_conflict
 from cluster.resources import ResourcePlan, assigned_device, resource_plan
 from envs.errors import UserError
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_all_packages_come_from_here() -> None:
-    assert wrong_origin() is None
+    assert package_conflict() is None
     for package, marker in MARKERS.items():
         assert (ROOT / package / marker).is_file()
 
@@ -27,12 +28,44 @@ def test_a_stranger_of_the_same_name_is_named(tmp_path: Path, monkeypatch: pytes
     stranger.mkdir()
     (stranger / "__init__.py").write_text("", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    message = wrong_origin({"stranger_envs": "knobs.py"})
+    message = package_conflict({"stranger_envs": "knobs.py"})
     assert message is not None
     assert str(stranger) in message
     assert "uninstall" in message
-    assert "cannot be found" in (wrong_origin({"no_such_package_here": "x.py"}) or "")
+    assert "rename stranger_envs" in message
+    assert "is not installed" in (package_conflict({"no_such_package_here": "x.py"}) or "")
     assert "stranger_envs" not in sys.modules
+
+
+def test_a_users_folder_that_hides_a_package_on_workers_is_named_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert worker_conflict() is None
+    (tmp_path / "policies.py").write_text("", encoding="utf-8")
+    assert f"rename policies.py in {tmp_path}" in (worker_conflict([tmp_path]) or "")
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(ConnectError, match=r"package 'policies' is imported from .*rename policies.py"),
+        connect("local", plan(), timeout_s=5),
+    ):
+        pass
+
+
+def test_the_command_names_a_package_that_hides_its_own(tmp_path: Path) -> None:
+    """Instead of `No module named 'envs.errors'`."""
+    for name in ("envs", "cluster"):
+        folder = tmp_path / name / name
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("", encoding="utf-8")
+        path = os.pathsep.join((str(folder.parent), str(ROOT)))
+        done = subprocess.run(
+            [sys.executable, "-m", "ray_ctrl", "--version"], cwd=folder.parent, capture_output=True, text=True,
+            timeout=60, check=False, env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert f"package '{name}' is imported from {folder}" in done.stderr
+        assert "rename" in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +113,8 @@ def test_resources_are_waited_for_where_ray_runs_already(monkeypatch: pytest.Mon
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1.0})
     shut: list[bool] = []
     monkeypatch.setattr("ray.shutdown", lambda: shut.append(True))
-    with pytest.raises(ConnectError, match="2 CPUs wanted, 1 there"), connect("auto", plan(runners=2), timeout_s=0.1):
+    missing = pytest.raises(ConnectError, match="2 CPUs needed, 1 available")
+    with missing, connect("auto", plan(runners=2), timeout_s=0.1):
         pass
     with connect("auto", plan(runners=1), timeout_s=0.1) as there:
         assert there == {"CPU": 1.0}

@@ -53,7 +53,7 @@ def test_interpreter_run_folder_and_authentication_are_set() -> None:
     far = make_job(Request(["--run-dir", "/shared/runs/a b"]), THERE, "disabled")
     assert far.entrypoint == "python train.py --run-dir '/shared/runs/a b' store.path=/shared/runs/outcomes.sqlite"
     other = make_job(Request(["runs/x"], command="evaluate", python="/opt/py"), THERE, "disabled")
-    assert other.entrypoint == "/opt/py -m ray_ctrl.cli evaluate runs/x"
+    assert other.entrypoint == "/opt/py -m ray_ctrl evaluate runs/x"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_files_that_are_read_travel_or_are_refused(tmp_path: Path, monkeypatch: 
     assert "--task scenes" in entrypoint(THERE, "--task", "scenes")
     assert "model.name=allenai/MolmoE-1B-0924" in entrypoint(THERE, "model.name=allenai/MolmoE-1B-0924")
     for left_behind in ("../x.jsonl", "ignored.jsonl"):
-        with pytest.raises(UserError, match="does not travel with the job"):
+        with pytest.raises(UserError, match="is not uploaded with the job"):
             entrypoint(THERE, "--task", left_behind)
     assert f"--task {elsewhere}" in entrypoint(HERE, "--task", "../x.jsonl").replace("checkout/../", "")
 
@@ -125,9 +125,18 @@ def test_an_upload_leaves_out_what_the_runtime_environment_excludes(tmp_path: Pa
     assert {name for name, _ in jobs.upload(tmp_path, ["*.bin"]).files} == {"a.py"}
 
 
-def test_paths_inside_a_jobs_package_vanish() -> None:
-    assert jobs.vanishes(Path("/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1/runs"))
-    assert not jobs.vanishes(Path("/shared/runs"))
+def test_a_run_folder_that_is_removed_with_its_job_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `ray job submit --working-dir . -- python train.py` without run.folder would make it."""
+    from ray_ctrl import tune
+    from ray_ctrl.commands import train
+
+    package = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    for command in (lambda: train.run("smoke", None, []), lambda: tune.run("smoke", [])):
+        with pytest.raises(UserError, match=r"removed with the job's working directory.*run.folder=/shared/runs"):
+            command()
+    train.run("smoke", None, [f"run.folder={tmp_path}"], dry_run=True)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +173,7 @@ def test_addresses_that_are_no_dashboard(address: str) -> None:
 
 def test_nobody_there_is_one_line() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "ray_ctrl.cli", "submit", "--address", "http://127.0.0.1:9", "--", "--preset", "smoke"],
+        [sys.executable, "-m", "ray_ctrl", "submit", "--address", "http://127.0.0.1:9", "--", "--preset", "smoke"],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 2
@@ -173,8 +182,8 @@ def test_nobody_there_is_one_line() -> None:
 
 
 def test_dry_run_sends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    request = Request(["--preset", "smoke"], address="http://127.0.0.1:9", working_dir=ROOT)
-    assert run(request, dry_run=True) == 0
+    given = {"arguments": ["--preset", "smoke"], "address": "http://127.0.0.1:9", "working_dir": ROOT}
+    assert run(**given, dry_run=True) == 0
     assert "RAY_AUTH_MODE" in capsys.readouterr().out
 
 

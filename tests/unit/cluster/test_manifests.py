@@ -103,7 +103,7 @@ def test_a_job_goes_on_after_a_crash_but_not_after_a_mistake(tmp_path: Path, sta
     assert all(call.startswith("train --resume") for call in calls[1:])
 
 
-def test_slurm_script_starts_ray_trains_and_queues_itself_again_when_told_to_stop(tmp_path: Path) -> None:
+def test_slurm_script_starts_ray_trains_and_queues_itself_again_when_called_to_stop(tmp_path: Path) -> None:
     """With stand-ins for srun, scontrol, ray and ray-ctrl that write down how they were called."""
     calls = tmp_path / "calls"
     listen = "import socket,sys,time; s=socket.create_server(('127.0.0.1', int(sys.argv[1]))); time.sleep(60)"
@@ -135,10 +135,10 @@ def test_slurm_script_starts_ray_trains_and_queues_itself_again_when_told_to_sto
         ["bash", "-c", starter], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 143, done.stderr
-    told = calls.read_text("utf-8")
-    assert "ray start --head --port=24711 --num-cpus=16 --num-gpus=4 --block" in told
-    assert "runners.address=127.0.0.1:24711" in told
-    assert "--preset molmoe-1b runners.count=7 grpo.groups_per_iteration=56" in told
-    assert f"store.path={tmp_path}/store/outcomes.sqlite" in told
-    assert told.rstrip().endswith("scontrol requeue 4711")
+    called = calls.read_text("utf-8")
+    assert "ray start --head --port=24711 --num-cpus=16 --num-gpus=4 --block" in called
+    assert "runners.address=127.0.0.1:24711" in called
+    assert "--preset molmoe-1b runners.count=7 grpo.groups_per_iteration=56" in called
+    assert f"store.path={tmp_path}/store/outcomes.sqlite" in called
+    assert called.rstrip().endswith("scontrol requeue 4711")
     assert (tmp_path / "store").is_dir()

@@ -1,4 +1,4 @@
-"""What budget a controller is shown: never one far from those it was trained for."""
+"""The budget that a controller observes is clamped to its training range."""
 
 import warnings
 from dataclasses import asdict
@@ -18,45 +18,45 @@ from envs.latency import LatencyRecord
 from policies.controller import Controller
 from ray_ctrl.commands import answer
 from ray_ctrl.config import Config
-from ray_ctrl.serving import Steering, shown_budget
+from ray_ctrl.serving import RequestController, clamped_budget_ms
 
 TRAINED = BudgetDistribution.over(20.0, 60.0)
 METADATA = {"budgets": asdict(TRAINED), "reference_ms": 80.0}
 
 
 @given(st.floats(1e-3, 1e7), st.sampled_from([0.5, 1.0, 3.0]))
-def test_a_budget_is_shown_as_it_is_or_as_the_nearest_trained_for(budget_ms: float, slower: float) -> None:
+def test_a_budget_is_clamped_to_the_training_range(budget_ms: float, slower: float) -> None:
     """On a device so many times as slow, budgets are so many times as large."""
-    shown = shown_budget(budget_ms, METADATA, 80.0 * slower)
-    assert shown == pytest.approx(np.clip(budget_ms, 20.0 * slower, 60.0 * slower))
+    clamped = clamped_budget_ms(budget_ms, METADATA, 80.0 * slower)
+    assert clamped == pytest.approx(np.clip(budget_ms, 20.0 * slower, 60.0 * slower))
 
 
-def test_of_the_held_out_budgets_only_those_beyond_the_range_are_shown_as_others() -> None:
+def test_only_held_out_budgets_outside_the_range_are_clamped() -> None:
     low, *middles, high = TRAINED.held_out()
-    assert [shown_budget(ms, METADATA, 80.0) for ms in middles] == middles
-    assert (shown_budget(low, METADATA, 80.0), shown_budget(high, METADATA, 80.0)) == (20.0, 60.0)
+    assert [clamped_budget_ms(ms, METADATA, 80.0) for ms in middles] == middles
+    assert (clamped_budget_ms(low, METADATA, 80.0), clamped_budget_ms(high, METADATA, 80.0)) == (20.0, 60.0)
 
 
-def test_an_export_without_budgets_is_shown_any() -> None:
-    assert shown_budget(3.0, {}, 80.0) == 3.0
+def test_without_exported_budgets_nothing_is_clamped() -> None:
+    assert clamped_budget_ms(3.0, {}, 80.0) == 3.0
 
 
 @pytest.mark.parametrize("budgets", [None, {"low": 3}, asdict(TRAINED) | {"low_ms": "few"}])
 def test_budgets_that_cannot_be_read_are_a_users_mistake(budgets: Any) -> None:
     with pytest.raises(UserError, match=r"cannot be read|not a number"):
-        shown_budget(3.0, {"budgets": budgets, "reference_ms": 80.0}, 80.0)
+        clamped_budget_ms(3.0, {"budgets": budgets, "reference_ms": 80.0}, 80.0)
 
 
-@pytest.mark.parametrize(("budget_ms", "shown_ms"), [(3.0, 20.0), (30.0, 30.0), (1e5, 60.0)])
-def test_an_answer_is_steered_by_the_budget_shown(
-    monkeypatch: pytest.MonkeyPatch, budget_ms: float, shown_ms: float
+@pytest.mark.parametrize(("budget_ms", "clamped_ms"), [(3.0, 20.0), (30.0, 30.0), (1e5, 60.0)])
+def test_an_answer_uses_the_clamped_budget(
+    monkeypatch: pytest.MonkeyPatch, budget_ms: float, clamped_ms: float
 ) -> None:
     """The answer keeps the budget asked for; one that is too small is warned of."""
     seen: list[float] = []
 
-    def run_steered(sample: Sample, steering: Steering) -> Any:
-        seen.append(80.0 * float(steering.budget.exp()))
-        steering.knobs = Knobs("low", 1, 4, 12)
+    def run_steered(sample: Sample, serving: RequestController) -> Any:
+        seen.append(80.0 * float(serving.budget.exp()))
+        serving.knobs = Knobs("low", 1, 4, 12)
         return SimpleNamespace(n_tokens=1), LatencyRecord(1.0, 1.0, 1.0, 1.0, 1.0, 1.0), None
 
     engine = SimpleNamespace(
@@ -64,10 +64,10 @@ def test_an_answer_is_steered_by_the_budget_shown(
     )
     monkeypatch.setattr(answer, "env_config", lambda *given: SimpleNamespace(build_engine=lambda: engine))
     monkeypatch.setattr(answer, "_check_model", lambda *given: None)
-    monkeypatch.setattr(answer, "_reference", lambda *given: 80.0)
-    with warnings.catch_warnings(record=True) as told:
+    monkeypatch.setattr(answer, "_reference_ms", lambda *given: 80.0)
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         given = answer.answer(Config(), METADATA, Controller(8, 8), Sample("s", None, "what?", ()), budget_ms)
-    assert seen == pytest.approx([shown_ms])
-    assert (given.budget_ms, given.to_dict()["budget_shown_ms"]) == (budget_ms, shown_ms)
-    assert bool(told) == (budget_ms < shown_ms)
+    assert seen == pytest.approx([clamped_ms])
+    assert (given.budget_ms, given.to_dict()["clamped_budget_ms"]) == (budget_ms, clamped_ms)
+    assert bool(warned) == (budget_ms < clamped_ms)

@@ -47,7 +47,9 @@ def test_a_programs_mistake_keeps_its_traceback() -> None:
 
 @pytest.mark.parametrize("task", ["textvqa=/a b/c", "2*textvqa + 1*okvqa=d: e", 'a "quoted" \\ path', "ü #1", "[1, 2]"])
 def test_a_task_given_by_option_is_taken_as_it_stands(task: str) -> None:
-    config = load_config("smoke", None, cli._given(["run.seed=1"], 7, task))
+    config = load_config(
+        "smoke", None, cli._with_overrides({"overrides": ["run.seed=1"], "seed": 7, "task": task})["overrides"]
+    )
     assert config.task.name == task
     assert config.run.seed == 7
 

@@ -30,8 +30,8 @@ def test_given_vectors_make_batches() -> None:
         (["runners.envs_per_runner=6"], "does not divide runners.envs_per_runner = 6"),
         (["runners.envs_per_runner=8", "grpo.groups_per_iteration=5"], "do not fill complete batches"),
         (["runners.count=2", "grpo.groups_per_iteration=5"], "multiple of 2"),
-        (["runners.count=4"], "4 CPUs wanted, 2 there"),
-        (["runners.count=1", "runners.gpus=0.5"], "GPUs wanted"),
+        (["runners.count=4"], "4 CPUs needed, 2 available"),
+        (["runners.count=1", "runners.gpus=0.5"], "GPUs needed"),
         (["runners.count=1", "model.device=cuda"], r"runners\.gpus = 0"),
         (["runners.count=1", "runners.gpus=1.5"], "whole GPUs"),
         (["runners.count=1", "model.threads=2"], r"more than runners\.cpus"),
@@ -64,7 +64,7 @@ def test_the_full_size_preset_needs_one_gpu_for_each_runner(monkeypatch: pytest.
         check_machine(config, one)
     monkeypatch.setattr("ray_ctrl.preflight._cuda_devices", lambda: 1)
     check_machine(config, one)
-    with pytest.raises(UserError, match="8 GPUs wanted, 1 there"):
+    with pytest.raises(UserError, match="8 GPUs needed, 1 available"):
         check_machine(several, eight)
 
 
@@ -83,4 +83,4 @@ def test_plan_totals_and_text() -> None:
     for role in ("driver", "env runner", "learner", "evaluation runner", "placed by Ray"):
         assert role in text
     assert shortfall(plan, {"CPU": 10, "GPU": 2}, "here") is None
-    assert "1.75 GPUs wanted, 1 there" in (shortfall(plan, {"CPU": 10, "GPU": 1}, "here") or "")
+    assert "1.75 GPUs needed, 1 available" in (shortfall(plan, {"CPU": 10, "GPU": 1}, "here") or "")

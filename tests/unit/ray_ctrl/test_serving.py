@@ -15,7 +15,7 @@ from envs.knobs import TIERS, ExecutionPlan, KnobSpace
 from envs.latency import LatencyRecord, RequestShape
 from envs.latency.guardrail import AnswerLengths, Guardrail, LatencyPredictor
 from policies.controller import Controller
-from ray_ctrl.serving import Steering
+from ray_ctrl.serving import RequestController
 
 WIDTH = 8
 SPACE = KnobSpace([1.0 - 0.05 * block for block in range(16)])
@@ -74,14 +74,14 @@ def test_serving_equals_the_environment(seed: int, budget_ms: float, has_image: 
     if guarded:
         guardrail = Guardrail(0.9, AnswerLengths.fit(engine.language[None], [2], 0.9), 1.05)
         fits = LatencyPredictor(guardrail, engine, SPACE, _Clock()).predicted_ms(sample) <= budget_ms  # type: ignore[arg-type]
-    steering = Steering(controller, SPACE, budget_ms, _Clock.reference_ms, fits)
-    tier, insertion = steering.first(engine.language, has_image)
-    top_k, blocks = steering.second(engine.tokens[steering.level, insertion - 1], insertion)
+    serving = RequestController(controller, SPACE, budget_ms, _Clock.reference_ms, fits)
+    tier, insertion = serving.decide_stage1(engine.language, has_image)
+    top_k, blocks = serving.decide_stage2(engine.tokens[serving.level, insertion - 1], insertion)
     wanted = _environment_choice(controller, engine, sample, budget_ms, guardrail)
-    assert steering.feasible == (fits is None or bool(fits.any()))
+    assert serving.feasible == (fits is None or bool(fits.any()))
     if fits is not None:
         assert fits[SPACE.encode(wanted)] if fits.any() else wanted == SPACE.cheapest
-    assert steering.knobs == wanted
+    assert serving.knobs == wanted
     assert (tier, insertion, top_k) == (wanted.tier, wanted.insertion, wanted.top_k)
     assert blocks == SPACE.plan(wanted).blocks
     assert has_image or tier == "low"
@@ -100,6 +100,6 @@ class _Picture(ImageRef):
 
 def test_budget_level_is_the_environments() -> None:
     controller = Controller(WIDTH, 16)
-    levels = [Steering(controller, SPACE, ms, 80.0).level for ms in np.geomspace(5, 300, 30)]
+    levels = [RequestController(controller, SPACE, ms, 80.0).level for ms in np.geomspace(5, 300, 30)]
     assert levels == sorted(levels)
     assert len(set(levels)) > 8

@@ -1,5 +1,5 @@
-"""`run.tracker`: rows reach MLflow's local store once, a resumed run goes on in its entry, errors are told.
-`run.prometheus`: the names under which numbers are seen.
+"""`run.tracker`: rows reach MLflow's local store once, a resumed run continues its entry, errors are one line.
+`run.prometheus`: the names of the exported metrics.
 """
 
 import importlib.util
@@ -15,12 +15,12 @@ from envs.errors import UserError
 from ray_ctrl.load_config import load_config
 from ray_ctrl.tracking import Gauges, open_tracker
 
-SETTINGS = {"grpo": {"lr": 0.001}, "run": {"seed": 3}}
+CONFIG = {"grpo": {"lr": 0.001}, "run": {"seed": 3}}
 
 
 def test_none_is_none(tmp_path: Path) -> None:
-    assert load_config("smoke").run.track is None
-    assert open_tracker(None, SETTINGS, tmp_path) is None
+    assert load_config("smoke").run.tracker is None
+    assert open_tracker(None, CONFIG, tmp_path) is None
 
 
 def test_mlflow_keeps_rows_and_settings_over_a_resume(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_mlflow_keeps_rows_and_settings_over_a_resume(tmp_path: Path) -> None:
     run = tmp_path / "my-run"
     run.mkdir()
     for steps in ((1, 2), (2, 3)):  # then the resumed run, which does the iteration after its last checkpoint again
-        tracker = open_tracker(f"mlflow:{uri}", SETTINGS, run)
+        tracker = open_tracker(f"mlflow:{uri}", CONFIG, run)
         assert tracker is not None
         for step in steps:
             tracker.log({"reward": step / 10, "validation/reward": 1.0}, step)
@@ -48,22 +48,22 @@ def test_mlflow_keeps_rows_and_settings_over_a_resume(tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed here")
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run.tracker = 'wandb:me' needs a package.*pip install wandb"):
-        open_tracker("wandb:me", SETTINGS, tmp_path)
+        open_tracker("wandb:me", CONFIG, tmp_path)
 
 
 def test_an_unreachable_tracker_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     with pytest.raises(UserError, match=r"cannot be used.*run.tracker=null") as caught:
-        open_tracker("mlflow:nonsense://x", SETTINGS, tmp_path)
+        open_tracker("mlflow:nonsense://x", CONFIG, tmp_path)
     assert "\n" not in caught.value.message
 
 
-def test_a_dead_server_is_found_out_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_server_is_an_error_within_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     begun = time.monotonic()
     with pytest.raises(UserError, match=r"run.tracker = 'mlflow:http://127.0.0.1:9' cannot be used"):
-        open_tracker("mlflow:http://127.0.0.1:9", SETTINGS, tmp_path)
+        open_tracker("mlflow:http://127.0.0.1:9", CONFIG, tmp_path)
     assert time.monotonic() - begun < 60
 
 
@@ -72,23 +72,23 @@ def test_other_trackers_are_refused() -> None:
         load_config("smoke", overrides=["run.tracker=comet:x"])
 
 
-def test_prometheus_sees_numbers_under_the_names_in_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: dict[str, Any] = {}
+def test_prometheus_names_are_those_of_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    exported: dict[str, Any] = {}
 
     def gauge(name: str, description: str, tag_keys: tuple[str, ...]) -> Any:
-        return SimpleNamespace(set=lambda value, tags: shown.update({f"ray_{name}": (value, tags)}))  # as Ray does
+        return SimpleNamespace(set=lambda value, tags: exported.update({f"ray_{name}": (value, tags)}))  # as Ray does
 
     monkeypatch.setattr("ray.util.metrics.Gauge", gauge)
     gauges = Gauges(Path("/shared/runs/my-run"))
     gauges.log({"reward": 0.25, "violations": 0.5, "validation/score": 0.75}, 6)
     gauges.log({"reward": 0.5}, 7)
     page = (Path(__file__).parents[3] / "docs" / "cluster.md").read_text("utf-8")
-    assert set(shown) == set(re.findall(r"`(ray_ray_ctrl_\w+)`", page))
-    assert {name: value for name, (value, _) in shown.items()} == {
+    assert set(exported) == set(re.findall(r"`(ray_ray_ctrl_\w+)`", page))
+    assert {name: value for name, (value, _) in exported.items()} == {
         "ray_ray_ctrl_reward": 0.5,
         "ray_ray_ctrl_violations": 0.5,
         "ray_ray_ctrl_validation_score": 0.75,
         "ray_ray_ctrl_iteration": 7.0,
     }
-    assert all(tags == {"run": "my-run", "folder": "/shared/runs/my-run"} for _, tags in shown.values())
+    assert all(tags == {"run": "my-run", "folder": "/shared/runs/my-run"} for _, tags in exported.values())
     assert Gauges(Path("/other/my-run")).tags != gauges.tags, "runs of one name are two series"

@@ -210,11 +210,11 @@ class Choose:
     def __init__(self):
         self.seen = []
 
-    def first(self, language_feature_D, has_image):
+    def decide_stage1(self, language_feature_D, has_image):
         self.seen.append((language_feature_D, has_image))
         return "medium", 2
 
-    def second(self, latency_token_D, insertion):
+    def decide_stage2(self, latency_token_D, insertion):
         self.seen.append((latency_token_D, insertion))
         return 5, (0, 1, 2, 5, 6, 7, 8, 9, 10, 11, 12, 14)
 

@@ -21,7 +21,7 @@ def sweep(scheduler: str, **keys: Any) -> Sweep:
 
 
 class Trials:
-    """Tune's controller as schedulers see it, holding trials that run and pause as they are told."""
+    """Tune's controller as schedulers see it, with trials that run and pause on request."""
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from envs.errors import UserError
-from ray_ctrl.tune.sweep import Sweep, dump, load_sweep, make_sweep
+from ray_ctrl.tune.sweep import Sweep, dump, find_sweep, load_sweep, make_sweep
 
 SWEEPS = Path(__file__).resolve().parents[4] / "ray_ctrl" / "presets" / "sweeps"
 LR: dict[str, Any] = {"grpo.lr": {"log_uniform": ["1e-4", 1e-2]}}
@@ -26,6 +26,15 @@ def test_shipped_sweeps_are_fine(path: Path) -> None:
     assert found.trials >= 2
     again = make_sweep(yaml.safe_load(dump(found)), Path())
     assert (again.base, again.space, again.trials) == (found.base, found.space, found.trials)
+
+
+def test_sweeps_are_found_by_path_or_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_sweep("learning") == SWEEPS / "learning.yaml"
+    (tmp_path / "mine.yaml").write_text("", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert find_sweep("mine.yaml") == Path("mine.yaml")
+    with pytest.raises(UserError, match=r"no sweep 'learnin'.*bayesian, grid, halving, learning, smoke"):
+        find_sweep("learnin")
 
 
 def test_fixed_settings_and_overrides_reach_every_trial() -> None:
@@ -51,7 +60,7 @@ def test_a_grid_counts_its_own_trials() -> None:
         ({"trials": None}, "trials: is missing"),
         ({"space": {}}, "name at least one"),
         ({"space": {"grpo.lrr": {"choice": [1]}}}, "did you mean 'grpo.lr'"),
-        ({"space": {"grpo": {"choice": [1]}}}, "unknown setting 'grpo'"),
+        ({"space": {"grpo": {"choice": [1]}}}, "unknown key 'grpo'"),
         ({"space": {"grpo.lr": {"normal": [0, 1]}}}, "give one of uniform"),
         ({"space": {"grpo.lr": {"uniform": [0.1]}}}, "two numbers"),
         ({"space": {"grpo.lr": {"uniform": [0.2, 0.1]}}}, "lower end comes first"),
@@ -79,28 +88,28 @@ def test_mistakes_are_named_before_anything_starts(keys: dict[str, Any], words: 
     assert "\n" not in caught.value.message
 
 
-def test_trials_hold_what_they_need_and_as_many_run_as_fit() -> None:
-    from ray_ctrl.tune.search import at_once, totals, trial_resources
+def test_trials_get_their_resources_and_as_many_run_as_fit() -> None:
+    from ray_ctrl.tune.search import concurrent_trials, totals, trial_resources
 
     alone = totals(trial_resources(sweep().base))
     assert alone == {"CPU": 1.0, "GPU": 0.0}
-    spread = sweep(set={"runners.count": 2, "runners.gpus": 0.5, "runners.address": "10.0.0.1:6379"})
-    group = trial_resources(spread.base)
+    several = sweep(set={"runners.count": 2, "runners.gpus": 0.5, "runners.address": "10.0.0.1:6379"})
+    group = trial_resources(several.base)
     assert group.bundles == [{"CPU": 1.0}, {"CPU": 1.0, "GPU": 0.5}, {"CPU": 1.0, "GPU": 0.5}]
     each = totals(group)
-    assert at_once(spread, each, {"CPU": 64.0, "GPU": 2.0}) == 2
-    assert at_once(spread, each, {"CPU": 2.0, "GPU": 8.0}) == 0
-    assert at_once(sweep(concurrent=1), alone, {"CPU": 8.0}) == 1
-    assert at_once(sweep(trials=2), alone, {"CPU": 8.0}) == 2
+    assert concurrent_trials(several, each, {"CPU": 64.0, "GPU": 2.0}) == 2
+    assert concurrent_trials(several, each, {"CPU": 2.0, "GPU": 8.0}) == 0
+    assert concurrent_trials(sweep(concurrent=1), alone, {"CPU": 8.0}) == 1
+    assert concurrent_trials(sweep(trials=2), alone, {"CPU": 8.0}) == 2
 
 
 def test_trials_share_budgets_unless_the_space_touches_them() -> None:
     assert sweep().shares_budgets
-    assert sweep(space={"reward.overrun": {"uniform": [0, 1]}}).shares_budgets
+    assert sweep(space={"reward.penalty": {"uniform": [0, 1]}}).shares_budgets
     assert not sweep(space={"budgets.high_factor": {"uniform": [1.0, 2.0]}}).shares_budgets
 
 
-def test_bayesian_search_learns_from_what_it_is_told() -> None:
+def test_bayesian_search_learns_from_results() -> None:
     """Optuna's searcher, driven by hand on a parabola, ends nearer to its top than it began."""
     from ray_ctrl.tune.search import param_space, searcher
 
@@ -116,8 +125,8 @@ def test_bayesian_search_learns_from_what_it_is_told() -> None:
     assert sum(distances[-10:]) < 0.5 * sum(distances[:10])
 
 
-def test_what_a_resumed_trial_tells_again_is_no_warning() -> None:
-    from ray_ctrl.tune.search import param_space, quiet, searcher
+def test_a_result_reported_again_is_no_warning() -> None:
+    from ray_ctrl.tune.search import param_space, searcher, silence_tune
 
     found = sweep(search="bayesian")
     search = searcher(found, 1)
@@ -125,6 +134,6 @@ def test_what_a_resumed_trial_tells_again_is_no_warning() -> None:
     search.suggest("a")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quiet()
+        silence_tune()
         for _ in range(2):
             search.on_trial_result("a", {found.file.metric: 0.5, "training_iteration": 1})

@@ -1,4 +1,4 @@
-"""What a trial does besides training: ending in time, reporting, passing on the wish to stop."""
+"""What a trial does apart from training: ending before Tune's timeout, reporting, forwarding a stop."""
 
 import json
 import os
@@ -29,14 +29,14 @@ def run(root: Path, name: str, scores: dict[int, float], lr: float) -> RunFolder
     """A trial's folder with a checkpoint for every score."""
     folder = RunFolder.create(root / "trials" / name, load_config("smoke", None, [f"grpo.lr={lr}"]))
     for iteration, score in scores.items():
-        go_on(folder, iteration, score)
+        advance(folder, iteration, score)
     return folder
 
 
-def go_on(folder: RunFolder, iteration: int, score: float) -> None:
-    def write(aside: Path) -> None:
-        (aside / "controller").mkdir()
-        (aside / "controller" / "name").write_text(f"{folder.root.name} {iteration}", encoding="utf-8")
+def advance(folder: RunFolder, iteration: int, score: float) -> None:
+    def write(temporary: Path) -> None:
+        (temporary / "controller").mkdir()
+        (temporary / "controller" / "name").write_text(f"{folder.root.name} {iteration}", encoding="utf-8")
 
     folder.append_metrics({"iteration": iteration, METRIC: score, "reward": score})
     folder.save_checkpoint(iteration, score, write)
@@ -102,7 +102,7 @@ def test_a_process_that_ends_a_trial_slowly_still_takes_the_next(
         os.environ.pop("TUNE_FUNCTION_THREAD_TIMEOUT_S", None)
 
 
-def test_what_tune_may_have_missed_is_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_tune_may_have_missed_is_reported_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An iteration that was written down, but not reported before the interruption."""
     from ray_ctrl.commands import train
     from ray_ctrl.tune import trial
@@ -119,11 +119,11 @@ def test_what_tune_may_have_missed_is_told_again(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(train, "Trainer", lambda *given: trainer)
     monkeypatch.setattr(trial, "open_setting", lambda config: SimpleNamespace(with_clock=lambda place: None))
     monkeypatch.setattr(trial.tune, "get_context", lambda: SimpleNamespace(get_trial_id=lambda: "me"))
-    told: list[int] = []
-    monkeypatch.setattr(trial.tune, "report", lambda numbers, **more: told.append(numbers["iteration"]))
+    reported: list[int] = []
+    monkeypatch.setattr(trial.tune, "report", lambda numbers, **more: reported.append(numbers["iteration"]))
     found = sweep(set={"run.iterations": 3})
     trial.train_trial({"grpo.lr": 0.01}, sweep=found, root=str(tmp_path))
-    assert told == [2, 3]
+    assert reported == [2, 3]
 
 
 def test_an_interruption_before_tune_listens_is_passed_on_later() -> None:
@@ -134,7 +134,7 @@ def test_an_interruption_before_tune_listens_is_passed_on_later() -> None:
 
     heard: list[int] = []
     with Stopper() as stopper, _tune_signal_kept(), stopper.patient("stopping"):
-        progress = Progress(sweep(), Path(), lambda: stopper.requested)
+        progress = Progress(sweep(), lambda: stopper.requested)
         progress.on_step_begin(0, [])
         os.kill(os.getpid(), signal.SIGINT)
         assert stopper.requested
@@ -147,11 +147,11 @@ def test_an_interruption_before_tune_listens_is_passed_on_later() -> None:
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
-def test_the_best_so_far_is_that_of_the_whole_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_best_so_far_is_that_of_all_of_the_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     from ray_ctrl.tune.progress import Progress
 
     for mode, score, better in (("max", 0.7, False), ("max", 0.9, True), ("min", 0.2, False), ("min", 0.0, True)):
-        progress = Progress(sweep(mode=mode), Path())
+        progress = Progress(sweep(mode=mode))
         progress.recall([0.8, 0.1])
         progress.on_trial_result(0, [], SimpleNamespace(trial_id="a", last_result={}), {"iteration": 1, METRIC: score})
         assert ("best so far" in capsys.readouterr().out) == better
@@ -160,7 +160,7 @@ def test_the_best_so_far_is_that_of_the_whole_sweep(capsys: pytest.CaptureFixtur
 
 
 def test_an_ended_sweep_says_so_and_is_finished_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also where the process died between the last trial and the export: statuses are there, the controller is not."""
+    """Also if the process died between the last trial and the export: statuses are there, the controller is not."""
     from ray_ctrl import tune
 
     run(tmp_path, "a", {1: 0.1}, lr=0.01)
@@ -169,20 +169,20 @@ def test_an_ended_sweep_says_so_and_is_finished_again(tmp_path: Path, capsys: py
     atomic_write(tmp_path / "statuses.json", json.dumps({"a": "TERMINATED", "b": "TERMINATED"}))
     for _ in range(2):
         tune.run(None, run_dir=tmp_path, resume=True)
-        assert "all 2 trials of this sweep ended before" in capsys.readouterr().out
+        assert "all 2 trials of this sweep have ended" in capsys.readouterr().out
         assert (tmp_path / "controller" / "name").read_text("utf-8") == "b 1"
     assert json.loads((tmp_path / "statuses.json").read_text("utf-8")) == {"a": "TERMINATED", "b": "TERMINATED"}
 
 
-def test_statuses_are_known_where_tune_had_nothing_left_to_run(tmp_path: Path) -> None:
+def test_statuses_are_known_if_tune_had_nothing_left_to_run(tmp_path: Path) -> None:
     from ray_ctrl import tune
     from ray_ctrl.tune.progress import Progress
 
-    progress = Progress(sweep(), tmp_path)
+    progress = Progress(sweep())
     progress.on_experiment_end([SimpleNamespace(trial_id=name, status="TERMINATED") for name in "ab"])
     assert progress.statuses() == {"a": "TERMINATED", "b": "TERMINATED"}
     atomic_write(tmp_path / "statuses.json", json.dumps(progress.statuses()))
-    tune.summarise(sweep(), tmp_path, {})
+    tune.summarize(sweep(), tmp_path, {})
     assert tune.recorded(tmp_path) == progress.statuses()
 
 

@@ -1,0 +1,44 @@
+"""`ray-ctrl answer` and the example, with a trained run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, fine, ray_ctrl
+
+
+def test_a_sample_is_asked_and_compared_with_its_reference(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = fine("answer", "--sample", "1", "-b", "1000", "--controller", trained)
+    assert "trained on 64 rollouts only, a trial run" in done.err
+    found = json.loads(fine("answer", "--sample", "1", "-b", "1000", "--controller", trained, "--json").out)
+    lines = {line.split()[0]: line for line in done.out.splitlines() if line.strip()}
+    assert {"question", "reference", "answer", "plan", "latency", "controller"} <= set(lines)
+    assert not list(tmp_path.iterdir()), "nothing is left in the folder it was called from"
+    assert found["question"] in lines["question"]
+    assert found["references"][0] in lines["reference"]
+
+
+def test_settings_reach_the_model_and_the_run_folder(trained: Path, tmp_path: Path) -> None:
+    given = ("-b", "1000", "--controller", str(trained))
+    assert str(tmp_path) in ray_ctrl("answer", "-", "what?", f"model.name={tmp_path}", *given).err
+    newest = fine("answer", "-", "what is this?", f"run.folder={trained.parent}", "-b", "1000")
+    assert f"controller {trained}" in newest.out
+    assert "counted from 0" in ray_ctrl("answer", "--sample", "1000000", "task.test_samples=3", *given).err
+    assert "--sample N" in ray_ctrl("answer", *given).err
+    assert "max_sequence_length" in ray_ctrl("answer", "-", "what is it " * 3000, *given).err
+
+
+def test_the_example_answers(trained: Path) -> None:
+    program = ROOT / "examples" / "answer_one_question.py"
+    assert len(program.read_text("utf-8").splitlines()) <= 30
+    done = subprocess.run(
+        [sys.executable, program, trained, "500"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "ms of 500 ms" in done.stdout
