@@ -11,8 +11,9 @@ from torch import Tensor
 
 from envs.knobs import ExecutionPlan
 from envs.model.config import MolmoEConfig
-from envs.model.kernels_step import KernelStep, Tuning
-from envs.model.language import Block, BlockCache, Language, Prefilled
+from envs.model.kernels.decode_step import KernelStep, Tuning
+from envs.model.language import Block, Language
+from envs.model.prefill import BlockCache, Prefilled
 from envs.model.static import Cell, StaticDecoder
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"

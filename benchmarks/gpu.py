@@ -34,8 +34,8 @@ from envs.processing.processor import MolmoEProcessor
 
 # Seconds each part may take; together under 8 minutes.
 LIMITS = {
-    "ceilings": 20, "kernels": 45, "decode": 90, "prefill": 45, "request": 50, "rollouts": 70, "numerics": 30,
-    "syncs": 20, "olmoe": 120,
+    "ceilings": 20, "kernels": 45, "decode": 90, "prefill": 45, "request": 60, "attention": 20, "rollouts": 80,
+    "numerics": 30, "syncs": 20, "olmoe": 120,
 }  # fmt: skip
 
 
@@ -134,15 +134,16 @@ def ceilings(bench: Bench) -> dict[str, float]:
 
 
 def parts() -> dict[str, Callable[[Bench], Any]]:
-    from benchmarks import gpu_olmoe, gpu_parts
+    from benchmarks import gpu_olmoe, gpu_parts, gpu_requests, gpu_rollouts
 
     return {
         "ceilings": ceilings,
         "kernels": gpu_parts.kernels,
         "decode": gpu_parts.decode,
         "prefill": gpu_parts.prefill,
-        "request": gpu_parts.request,
-        "rollouts": gpu_parts.rollouts,
+        "request": gpu_requests.request,
+        "attention": gpu_rollouts.attention,
+        "rollouts": gpu_rollouts.rollouts,
         "numerics": gpu_parts.numerics,
         "syncs": gpu_parts.syncs,
         "olmoe": gpu_olmoe.olmoe,
@@ -203,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no part {', '.join(sorted(unknown))}: choose of {', '.join(LIMITS)}")
     if args.device == "cpu" and not args.tiny:
         parser.error("no GPU here: add --tiny for a rehearsal on the CPU")
-    config = MolmoEConfig.from_pretrained(Path("envs/model/embedded/weights")) if args.tiny else published_config()
+    config = MolmoEConfig.from_pretrained(Path("envs/embedded/weights")) if args.tiny else published_config()
     bench = Bench(torch.device(args.device), config, args.tiny, args.out)
     card = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "CPU"
     args.out.mkdir(parents=True, exist_ok=True)

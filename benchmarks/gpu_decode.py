@@ -31,7 +31,7 @@ from benchmarks.decode_checks import (
     top_k_of,
 )
 from envs.model.decode import DecodeBatch
-from envs.model.kernels_step import KernelStep, Tuning, launches
+from envs.model.kernels.decode_step import KernelStep, Tuning, launches
 from envs.model.language import Block, Language, attend
 from envs.model.static import Cell, StaticDecoder
 
@@ -39,14 +39,15 @@ CONTEXTS = (600, 1100, 1500)
 STEPS = 40
 # Candidates tried for each kernel, in the order of `Tuning`'s fields.
 SWEEP: dict[str, tuple[tuple[int, ...], ...]] = {
-    "gate_up": ((4, 4), (2, 4), (8, 8), (4, 8), (8, 4), (2, 8)),
-    "down": ((128, 128, 8), (128, 64, 4), (64, 128, 4), (256, 64, 8), (128, 128, 4), (64, 256, 8), (256, 32, 4)),
-    "qkv": ((4, 4), (2, 4), (8, 8), (4, 8), (8, 4), (16, 8)),
-    "attention": ((16, 64, 4), (8, 64, 4), (16, 128, 8), (32, 64, 4), (32, 32, 4), (8, 128, 8)),
-    "out": ((4, 4), (1, 4), (2, 4), (8, 8), (2, 8)),
-    "router": ((1, 4), (1, 2), (2, 4), (1, 8)),
-    "head": ((8, 2, 4), (8, 4, 4), (16, 1, 8), (16, 2, 8), (4, 4, 4), (8, 8, 4), (16, 4, 8)),
-}
+    "gate_up": ((2, 8), (2, 4), (1, 4), (4, 8)),
+    "down": ((256, 32, 4), (128, 32, 4), (256, 32, 2), (512, 32, 4), (512, 32, 8), (256, 16, 2), (128, 64, 4),
+             (512, 64, 8), (1024, 16, 4)),
+    "qkv": ((4, 4), (2, 4), (4, 8)),
+    "attention": ((32, 64, 4), (32, 64, 8), (64, 32, 4), (64, 32, 2), (32, 32, 2), (16, 128, 8), (64, 64, 4)),
+    "out": ((8, 8), (4, 4), (2, 4)),
+    "router": ((1, 8), (1, 4)),
+    "head": ((8, 2, 4), (4, 4, 4), (4, 2, 4), (8, 1, 4)),
+}  # fmt: skip
 
 
 class Results:
@@ -183,9 +184,10 @@ def dynamic_speed(language: Language, length: int, experts: str, plan: str = "16
     def step() -> Tensor:
         state = x
         for index, block in enumerate(language.blocks):
-            keys, values = batch.keys[index], batch.values[index]
-            if keys is None or values is None:
+            own = batch.blocks[index]
+            if own is None:
                 continue
+            keys, values = own.keys, own.values
             assert isinstance(block, Block)
             query, key, value = block.project(state, language.rope(length + 1)[length : length + 1])
             keys[:, length : length + 1], values[:, length : length + 1] = key, value

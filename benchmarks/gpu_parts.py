@@ -1,37 +1,25 @@
-"""Parts of `benchmarks/gpu.py` that look at this package: kernels, stages, requests, rollouts, numbers, waits."""
+"""Parts of `benchmarks/gpu.py` that look at this package: kernels, stages, numbers, waits."""
 
-import hashlib
 import importlib
 import importlib.util
-import random
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from benchmarks.ledger import count, full_model, plan_of, stages
-from envs.data.sample import ImageRef, Sample
-from envs.engine import RolloutEngine
-from envs.engine.engine import measure
-from envs.knobs import KnobSpace
 from envs.model import fused
-from envs.model.block_importance import PUBLISHED_IMPORTANCE
 from envs.model.decode import DecodeBatch
 
 if TYPE_CHECKING:
     from benchmarks.gpu import Bench
-
-NEW_TOKENS = 10
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -166,156 +154,6 @@ def _host_ms(bench: "Bench", call: Callable[[], Any]) -> float:
         call()
         spent.append((time.perf_counter() - began) * 1e3)
     return statistics.median(spent)
-
-
-@dataclass(frozen=True)
-class Drawn(ImageRef):
-    """Smooth random colors with noise, of a given size."""
-
-    seed: int
-    width: int
-    height: int
-
-    @property
-    def digest(self) -> str:  # type: ignore[override]
-        return hashlib.sha256(f"{self}".encode()).hexdigest()
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.width, self.height
-
-    def load(self) -> Image.Image:
-        rng = np.random.default_rng(self.seed)
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-        return coarse.resize(self.size, Image.Resampling.BICUBIC)
-
-
-def padded(bench: "Bench", tokens: int, tier: str, size: tuple[int, int]) -> Sample:
-    """A sample whose prompt has `tokens` tokens, by the length of its question."""
-    question = "what"
-    for words in range(tokens):
-        question = "what" + " is" * words
-        if bench.processor.shape(size, tier, question, None).prompt_tokens >= tokens:
-            break
-    image = Drawn(0, *size)
-    return Sample(id=f"padded-{tokens}", image=image, question=question, answers=("x",), metric="exact")
-
-
-def request(bench: "Bench") -> dict[str, Any]:
-    """Whole requests, ten answer tokens, stage by stage; the first after load; and with a loop over experts."""
-    engine = RolloutEngine(bench.model, bench.processor, max_new_tokens=NEW_TOKENS)
-    found: dict[str, Any] = {}
-    decoder = _static(bench)
-    wide, square = ((200, 60), (90, 90)) if bench.tiny else ((900, 300), (1024, 768))
-    for name, tokens, tier, size, blocks, top_k in (
-        ("600 12/4", 40 if bench.tiny else 600, "low", wide, 12, 4),
-        ("1500 16/8", 50 if bench.tiny else 1500, "high", square, 16, 8),
-    ):
-        sample = padded(bench, tokens, tier, size)
-        shape = engine.shape(sample, tier)
-        base = plan_of(blocks, top_k)
-        plan = type(base)(tier, base.insertion, base.top_k, base.blocks)
-        entry: dict[str, Any] = {"prompt_tokens": shape.prompt_tokens, "views": shape.crops}
-        entry["first_ms"] = engine.run_measured(sample, plan)[1].total
-        entry |= _request(engine, sample, plan, 2 if bench.tiny else 15)
-        if decoder is not None:
-            with mock.patch.object(importlib.import_module(measure.__module__), "_decode", decoder):
-                entry["static decode"] = _request(engine, sample, plan, 2 if bench.tiny else 15)
-        with mock.patch("envs.model.language.mixture", loop):
-            entry["loop over experts"] = _request(engine, sample, plan, 1 if bench.tiny else 3)
-        found[name] = bench.results.setdefault("request", {})[name] = entry
-    return found
-
-
-def _static(bench: "Bench") -> Callable[..., Any] | None:
-    """The static decoder in place of the dynamic one, where there is one."""
-    if importlib.util.find_spec("envs.model.static") is None:
-        return None
-    decoder = importlib.import_module("envs.model.static").StaticDecoder(bench.model.language)
-
-    def decode(model: Any, prefilled: Any, token: int, limit: int) -> tuple[list[int], bool]:
-        ids = [token, *decoder.decode(prefilled, 0, token, limit - 1)]
-        return ids, len(ids) < limit
-
-    return decode
-
-
-def _request(engine: RolloutEngine, sample: Sample, plan: Any, repeats: int) -> dict[str, float]:
-    engine.run_measured(sample, plan)
-    records = [engine.run_measured(sample, plan) for _ in range(repeats)]
-    names = ("processor", "vision", "prefix", "suffix", "decode", "total")
-    stage = {name: statistics.median(getattr(record, name) for _, record in records) for name in names}
-    return {**stage, "without_processor": stage["total"] - stage["processor"], "new_tokens": records[-1][0].n_tokens}
-
-
-def loop(
-    x_ND: Tensor, logits_NE: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor, top_k: Any, *_: Any,
-    residual_ND: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """The mixture as the published code computes it: expert by expert, each asking which tokens are its own."""
-    most = top_k if isinstance(top_k, int) else top_k.maximum
-    weights, chosen = logits_NE.float().softmax(-1).topk(most, -1)
-    out = torch.zeros_like(x_ND)
-    for expert in range(len(gate_up_EGD)):
-        token, slot = torch.where(chosen == expert)
-        if len(token):
-            gate, up = F.linear(x_ND[token], gate_up_EGD[expert]).chunk(2, -1)
-            part = (F.silu(gate) * up) @ down_EHD[expert] * weights[token, slot, None].to(x_ND.dtype)
-            out.index_add_(0, token, part)
-    return out if residual_ND is None else residual_ND + out
-
-
-class _Timed:
-    """A processor that adds up the time it takes."""
-
-    def __init__(self, processor: Any) -> None:
-        self._processor, self.seconds = processor, 0.0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        try:
-            return self._processor(*args, **kwargs)
-        finally:
-            self.seconds += time.perf_counter() - began
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._processor, name)
-
-
-def rollouts(bench: "Bench") -> dict[str, Any]:
-    """64 samples under 8 random plans each, nothing known before; preprocessing apart."""
-    groups, plans, rng = (3, 2, random.Random(1)) if bench.tiny else (64, 8, random.Random(1))
-    space = KnobSpace(PUBLISHED_IMPORTANCE)
-    sizes = [(1024, 768), (768, 1024), (1024, 683), (640, 480), (1024, 1024)]
-    if bench.tiny:
-        sizes = [(120, 90)]
-    samples = [
-        Sample(
-            id=str(i), image=Drawn(i, *rng.choice(sizes)), question=f"what is the number {i}", answers=("x",),
-            metric="exact",
-        )
-        for i in range(groups + 2)
-    ]  # fmt: skip
-    found: dict[str, Any] = {}
-    for limit in (4,) if bench.tiny else (4, NEW_TOKENS):
-        timed = _Timed(bench.processor)
-        engine = RolloutEngine(bench.model, timed, max_new_tokens=limit)  # type: ignore[arg-type]
-        engine.outcomes(samples[groups:], [space.plan(space.full)] * 2)
-        pairs = [(sample, space.plan(rng.choice(space.all))) for sample in samples[:groups] for _ in range(plans)]
-        timed.seconds = 0.0
-        bench.wait()
-        began = time.perf_counter()
-        outcomes = engine.outcomes([sample for sample, _ in pairs], [plan for _, plan in pairs])
-        bench.wait()
-        spent = time.perf_counter() - began
-        # A pool may prepare many at once; then its processor time is no part of the wall time.
-        found[f"{limit} tokens"] = {
-            "rollouts_per_s": len(pairs) / spent, "wall_s": spent, "preprocessing_cpu_s": timed.seconds,
-            "rollouts_per_s_without_preprocessing": len(pairs) / max(spent - timed.seconds, 1e-9),
-            "tokens": sum(outcome.n_tokens for outcome in outcomes),
-        }  # fmt: skip
-        bench.results["rollouts"] = found
-    return found
 
 
 @contextmanager

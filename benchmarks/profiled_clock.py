@@ -1,9 +1,9 @@
-"""The profiled clock against requests that it was not fitted to: other samples, other plans, batch 1.
+"""The profiled latency source on requests that it was not fitted to: other samples, other plans, batch 1.
 
     python benchmarks/profiled_clock.py [--requests 80] [--repeats 5] [--threads 1] [--device cpu]
 
-Profiles training samples and serves test samples. Prints the median and the 90th percentile of the absolute relative
-error; the machine should do nothing else meanwhile.
+Profiles training samples and measures test samples. Prints the median and the 90th percentile of the absolute relative
+error; run it on an idle machine.
 """
 
 import argparse
@@ -34,8 +34,8 @@ def main() -> None:
     processor = MolmoEProcessor.from_pretrained(args.model)
     engine = RolloutEngine(model, processor, importance=read_importance(args.model))
     clock = ProfiledClock(profile(engine, load_task(args.task, "train", 200, 0), repeats=args.repeats))
-    served = load_task(args.task, "test", 2 * args.requests, 0)
-    errors = hold_out(clock, engine, served, requests=args.requests, repeats=args.repeats).errors
+    held_out = load_task(args.task, "test", 2 * args.requests, 0)
+    errors = hold_out(clock, engine, held_out, requests=args.requests, repeats=args.repeats)
     figures = {
         "requests": len(errors),
         "threads": args.threads,

@@ -1,4 +1,1 @@
-"""The world: knobs, the frozen model, the engine, clocks, tasks, rewards and environments.
-
-Nothing in here imports Ray.
-"""
+"""Environment and model: knobs, frozen model, engine, latency, tasks, reward, environments. No Ray in here."""

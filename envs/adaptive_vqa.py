@@ -1,8 +1,8 @@
-"""The environment: two decisions about one request, then its answer, its latency and a reward.
+"""The environment: two decisions about one request, then its answer, latency and reward.
 
-Step 1 picks tier and insertion position before the image is encoded, step 2 picks top-k and blocks from the latency
-token that the first blocks produced. The vector environment is the real one: all its episodes are in step, and every
-step makes one batched call to the engine. The single environment is a vector of one.
+Step 1 chooses tier and insertion position before the image is encoded; step 2 chooses top-k and blocks from the latency
+token that the first blocks produced. All episodes of the vector environment advance together, with one batched engine
+call per step; the single environment is a vector of one.
 """
 
 import math
@@ -19,8 +19,8 @@ from envs.env_resources import EnvConfig, World
 from envs.errors import UserError
 from envs.knobs import BLOCK_COUNTS, HEAD_SIZES, INSERTIONS, STAGE1_PAIRS, TIERS, TOP_KS, head_masks, nearest_legal
 from envs.observation import Observation, observation_bounds, observe_latency_token, observe_question, plans_that_fit
-from envs.schedule import Context, Listed, ListedSchedule, Schedule, TrainingSchedule, listed
-from envs.scoring_step import Finished, finish
+from envs.schedule import Context, ContextTuple, ListedSchedule, Schedule, TrainingSchedule, listed
+from envs.scoring_step import score
 
 Array = npt.NDArray[Any]
 Step = tuple[Observation, Array, Array, Array, dict[str, Any]]
@@ -32,24 +32,23 @@ _STAGE_HEADS: Final = ((0, 1), (2, 3))
 
 
 class AdaptiveVQAVectorEnv(VectorEnv):
-    """`num_envs` requests at once, in groups that share a (sample, budget) context.
+    """`num_envs` requests in groups that share a (sample, budget) context.
 
-    Episodes have two steps and all end together; the step after the end resets (gymnasium's NEXT_STEP). Values in the
-    heads of the other stage are ignored.
+    Episodes have two steps; the step after the end resets (gymnasium's NEXT_STEP). Action heads of the other stage are
+    ignored.
 
     Args:
-        config: a plain mapping, as Ray hands it to a worker, with
-            `world`: a `World`, a `EnvConfig`, or a function of no arguments that makes a world;
+        config: a plain mapping with
+            `world`: a `World`, an `EnvConfig`, or a function that returns a `World`;
             `num_envs`: 1 or more (default 1);
             `group_size`: environments per context, a divisor of `num_envs` (default 1);
             `seed`: of the training schedule (default 0);
-            `contexts`: explicit ones as `envs.schedule.listed` takes them, each run once by one environment; None
-            trains;
+            `contexts`: explicit contexts (`envs.schedule.listed`), each run once by one environment; None trains;
             `illegal_actions`: `error` (default) refuses a pair of choices that the mask forbids, `project` takes the
-            nearest legal pair instead (`envs.knobs.nearest_legal`).
+            nearest legal pair (`envs.knobs.nearest_legal`).
 
     Raises:
-        UserError: an unknown or missing key, or numbers that do not fit together.
+        UserError: an unknown or missing key, or an invalid value.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}
@@ -57,7 +56,7 @@ class AdaptiveVQAVectorEnv(VectorEnv):
     def __init__(self, config: Mapping[str, Any]) -> None:
         unknown = sorted(set(config) - set(_CONFIG_KEYS))
         if unknown or "world" not in config:
-            wrong = f"unknown environment setting {unknown[0]!r}" if unknown else "no `world` to run in"
+            wrong = f"unknown environment config key {unknown[0]!r}" if unknown else "no `world` given"
             raise UserError(f"{wrong}: an environment takes {', '.join(_CONFIG_KEYS)}")
         self.world = _world(config["world"])
         self.num_envs = int(config.get("num_envs", 1))
@@ -78,30 +77,22 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         if config.get("contexts") is not None:
             self.set_contexts(config["contexts"])
 
-    # What a runner sets.
+    # Interface to the env runner (`envs.contracts.VectorEnvironment`).
 
     def set_worker(self, index: int, count: int) -> None:
-        """Say which of `count` equal shares of a round this environment runs, from 0.
-
-        Raises:
-            UserError: an index outside the count.
-        """
+        """Run share `index` of `count` equal shares of every round."""
         if not 0 <= index < count:
             raise UserError(f"worker {index} of {count} is not allowed: workers count from 0 to {count - 1}")
         self._worker, self._workers = index, count
 
     def set_round(self, round_index: int) -> None:
-        """Make the next reset run round `round_index`; the resets after it go on from there.
-
-        Raises:
-            UserError: a negative round.
-        """
+        """Make the next reset run round `round_index`; later resets continue from it."""
         if round_index < 0:
             raise UserError(f"round {round_index} is not allowed: rounds count from 0")
         self._round = int(round_index)
 
-    def set_contexts(self, contexts: Sequence[Listed] | None) -> None:
-        """Serve explicit contexts, one environment each, from round 0 on; None goes back to training.
+    def set_contexts(self, contexts: Sequence[ContextTuple] | None) -> None:
+        """Run explicit contexts, one environment each, from round 0; None returns to training.
 
         Raises:
             UserError: an empty list, an unknown sample or an impossible budget.
@@ -113,11 +104,7 @@ class AdaptiveVQAVectorEnv(VectorEnv):
             self.schedule = listed(contexts, len(self.world.samples))
 
     def set_multipliers(self, values: npt.ArrayLike | None) -> None:
-        """Penalty multipliers of the next rewards, one per budget bin; None takes the constant one of the settings.
-
-        Raises:
-            UserError: another number of values than budget bins.
-        """
+        """Penalty multipliers of the next rewards, one per budget bin; None takes the constant `reward.penalty`."""
         bins = self.world.budgets.bins
         given = np.full(bins, self.world.reward.penalty) if values is None else np.array(values, np.float64)
         if given.shape != (bins,):
@@ -127,7 +114,7 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         self.multipliers = given
 
     def restart(self, seed: int) -> None:
-        """Begin the training schedule of another seed at round 0."""
+        """Start the training schedule of another seed at round 0."""
         self.seed = seed
         self._round = 0
         if not isinstance(self.schedule, ListedSchedule):
@@ -146,8 +133,8 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         """Start the next round.
 
         Args:
-            seed: seeds `np_random` alone. Contexts follow the schedule: RLlib passes the same seed every time.
-            options: `{"contexts": [...]}` serves these instead, this once.
+            seed: seeds `np_random` alone; contexts follow the schedule, as RLlib passes the same seed every time.
+            options: `{"contexts": [...]}` runs these instead, for one episode.
         """
         super().reset(seed=seed)
         given = (options or {}).get("contexts")
@@ -159,7 +146,7 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         self._stage = 0
         self._choices[:] = 0
         reference = self.world.clock.reference_ms
-        self._log_ratios = [math.log(context.shown_ms / reference) for context in self._contexts]
+        self._log_ratios = [math.log(context.clamped_budget_ms / reference) for context in self._contexts]
         self._fits = plans_that_fit(self.world, self._contexts)
         self._observation = observe_question(self.world, self._contexts, self._log_ratios, self._fits)
         return self._observation, {}
@@ -176,7 +163,8 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         if self._stage == 2:
             observation, infos = self.reset()
             return observation, np.zeros(self.num_envs), running, running.copy(), infos
-        self._take(self._checked(actions))
+        heads = list(_STAGE_HEADS[self._stage])
+        self._choices[:, heads] = self._legal_choices(actions)[:, heads]
         self._stage += 1
         if self._stage == 1:
             self._observation = observe_latency_token(
@@ -184,23 +172,21 @@ class AdaptiveVQAVectorEnv(VectorEnv):
             )
             return self._observation, np.zeros(self.num_envs), running, running.copy(), {}
         feasible = np.array([fits is None or bool(fits.any()) for fits in self._fits])
-        finished = finish(self.world, self._contexts, self._choices, self.multipliers, feasible)
+        rewards, infos = score(self.world, self._contexts, self._choices, self.multipliers, feasible)
         ended = np.ones(self.num_envs, np.bool_)
-        return self._observation, finished.rewards, ended, running, _infos(finished)
+        # Gymnasium's vector infos: under `_key`, which environments have the value `key`.
+        infos |= {f"_{key}": ended.copy() for key in infos}
+        return self._observation, rewards, ended, running, infos
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
-        """Options (num_envs, 18) of each head that some legal pair has, as MaskablePPO takes them.
+        """Options (num_envs, 18) that occur in a legal pair, per head, as MaskablePPO takes them.
 
-        Which pairs are legal is in `action_mask` of the observation; two options allowed here may not go together.
+        Two allowed options may form an illegal pair; `action_mask` of the observation gives the legal pairs.
         """
         return head_masks(self._observation["action_mask"] > 0)
 
     def current(self) -> Context:
-        """What the first environment's running episode is about.
-
-        Raises:
-            ResetNeeded: there is none.
-        """
+        """Context of the first environment's episode."""
         if not self._contexts:
             raise gym.error.ResetNeeded("call reset() first")
         return self._contexts[0]
@@ -233,58 +219,53 @@ class AdaptiveVQAVectorEnv(VectorEnv):
     def _draw(self, schedule: Schedule, round_index: int) -> list[Context]:
         """This worker's contexts of a round, one per environment."""
         size = 1 if isinstance(schedule, ListedSchedule) else self.group_size
-        here = self.num_envs // size
-        groups = range(self._worker * here, (self._worker + 1) * here)
-        drawn = schedule.draw(round_index, groups, here * self._workers)
+        count = self.num_envs // size
+        groups = range(self._worker * count, (self._worker + 1) * count)
+        drawn = schedule.draw(round_index, groups, count * self._workers)
         return [context for context in drawn for _ in range(size)]
 
     # Actions.
 
-    def _checked(self, actions: Any) -> Array:
-        """Actions (num_envs, 4) whose heads of this stage are legal."""
+    def _legal_choices(self, actions: Any) -> Array:
+        """Actions (num_envs, 4) whose heads of this stage are legal; the other heads are 0."""
         chosen = np.asarray(actions)
         if chosen.shape != self._choices.shape or not np.issubdtype(chosen.dtype, np.integer):
             raise UserError(
-                f"actions of shape {chosen.shape} and type {chosen.dtype} are not allowed: give whole numbers of shape "
+                f"actions of shape {chosen.shape} and type {chosen.dtype} are not allowed: give integers of shape "
                 f"{self._choices.shape}"
             )
         heads = list(_STAGE_HEADS[self._stage or 0])
-        outside = [(head, int(row)) for head in heads for row in np.flatnonzero(_outside(chosen[:, head], head))]
-        if outside:
-            raise self._illegal(outside[0][1], chosen)
-        # Heads of the other stage are ignored, whatever they hold.
-        mine = np.zeros_like(self._choices)
-        mine[:, heads] = chosen[:, heads]
-        legal = nearest_legal(mine, self._observation["action_mask"] > 0)
-        wrong = np.flatnonzero((legal != mine)[:, heads].any(axis=1))
-        if wrong.size and self.illegal_actions == "error":
-            raise self._illegal(int(wrong[0]), chosen)
+        given = np.zeros_like(self._choices)
+        given[:, heads] = chosen[:, heads]
+        outside = np.flatnonzero(((given < 0) | (given >= HEAD_SIZES)).any(axis=1))
+        if outside.size:
+            raise self._illegal(int(outside[0]), chosen)
+        legal = nearest_legal(given, self._observation["action_mask"] > 0)
+        changed = np.flatnonzero((legal != given)[:, heads].any(axis=1))
+        if changed.size and self.illegal_actions == "error":
+            raise self._illegal(int(changed[0]), chosen)
         return legal
 
     def _illegal(self, row: int, chosen: Array) -> UserError:
         first, second = _STAGE_HEADS[self._stage or 0]
         mask = self._observation["action_mask"][row] > 0
         pairs = np.flatnonzero(mask[STAGE1_PAIRS:] if self._stage else mask[:STAGE1_PAIRS])
-        shown = [divmod(int(pair), HEAD_SIZES[second]) for pair in pairs]
-        allowed = [f"{a}, {b} ({_OPTIONS[first][a]}, {_OPTIONS[second][b]})" for a, b in shown]
+        indices = [divmod(int(pair), HEAD_SIZES[second]) for pair in pairs]
+        allowed = [f"{a}, {b} ({_OPTIONS[first][a]}, {_OPTIONS[second][b]})" for a, b in indices]
         given = f"{chosen[row, first]}, {chosen[row, second]}"
         return UserError(
             f"actions {given} of heads {_HEADS[first]} and {_HEADS[second]} are not allowed together in environment "
             f"{row}: choose one of {'; '.join(allowed)}"
         )
 
-    def _take(self, actions: Array) -> None:
-        heads = list(_STAGE_HEADS[self._stage or 0])
-        self._choices[:, heads] = actions[:, heads]
-
 
 class AdaptiveVQAEnv(gym.Env[Observation, Array]):
-    """One request at a time: a vector of one, for tools that want a plain `gymnasium.Env`.
+    """One request at a time, for tools that take a plain `gymnasium.Env`.
 
     Args:
-        config: as for `AdaptiveVQAVectorEnv`; it has one environment, so groups have size 1, and projects illegal
-            actions unless told otherwise, so that `env.step(env.action_space.sample())` works.
-        render_mode: `rgb_array`: `render()` shows image, question, budget, choices and answer.
+        config: as for `AdaptiveVQAVectorEnv`, with one environment; `illegal_actions` is `project` by default, so that
+            `env.step(env.action_space.sample())` works.
+        render_mode: `rgb_array`: `render()` draws image, question, budget, choices and answer.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 1}
@@ -315,7 +296,7 @@ class AdaptiveVQAEnv(gym.Env[Observation, Array]):
             self.vector.restart(seed)
         chosen = options or {}
         if chosen and set(chosen) != {"sample", "budget_ms"}:
-            raise UserError(f"reset options {sorted(chosen)} are not understood: give both sample and budget_ms")
+            raise UserError(f"reset options {sorted(chosen)} are not known: give both sample and budget_ms")
         contexts = {"contexts": [(chosen["sample"], chosen["budget_ms"])]} if chosen else None
         observation, infos = self.vector.reset(options=contexts)
         self._ended = False
@@ -328,9 +309,8 @@ class AdaptiveVQAEnv(gym.Env[Observation, Array]):
             raise gym.error.ResetNeeded("the episode is over: call reset() before step()")
         observation, rewards, ended, _, infos = self.vector.step(np.asarray(action)[None])
         self._ended = bool(ended[0])
-        info = {key: value[0] for key, value in infos.items() if not key.startswith("_")}
-        self._info = info
-        return _first(observation), float(rewards[0]), self._ended, False, info
+        self._info = {key: value[0] for key, value in infos.items() if not key.startswith("_")}
+        return _first(observation), float(rewards[0]), self._ended, False, self._info
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Options (18,) of each head that some legal pair has; see `AdaptiveVQAVectorEnv.action_masks`."""
@@ -345,12 +325,8 @@ class AdaptiveVQAEnv(gym.Env[Observation, Array]):
         return draw_episode(self.vector.world, self.vector.current(), self._info)
 
 
-def _outside(values: Array, head: int) -> npt.NDArray[np.bool_]:
-    return (values < 0) | (values >= HEAD_SIZES[head])
-
-
 def observation_space(d_model: int) -> gym.spaces.Dict:
-    """What one environment shows: float32 boxes, see `envs.observation`."""
+    """Observations of one environment: float32 boxes, see `envs.observation`."""
     return gym.spaces.Dict(
         {
             name: gym.spaces.Box(low, high, (width,), np.float32)
@@ -363,15 +339,6 @@ def _world(given: World | EnvConfig | Callable[[], World]) -> World:
     if isinstance(given, World):
         return given
     return given.build() if isinstance(given, EnvConfig) else given()
-
-
-def _infos(finished: Finished) -> dict[str, Any]:
-    """Gymnasium's vector infos: an array per key, and under `_key` which environments have it."""
-    infos: dict[str, Any] = {}
-    for key, values in finished.infos.items():
-        infos[key] = values
-        infos[f"_{key}"] = np.ones(len(values), np.bool_)
-    return infos
 
 
 def _first(observation: Observation) -> Observation:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,18 @@ from envs.errors import UserError
 from envs.knobs import ExecutionPlan, KnobSpace
 from envs.latency.clock import Clock, MeasuringClock, is_measuring
 
+if TYPE_CHECKING:
+    from envs.contracts import Engine
+
 Array = npt.NDArray[np.float64]
-_BAND_SHARE: Final = 0.08
-"""Width of one held-out band as a share of the logarithmic range."""
-_BEYOND: Final = 1.15
-"""Held-out budgets beyond the ends lie this factor outside the range."""
-_LOOKED_AT: Final = 16
-"""Samples run to find the usual answer length, or both latencies under a measured clock."""
+BAND_SHARE: Final = 0.15
+"""Width of one held-out band as a share of the logarithmic range: wide enough that interpolation is tested."""
+MAX_BANDS: Final = 5
+"""More bands of that width would touch."""
+_OUTSIDE: Final = 1.15
+"""Factor between the ends of the training range and the held-out budgets outside it."""
+_RANGE_SAMPLES: Final = 16
+"""Samples run to find the median answer length, or both latencies under a measuring clock."""
 
 
 def check_budget(budget_ms: float) -> float:
@@ -40,16 +45,15 @@ def check_budget(budget_ms: float) -> float:
 
 @dataclass(frozen=True)
 class BudgetDistribution:
-    """Training budgets, log-uniform over `low_ms` to `high_ms` with the held-out bands cut out.
+    """Training budgets, log-uniform over `low_ms` to `high_ms` without the held-out bands.
 
     Attributes:
         low_ms, high_ms: ends of the training range.
-        bands: held-out intervals inside the range, ms, rising and apart.
+        bands: held-out intervals inside the range, ms, rising and disjoint.
         bins: number of penalty bins, equal in log budget.
 
     Raises:
-        UserError: an end that is zero, negative or not finite, an empty or inverted range, a band outside the range
-            or overlapping another, bands that leave nothing to train on, or fewer than 1 bin.
+        UserError: an unusable range, band or number of bins.
     """
 
     low_ms: float
@@ -63,12 +67,8 @@ class BudgetDistribution:
             raise UserError(
                 f"budget range {self.low_ms} to {self.high_ms} ms is empty or inverted: give the smaller end first"
             )
-        edges = [
-            self.low_ms,
-            *(check_budget(edge) for band in self.bands for edge in band),
-            self.high_ms,
-        ]
-        inside = edges[1:-1]
+        inside = [check_budget(edge) for band in self.bands for edge in band]
+        edges = [self.low_ms, *inside, self.high_ms]
         if any(a >= b for a, b in pairwise(inside)) or sorted(edges) != edges:
             raise UserError(
                 f"held-out bands {self.bands} are not allowed: give rising intervals that do not touch, within "
@@ -81,34 +81,28 @@ class BudgetDistribution:
 
     @classmethod
     def over(cls, low_ms: float, high_ms: float, bands: int = 3, bins: int = 8) -> "BudgetDistribution":
-        """The range with `bands` evenly spaced held-out bands, each 8 % of its logarithm wide (fewer where many).
+        """The range with `bands` evenly spaced held-out bands, each 15 % of the logarithmic range wide.
 
         Raises:
-            UserError: an unusable range or a negative number of bands.
+            UserError: an unusable range, or a number of bands outside 0 to 5.
         """
-        if bands < 0:
-            raise UserError(f"{bands} held-out bands are not allowed: give 0 or more")
+        if not 0 <= bands <= MAX_BANDS:
+            raise UserError(f"{bands} held-out bands are not allowed: give 0 to {MAX_BANDS}")
         plain = cls(low_ms, high_ms, (), bins)
-        width = min(_BAND_SHARE, 0.5 / max(bands, 1))
         middles = [(i + 1) / (bands + 1) for i in range(bands)]
-        cut = tuple((plain._at_share(m - width / 2), plain._at_share(m + width / 2)) for m in middles)
-        return cls(low_ms, high_ms, cut, bins)
+        edges = [
+            [low_ms * math.exp((m + side) * plain._log_width) for side in (-0.5 * BAND_SHARE, 0.5 * BAND_SHARE)]
+            for m in middles
+        ]
+        return cls(low_ms, high_ms, tuple((low, high) for low, high in edges), bins)
 
     @classmethod
     def restored(cls, stored: Any) -> "BudgetDistribution":
-        """The distribution whose fields `stored` holds, as JSON keeps them.
-
-        Raises:
-            UserError: fields missing or foreign, or an unusable range.
-        """
+        """The distribution from its fields as stored in JSON; a UserError if they do not form one."""
         try:
             return cls(**stored)
         except (TypeError, ValueError) as error:
             raise UserError(f"budgets {stored!r} cannot be read ({error})") from None
-
-    def sample(self, rng: np.random.Generator, n: int) -> Array:
-        """`n` training budgets, ms."""
-        return self.at(rng.random(n))
 
     def at(self, share: npt.ArrayLike) -> Array:
         """Quantile function of the training budgets: share in [0, 1) of the mass outside the bands -> ms."""
@@ -117,26 +111,24 @@ class BudgetDistribution:
         piece = np.minimum(np.searchsorted(ends, mass, side="right"), len(ends) - 1)
         offset = mass - (ends[piece] - self._widths[piece])
         budgets = np.exp(self._starts[piece] + offset)
-        # Rounding in exp may step over an edge by a last bit.
+        # exp may round past an edge.
         return np.clip(budgets, np.exp(self._starts[piece]), np.exp(self._starts[piece] + self._widths[piece]))
 
     def held_out(self) -> tuple[float, ...]:
         """Budgets never trained on, rising, ms: one below the range, the middle of every band, one above."""
         middles = (math.sqrt(low * high) for low, high in self.bands)
-        return (self.low_ms / _BEYOND, *middles, self.high_ms * _BEYOND)
+        return (self.low_ms / _OUTSIDE, *middles, self.high_ms * _OUTSIDE)
 
     def nearest(self, budget_ms: float, scale: float = 1.0) -> float:
-        """The budget of the training range nearest to `budget_ms`, which is what a trained controller is shown.
-
-        The controller does not extrapolate reliably, so budgets are clamped to the training range.
+        """`budget_ms` clamped to the training range: the controller does not extrapolate reliably.
 
         Args:
-            scale: of the range, for a device that takes so many times as long as the one trained for.
+            scale: factor on the range: latency of the serving device relative to the training device.
         """
         return min(max(budget_ms, self.low_ms * scale), self.high_ms * scale)
 
     def bin_index(self, budget_ms: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Price bin 0 to bins - 1 of each budget; budgets beyond the range belong to the outermost bins."""
+        """Penalty bin 0 to bins - 1 of each budget; budgets outside the range belong to the outermost bins."""
         share = (np.log(np.asarray(budget_ms, dtype=np.float64)) - math.log(self.low_ms)) / self._log_width
         return np.clip(np.floor(share * self.bins), 0, self.bins - 1).astype(np.int64)
 
@@ -144,12 +136,9 @@ class BudgetDistribution:
     def _log_width(self) -> float:
         return math.log(self.high_ms) - math.log(self.low_ms)
 
-    def _at_share(self, share: float) -> float:
-        return float(self.low_ms * math.exp(share * self._log_width))
-
     @cached_property
     def _edges(self) -> Array:
-        """Log edges of the intervals trained on, (pieces, 2)."""
+        """Log edges of the training intervals, (intervals, 2)."""
         cuts = [edge for band in self.bands for edge in band]
         return np.log([self.low_ms, *cuts, self.high_ms]).reshape(-1, 2)
 
@@ -163,44 +152,41 @@ class BudgetDistribution:
 
 
 def budget_range(
-    engine: Any,
+    engine: "Engine",
     clock: Clock | MeasuringClock,
     space: KnobSpace,
     samples: Sequence[Any],
     new_tokens: int | None = None,
 ) -> tuple[float, float]:
-    """The device's range over training samples, ms: p95 of the cheapest plan to p95 of the most expensive.
+    """The device's range over training samples, ms: p95 of the cheapest plan to p95 of the full plan.
 
-    At the lower end 95 % of requests can be served at all, at the upper end 95 % of them in full, by the latency that
-    rollouts are judged by: a spread on top, large in a table measured on a busy device, would put every plan in time.
+    At the lower end some plan meets the budget for 95 % of requests, at the upper end the full plan does.
 
     Args:
-        engine: gives a sample's sizes, and runs 16 samples for the usual answer length.
-        clock: profiled or roofline; a measured clock runs up to 16 samples under both plans.
-        space: whose cheapest and full knobs count.
+        clock: a measuring clock runs up to 16 samples under both plans.
         samples: training samples.
-        new_tokens: answer length assumed for all; None takes the median of those 16 under the full plan.
+        new_tokens: answer length assumed for all; None takes the median of 16 samples under the full plan.
 
     Raises:
         UserError: no samples.
     """
     if not samples:
         raise UserError("a budget range needs training samples: the task has none")
-    cheapest, full = space.plan(space.cheapest), space.plan(space.full)
-    spread = samples[:: max(1, len(samples) // _LOOKED_AT)][:_LOOKED_AT]
+    full = space.plan(space.full)
+    plans = (space.plan(space.cheapest), full)
+    subset = samples[:: max(1, len(samples) // _RANGE_SAMPLES)][:_RANGE_SAMPLES]
     if is_measuring(clock):
-        for plan in (cheapest, full):  # untimed: a first request finds nothing warm
-            clock.measure(spread[0], plan)
-        times = [[clock.measure(s, plan)[1].total for s in spread] for plan in (cheapest, full)]
+        for plan in plans:  # warm up, untimed
+            clock.measure(subset[0], plan)
+        times = [[clock.measure(sample, plan)[1].total for sample in subset] for plan in plans]
     else:
-        length = _usual_length(engine, spread, full) if new_tokens is None else new_tokens
-        plans = (cheapest, full)
+        length = _median_length(engine, subset, full) if new_tokens is None else new_tokens
         times = [[clock.latency(engine.shape(s, plan.tier), plan, length).total for s in samples] for plan in plans]
     low, high = (float(np.quantile(row, 0.95)) for row in times)
     return low, high
 
 
-def _usual_length(engine: Any, samples: Sequence[Any], plan: ExecutionPlan) -> int:
-    """Median answer length, tokens; one at least."""
+def _median_length(engine: "Engine", samples: Sequence[Any], plan: ExecutionPlan) -> int:
+    """Median answer length, tokens, at least 1."""
     outcomes = engine.outcomes(samples, [plan] * len(samples))
     return max(1, round(float(np.median([outcome.n_tokens for outcome in outcomes]))))

@@ -1,4 +1,9 @@
-"""Fits the guardrail: answer lengths on training samples, the conformal factor on validation samples."""
+"""Fits the guardrail: answer lengths on training samples, the conformal factor on validation samples.
+
+With latency source `measured`, costs come from a profile of the same device and the factor from real timed requests, so
+it covers misfit and noise of the device. With `profiled` and noise, the factor covers the profile's noise, and serving
+adds the profile's misfit; without noise, serving adds both.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -14,11 +19,11 @@ from envs.latency.guardrail import AnswerLengths, Guardrail, LatencyPredictor, P
 from envs.scoring_step import run_plans
 
 SAMPLES: Final = 256
-"""Samples of a split that are run, at most."""
+"""Largest number of samples run per split."""
 MEASURED_SAMPLES: Final = 64
-"""The same of requests that have to be measured one after another."""
+"""Largest number of samples measured one after another."""
 DRAWN_PLANS: Final = 2
-"""Plans run for each sample besides the full and the cheapest one."""
+"""Random plans per sample, in addition to the full and the cheapest plan."""
 
 
 def fit_guardrail(
@@ -28,54 +33,57 @@ def fit_guardrail(
 
     Args:
         train: answer lengths are learned from its samples.
-        validation: the conformal factor is calibrated on its samples, under its clock. Of the plans run for a sample
-            the one that exceeds its prediction most counts, so that the guarantee survives a choice among plans.
+        validation: the factor is calibrated on its samples, latency source and noise. The largest ratio over a sample's
+            plans counts, so that the guarantee holds for any choice among plans.
         confidence: above 0, below 1.
-        profile: predicts latencies; None takes the clock, which must not be a measuring one then.
-        seed: of the plans drawn.
+        profile: predicts latencies; None takes the latency source, which then must not be `measured`.
+        seed: of the random plans.
 
     Raises:
-        UserError: no samples, or a measuring clock without a profile.
+        UserError: no samples, or source `measured` without a profile.
     """
     if not 0.0 < confidence < 1.0:
         raise UserError(f"guardrail confidence {confidence!r} is not allowed: give a number between 0 and 1, or null")
     lengths = _lengths(train, confidence, seed)
     costs = None if profile is None else ProfileCosts(profile.costs)
-    noise = 1.0 if profile is None else profile.quantile(confidence)
-    raw = Guardrail(confidence, lengths, 1.0, noise, costs)
+    raw = Guardrail(confidence, lengths, 1.0, 1.0, costs)
     factor = conformal_factor(_ratios(validation, raw, seed), confidence)
-    # What the judging clock has of a wall clock's noise is in the factor already if it measures.
-    wall = factor if is_measuring(validation.clock) else factor * max(noise, 1.0)
+    wall = factor
+    if profile is not None and not is_measuring(validation.clock):
+        covered = 1.0 if validation.noise is None else float(np.quantile(profile.repeat_ratios, confidence))
+        wall = factor * max(profile.quantile(confidence) / covered, 1.0)
     return Guardrail(confidence, lengths, factor, wall, costs)
 
 
-def _lengths(world: World, confidence: float, seed: int) -> AnswerLengths:
-    samples = list(world.samples[:SAMPLES])
-    plans = [plan for index in range(len(samples)) for plan in _plans(world.space, seed, index)]
+def _lengths(resources: World, confidence: float, seed: int) -> AnswerLengths:
+    samples = list(resources.samples[:SAMPLES])
+    plans = [plan for index in range(len(samples)) for plan in _plans(resources.space, seed, index)]
     each = len(plans) // max(len(samples), 1)
-    outcomes = world.engine.outcomes([sample for sample in samples for _ in range(each)], plans)
+    outcomes = resources.engine.outcomes([sample for sample in samples for _ in range(each)], plans)
     tokens = np.array([outcome.n_tokens for outcome in outcomes]).reshape(len(samples), -1)
-    return AnswerLengths.fit(world.engine.language_features(samples).numpy(), tokens, confidence)
+    return AnswerLengths.fit(resources.engine.language_features(samples).numpy(), tokens, confidence)
 
 
-def _ratios(world: World, raw: Guardrail, seed: int) -> npt.NDArray[np.float64]:
-    """Largest ratio of judged to predicted latency over the plans run for each validation sample."""
-    measuring = is_measuring(world.clock)
-    samples = list(world.samples[: MEASURED_SAMPLES if measuring else SAMPLES])
-    predictor = LatencyPredictor(raw, world.engine, world.space, None if is_measuring(world.clock) else world.clock)
-    chosen = [_plans(world.space, seed + 1, index) for index in range(len(samples))]
-    if measuring:  # one plan each: a second one would cost as much as another sample, which says more
+def _ratios(resources: World, raw: Guardrail, seed: int) -> npt.NDArray[np.float64]:
+    """Largest ratio of actual to predicted latency over the plans of each validation sample."""
+    measuring = is_measuring(resources.clock)
+    samples = list(resources.samples[: MEASURED_SAMPLES if measuring else SAMPLES])
+    predictor = LatencyPredictor(
+        raw, resources.engine, resources.space, None if is_measuring(resources.clock) else resources.clock
+    )
+    chosen = [_plans(resources.space, seed + 1, index) for index in range(len(samples))]
+    if measuring:  # one plan each, as another sample says more than a second plan
         chosen = [plans[-1:] for plans in chosen]
     rows = [sample for sample, plans in zip(samples, chosen, strict=True) for _ in plans]
     flat = [plan for plans in chosen for plan in plans]
-    _, judged = run_plans(world, rows, flat)
-    actions = {world.space.plan(knobs): world.space.encode(knobs) for knobs in world.space.all}
+    _, actual_ms = run_plans(resources, rows, flat)
+    actions = {resources.space.plan(knobs): resources.space.encode(knobs) for knobs in resources.space.all}
     predicted = [predictor.predicted_ms(s)[actions[plan]] for s, plan in zip(rows, flat, strict=True)]
-    return np.asarray((judged / np.array(predicted)).reshape(len(samples), -1).max(axis=1))
+    return np.asarray((actual_ms / np.array(predicted)).reshape(len(samples), -1).max(axis=1))
 
 
 def _plans(space: KnobSpace, seed: int, index: int) -> Sequence[ExecutionPlan]:
-    """The full and the cheapest plan, then drawn ones."""
+    """The full plan, the cheapest plan, then random plans."""
     generator = np.random.default_rng([seed, index])
     drawn: list[Any] = [space.all[int(i)] for i in generator.choice(len(space.all), DRAWN_PLANS, replace=False)]
     return [space.plan(knobs) for knobs in (space.full, space.cheapest, *drawn)]

@@ -1,23 +1,16 @@
 """Settings of model, samples, latencies, store, budgets and reward, each with its one default and range.
 
-Frozen pydantic models that refuse unknown keys. `ray_ctrl.config` composes them; ranges stand in the fields alone, and
-help and docs/config.md take their sentences from there.
+`ray_ctrl.config` composes them; help and docs/config.md are generated from the fields.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import Field
 
-Int = Annotated[int, Strict()]
-Flag = Annotated[bool, Strict()]
+from envs.section import Int, Section
+
 Latency = Literal["profiled", "roofline", "measured"]
 DType = Literal["float32", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    """A frozen group of settings; unknown keys, NaN and infinity are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):
@@ -36,8 +29,8 @@ class ModelSettings(Section):
     )
     blank_crops: Literal["published", "trainer"] = Field(
         default="published",
-        description="Image crops that give the model nothing: `published` those with a pixel of exactly -1.0, as in "
-        "the released code (1 % of crops of photos), `trainer` padding alone, as in the code that trained the weights.",
+        description="Image crops treated as blank: `published` those with a pixel of exactly -1.0, as in the released "
+        "code (1 % of crops of photos), `trainer` padding alone, as in the code that trained the weights.",
     )
     block_importance: str | None = Field(
         default=None,
@@ -89,8 +82,7 @@ class TaskSettings(Section):
     seed: Int = Field(default=0, ge=0, description="Seed of the choice of samples.")
     on_invalid_row: Literal["refuse", "skip"] = Field(
         default="refuse",
-        description="Rows of a data file that cannot be used: `refuse` names the first and stops, `skip` leaves them "
-        "out.",
+        description="Rows of a data file that cannot be used: `refuse` stops at the first, `skip` leaves them out.",
     )
 
 
@@ -118,12 +110,17 @@ class LatencySettings(Section):
         min_length=1,
         description="Folder that keeps profiles for later runs; `null` keeps the profile in the run folder.",
     )
+    noise: Literal["evaluation", "always", "off"] = Field(
+        default="evaluation",
+        description="Noise of the profiled source, drawn from the profile's own repeats for each (sample, plan): "
+        "`evaluation` on validation and test samples, `always` on training samples, too, `off` never.",
+    )
     profile_samples: Int = Field(default=8, ge=1, le=1000, description="Samples measured per tiling when profiling.")
     profile_repeats: Int = Field(default=5, ge=1, le=100, description="Timed repeats of each profiled point.")
 
 
 class StoreSettings(Section):
-    """The outcome store: what the frozen model answered, kept for reuse."""
+    """The outcome store: answers of the frozen model, kept for reuse."""
 
     path: str | None = Field(
         default="runs/outcomes.sqlite",
@@ -134,12 +131,12 @@ class StoreSettings(Section):
         default=8.0,
         ge=0.01,
         le=10_000,
-        description="Bound of the file, GB. Beyond it latency tokens go before outcomes, those unused longest first.",
+        description="Largest file, GB. Latency tokens are evicted before outcomes, the least recently used first.",
     )
 
 
 class BudgetSettings(Section):
-    """Latency budgets. The device's range goes from the cheapest plan's 95th percentile to the full plan's."""
+    """Latency budgets. The device's range is the cheapest plan's 95th percentile to the full plan's."""
 
     low_factor: float = Field(
         default=1.0,
@@ -167,15 +164,13 @@ class BudgetSettings(Section):
         description="Largest training budget, ms, on any device; `null` takes it from the device's range.",
     )
     held_out_bands: Int = Field(
-        default=3, ge=0, le=16, description="Bands cut out of the training range and never trained on."
+        default=3, ge=0, le=5, description="Bands left out of the training range, each 15 % of its logarithm wide."
     )
     penalty_bins: Int = Field(default=8, ge=1, le=64, description="Budget bins with a penalty multiplier of their own.")
 
 
 class RewardSettings(Section):
-    """What a rollout is worth: accuracy - multiplier x cost, where the cost is 0 within budget, else 1 plus the excess
-    latency / budget - 1, at most 2.
-    """
+    """Accuracy - multiplier x cost; the cost is 0 within budget, else 1 plus the relative excess, at most 2."""
 
     mode: Literal["fixed", "lagrangian"] = Field(
         default="fixed",

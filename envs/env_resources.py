@@ -1,13 +1,13 @@
-"""Everything an environment needs, built: model and engine, samples, clock, budgets, reward, knobs.
+"""What environments of one process share: engine, samples, latency source, budgets, reward, knobs.
 
-A `World` holds a live model and stays in its process. An `EnvConfig` is small and picklable: it travels to an env
-runner and builds the world there.
+A `World` contains a live model and stays in its process. An `EnvConfig` is small and picklable: env runners receive it
+and build the `World`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,10 +17,10 @@ from envs.config import (
     LatencySettings,
     ModelSettings,
     RewardSettings,
-    Section,
     StoreSettings,
     TaskSettings,
 )
+from envs.contracts import Engine
 from envs.data.sample import Sample
 from envs.errors import UserError
 from envs.knobs import KnobSpace
@@ -34,8 +34,13 @@ from envs.latency import (
     is_measuring,
 )
 from envs.latency.guardrail import Guardrail, LatencyPredictor
+from envs.latency.noise import LatencyNoise
 from envs.model.block_importance import read_importance
 from envs.model.device import resolve_device, resolve_dtype
+from envs.section import Section
+
+if TYPE_CHECKING:
+    from envs.engine import RolloutEngine
 
 
 @dataclass(frozen=True)
@@ -43,22 +48,21 @@ class World:
     """What environments of one process share.
 
     Attributes:
-        engine: turns (sample, plan) into outcomes and (sample, tier, level) into latency tokens.
-        samples: what contexts index.
-        clock: gives latencies.
-        budgets: training and held-out budgets.
-        reward: penalty of violations.
-        space: legal knobs and the plans behind them.
-        guardrail: leaves only plans predicted to meet the budget; None is off.
+        samples: indexed by contexts.
+        clock: the latency source.
+        space: legal knobs and their plans.
+        guardrail: masks plans that are predicted to exceed the budget; None is off.
+        noise: on the latencies of the profiled source; None is off.
     """
 
-    engine: Any
+    engine: Engine
     samples: Sequence[Sample]
     clock: Clock | MeasuringClock
     budgets: BudgetDistribution
     reward: RewardSettings
     space: KnobSpace
     guardrail: Guardrail | None = None
+    noise: LatencyNoise | None = None
 
     @cached_property
     def predictor(self) -> LatencyPredictor | None:
@@ -70,12 +74,12 @@ class World:
 
     @cached_property
     def d_model(self) -> int:
-        """Width of the model's embeddings, hence of language feature and latency token."""
+        """Width of language features and latency tokens."""
         return int(self.engine.model.config.d_model)
 
 
 class EnvConfig(Section):
-    """Everything an env runner needs to build its environments: small and picklable.
+    """Settings of an env runner's `World`.
 
     Attributes:
         split: train, validation or test.
@@ -101,10 +105,10 @@ class EnvConfig(Section):
             )
 
     def build(self) -> World:
-        """Load the model (once per process and setting) and put the world together.
+        """Load model (cached per process) and samples.
 
         Raises:
-            UserError: an unreadable checkpoint or task, or a profile table of another device, model or thread count.
+            UserError: an unreadable checkpoint or task, or a profile of another device, model or thread count.
         """
         from envs.data import load_task
 
@@ -116,24 +120,28 @@ class EnvConfig(Section):
         space = KnobSpace(engine.importance)
         clock = self.build_clock(engine)
         budgets = self.distribution or self._budgets(engine, clock, space, samples)
-        return World(engine, samples, clock, budgets, self.reward, space, self.guardrail)
+        return World(engine, samples, clock, budgets, self.reward, space, self.guardrail, self._noise(clock))
 
-    def build_engine(self) -> Any:
+    def build_engine(self) -> "RolloutEngine":
         """The engine alone; equal settings share one engine in a process."""
         model = self.model
         importance = read_importance(model.name, model.block_importance)
         return _engine(model, self.store, importance, resolve_device(model.device))
 
-    def build_clock(self, engine: Any) -> Clock | MeasuringClock:
-        """The clock alone."""
+    def build_clock(self, engine: Engine) -> Clock | MeasuringClock:
+        """The latency source alone."""
         if self.latency.source == "roofline":
             return RooflineClock(engine.model.config, self.latency.device)
         if self.latency.source == "measured":
             return _measured(engine)
         return ProfiledClock.for_engine(ProfileTable.load(self.latency.profile or ""), engine)
 
+    def _noise(self, clock: Clock | MeasuringClock) -> LatencyNoise | None:
+        on = self.latency.noise == "always" or (self.latency.noise == "evaluation" and self.split != "train")
+        return LatencyNoise(clock.repeat_ratios) if on and isinstance(clock, ProfiledClock) else None
+
     def _budgets(
-        self, engine: Any, clock: Clock | MeasuringClock, space: KnobSpace, samples: Sequence[Sample]
+        self, engine: Engine, clock: Clock | MeasuringClock, space: KnobSpace, samples: Sequence[Sample]
     ) -> BudgetDistribution:
         settings = self.budgets
         low, high = settings.low_ms, settings.high_ms
@@ -150,13 +158,15 @@ class EnvConfig(Section):
         return BudgetDistribution.over(low, high, settings.held_out_bands, settings.penalty_bins)
 
 
-# One measured clock per engine: its reference latency is measured once and stays put.
+# One measured clock per engine, as its reference latency is measured once.
 _measured = lru_cache(maxsize=2)(MeasuredClock)
 
 
 @lru_cache(maxsize=2)
-def _engine(settings: ModelSettings, store: StoreSettings, importance: tuple[float, ...], device: torch.device) -> Any:
-    """The engine of a process; importance and device are part of the key, as files and Ray may change both."""
+def _engine(
+    settings: ModelSettings, store: StoreSettings, importance: tuple[float, ...], device: torch.device
+) -> "RolloutEngine":
+    """The engine of a process. Importance and device are part of the cache key: files and Ray may change them."""
     from envs.engine import OutcomeStore, RolloutEngine
     from envs.model import AdaptiveMolmoE
     from envs.processing import MolmoEProcessor

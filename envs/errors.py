@@ -1,8 +1,7 @@
-"""The one family of errors a user can cause.
+"""Errors that a user can cause.
 
-A `UserError` says in one line what is wrong, the value seen, what is allowed and what to do next.
-It takes a single string, so it pickles across Ray processes unchanged, and the command line prints
-it without a traceback (exit status 2).
+A `UserError` says in one line what is wrong, the value seen, what is allowed and what to do next. The command line
+prints it without a traceback (exit status 2). Its single string argument pickles unchanged across processes.
 """
 
 

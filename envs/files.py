@@ -1,4 +1,4 @@
-"""Files and folders that readers see completely or not at all, and checksums that prove it."""
+"""Atomic writes of files and folders, and checksums that prove integrity."""
 
 import hashlib
 import json
@@ -63,7 +63,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what killed processes left half-written in `folder`; only for the one process that writes there."""
+    """Remove unfinished files of killed processes from `folder`; only for the one process that writes there."""
     for path in folder.glob(f".*{PARTIAL}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -76,7 +76,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def integrity_error(folder: Path) -> str | None:
-    """What is wrong with a folder according to its manifest; None when every file is as it was written."""
+    """What is wrong with a folder according to its manifest; None if all files are intact."""
     try:
         digests = json.loads((folder / MANIFEST).read_text("utf-8"))
         items = list(dict(digests).items())

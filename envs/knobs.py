@@ -1,8 +1,7 @@
-"""What the controller can choose, and what the model then runs.
+"""The controller's choices and the model's execution plans.
 
-`Knobs` are the controller's four choices, `KnobSpace` maps them to and from actions and knows which
-are legal, `ExecutionPlan` is what the model executes. Positions and totals count blocks from 1,
-block indices from 0.
+`Knobs` are the controller's four choices, `KnobSpace` maps them to actions and masks, `ExecutionPlan` is what the model
+executes. Positions and totals count blocks from 1, block indices from 0.
 """
 
 from collections.abc import Sequence
@@ -33,10 +32,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 def block_options(insertion: int) -> tuple[int, ...]:
-    """Legal totals of executed blocks when stage 2 decides after block p = `insertion`.
-
-    They run from p + 11 to p + min(15, 16 - p).
-    """
+    """Legal totals of executed blocks at insertion position p: p + 11 to p + min(15, 16 - p)."""
     if insertion not in INSERTIONS:
         raise UserError(f"insertion position {insertion!r} is not allowed: choose one of 1 to 5")
     return tuple(range(insertion + 11, insertion + min(15, MODEL_BLOCKS - insertion) + 1))
@@ -70,14 +66,12 @@ class Knobs:
 
 @dataclass(frozen=True, order=True)
 class ExecutionPlan:
-    """What the model runs: the 0-based kept `blocks`, those after `insertion` with `top_k` experts.
+    """The 0-based kept `blocks`; those after `insertion` use `top_k` experts, those before always run with 8.
 
-    Blocks 0..insertion-1 are always kept and use 8 experts. Beyond them any kept set is allowed,
-    not only those `Knobs` reach. The tier matters to the processor alone.
+    Any set of later blocks is allowed, not only those that `Knobs` reach. The tier affects the processor alone.
 
     Raises:
-        UserError: a block outside the model, repeated or out of order, a missing prefix block, or
-            a tier, position or top-k that is not an option.
+        UserError: an invalid tier, position, top-k or list of blocks.
     """
 
     tier: str = "high"
@@ -97,39 +91,32 @@ class ExecutionPlan:
             raise UserError(f"kept blocks {self.blocks} are not allowed: give distinct indices 0 to 15 in rising order")
         if self.blocks[: self.insertion] != tuple(range(self.insertion)):
             raise UserError(
-                f"kept blocks {self.blocks} miss a block of the prefix: blocks 0 to "
-                f"{self.insertion - 1} run before insertion position {self.insertion} and cannot "
-                "be dropped"
+                f"kept blocks {self.blocks} miss a block of the prefix: blocks 0 to {self.insertion - 1} run before "
+                f"insertion position {self.insertion} and cannot be dropped"
             )
 
     @property
     def top_k_per_block(self) -> tuple[int, ...]:
-        """Experts per token in each of the 16 blocks, 0 where the block is dropped.
-
-        Plans with equal tuples execute equally on the same image tiling.
-        """
+        """Experts per token in each of the 16 blocks, 0 if dropped. Equal tuples execute equally on equal tilings."""
         kept = set(self.blocks)
         return tuple(0 if b not in kept else (8 if b < self.insertion else self.top_k) for b in range(MODEL_BLOCKS))
 
 
 def drop_order(importance: Sequence[float], insertion: int) -> tuple[int, ...]:
-    """Blocks after `insertion` from least to most important; of equal ones the later comes first.
-
-    Block 0 never appears, since `insertion` is at least 1.
-    """
+    """Blocks after `insertion` from least to most important; ties put the later block first."""
     droppable = range(insertion, MODEL_BLOCKS)
     return tuple(sorted(droppable, key=lambda block: (importance[block], -block)))
 
 
 class KnobSpace:
-    """Legal knobs, their actions and masks, and the plans they stand for under one importance.
+    """Legal knobs, their actions and masks, and their plans under one block importance.
 
     An action is four indices into `MultiDiscrete([3, 5, 5, 5])`: tier, insertion (p = 1 + i),
     top-k (4 + i), blocks (n = 12 + i).
 
     Args:
-        importance: 16 finite scores, one per block; the lowest-scored blocks after the insertion
-            position are dropped first.
+        importance: 16 finite scores, one per block; the lowest-scored blocks after the insertion position are dropped
+            first.
     """
 
     def __init__(self, importance: Sequence[float]) -> None:
@@ -149,12 +136,12 @@ class KnobSpace:
 
     @property
     def full(self) -> Knobs:
-        """Everything on: high tier, 8 experts, 16 blocks."""
+        """High tier, 8 experts, 16 blocks."""
         return Knobs("high", 1, 8, 16)
 
     @property
     def cheapest(self) -> Knobs:
-        """Everything off that can be: low tier, 4 experts, 12 blocks."""
+        """Low tier, 4 experts, 12 blocks."""
         return Knobs("low", 1, 4, 12)
 
     def encode(self, knobs: Knobs) -> tuple[int, int, int, int]:
@@ -167,7 +154,7 @@ class KnobSpace:
         )
 
     def decode(self, action: Sequence[int]) -> Knobs:
-        """Knobs behind four action indices.
+        """Knobs of four action indices.
 
         Raises:
             UserError: an index outside its head, or a combination that is not legal.
@@ -179,17 +166,14 @@ class KnobSpace:
         return Knobs(TIERS[tier], INSERTIONS[insertion], TOP_KS[top_k], BLOCK_COUNTS[blocks])
 
     def plan(self, knobs: Knobs) -> ExecutionPlan:
-        """The execution plan of `knobs`: the least important blocks after the position go."""
+        """The execution plan of `knobs`: the least important blocks after the position are dropped."""
         dropped = drop_order(self.importance, knobs.insertion)[: MODEL_BLOCKS - knobs.blocks]
         kept = tuple(block for block in range(MODEL_BLOCKS) if block not in dropped)
         return ExecutionPlan(knobs.tier, knobs.insertion, knobs.top_k, kept)
 
     @cached_property
     def distinct(self) -> tuple[Knobs, ...]:
-        """One knob setting per distinct execution, the first in action order.
-
-        There are 195 under the published importance.
-        """
+        """One combination of knobs per distinct execution, the first in action order; 195 for MolmoE-1B."""
         seen: dict[tuple[str, tuple[int, ...]], Knobs] = {}
         for knobs in self.all:
             seen.setdefault((knobs.tier, self.plan(knobs).top_k_per_block), knobs)
@@ -197,7 +181,7 @@ class KnobSpace:
 
     @staticmethod
     def stage1_mask(*, has_image: bool = True, fits: BoolArray | None = None) -> BoolArray:
-        """Legal pairs (40,) before vision; stage 2 is pinned to its first pair.
+        """Legal pairs (40,) before vision; only the first pair of stage 2 is legal.
 
         Args:
             has_image: without one the tier is low.
@@ -214,7 +198,7 @@ class KnobSpace:
 
     @staticmethod
     def stage2_mask(insertion: int, fits: BoolArray | None = None) -> BoolArray:
-        """Legal pairs (40,) after block `insertion`; stage 1 is pinned to its first pair.
+        """Legal pairs (40,) after block `insertion`; only the first pair of stage 1 is legal.
 
         Args:
             fits: (5, 5), which (top-k, blocks) are predicted to meet the budget; None for all. If none does, 4 experts
@@ -240,8 +224,7 @@ def head_masks(pairs: BoolArray) -> BoolArray:
 def nearest_legal(actions: npt.NDArray[np.int64], pairs: BoolArray) -> npt.NDArray[np.int64]:
     """Actions (B, 4) with each stage's pair replaced by the nearest legal one.
 
-    Nearest is the least sum of index differences; of equally near pairs the one of lower, cheaper indices. A legal pair
-    stays as it is.
+    The distance is the sum of index differences; ties take the lower, cheaper indices. A legal pair is unchanged.
 
     Args:
         actions: indices inside their heads.

@@ -1,8 +1,7 @@
 """The frozen encoder from a budget to the latency token, one extra embedding appended after the prompt.
 
-The budget is quantised to 16 logarithmic levels, so latency tokens can be kept and reused; the exact budget reaches
-the controller through its budget feature. Idea: an embedding of the target latency that the model's own first blocks
-mix with what they see of image and question.
+The budget is quantized to 16 logarithmic levels, so latency tokens can be cached; the controller receives the exact
+budget as a separate feature. The model's first blocks mix this embedding of the budget with image and question.
 """
 
 import math
@@ -18,8 +17,7 @@ from envs.errors import UserError
 
 LEVELS: Final = 16
 LOG_RATIO_LOW: Final = math.log(1 / 8)
-"""Log ratio of budget to reference latency at the middle of level 0: an eighth of the full plan's
-latency."""
+"""Log ratio of budget to reference latency at the middle of level 0: an eighth of the full plan's latency."""
 LOG_RATIO_HIGH: Final = math.log(2)
 """The same for level 15: twice the full plan's latency."""
 _WAVES: Final = 9
@@ -42,11 +40,6 @@ def budget_level(log_ratio: float) -> int:
     return min(max(round(place * (LEVELS - 1)), 0), LEVELS - 1)
 
 
-def level_log_ratio(level: int) -> float:
-    """Log ratio in the middle of `level`, the inverse of `budget_level`."""
-    return LOG_RATIO_LOW + _checked(level) / (LEVELS - 1) * (LOG_RATIO_HIGH - LOG_RATIO_LOW)
-
-
 def level_token(level: int, d_model: int, seed: int = 0, norm: float = 1.0) -> Tensor:
     """The latency token of one level: a frozen function of its arguments, smooth over levels.
 
@@ -54,8 +47,7 @@ def level_token(level: int, d_model: int, seed: int = 0, norm: float = 1.0) -> T
         level: 0 to 15.
         d_model: width of the model's embeddings.
         seed: seed of the encoder, part of the identity of every latency token.
-        norm: Euclidean length of the token; give the mean length of the model's word embeddings, so that the token is
-            in scale with its neighbours.
+        norm: Euclidean length of the token, usually the mean length of the model's word embeddings.
 
     Returns:
         (d_model,) float32 on CPU.
@@ -75,8 +67,8 @@ def level_token(level: int, d_model: int, seed: int = 0, norm: float = 1.0) -> T
 def _directions(d_model: int, seed: int) -> npt.NDArray[np.float64]:
     """Unit vectors (16, d_model): each dimension is a random smooth curve over the levels.
 
-    A sum of low-frequency waves with seeded amplitudes. Summed in a fixed order rather than by BLAS, whose last bits
-    depend on the machine.
+    A sum of low-frequency waves with seeded amplitudes, in a fixed order, as the last bits of BLAS sums depend on the
+    machine.
     """
     amplitudes = np.random.Generator(np.random.Philox(seed)).standard_normal((2, _WAVES, d_model))
     place_L = np.arange(LEVELS) / (LEVELS - 1)

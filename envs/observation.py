@@ -1,4 +1,4 @@
-"""What the controller sees at each stage, for a batch of B requests."""
+"""The controller's observation at each stage, for a batch of B requests."""
 
 import math
 from collections.abc import Sequence
@@ -21,50 +21,51 @@ def observation_bounds(d_model: int) -> dict[str, tuple[float, float, int]]:
 
     `stage` is 0 or 1; `budget` is log(budget / latency of the full plan on the reference request); `language_feature`
     is zero at stage 2, `latency_token` at stage 1; `insertion` is 0 at stage 1, then the chosen position; `action_mask`
-    holds 1 for each legal pair: the 15 of stage 1, then the 25 of stage 2.
+    is 1 for each legal pair: the 15 of stage 1, then the 25 of stage 2.
     """
-    anything = (-math.inf, math.inf)
     return {
         "stage": (0.0, 1.0, 1),
-        "budget": (*anything, 1),
-        "language_feature": (*anything, d_model),
-        "latency_token": (*anything, d_model),
+        "budget": (-math.inf, math.inf, 1),
+        "language_feature": (-math.inf, math.inf, d_model),
+        "latency_token": (-math.inf, math.inf, d_model),
         "insertion": (0.0, float(max(INSERTIONS)), 1),
         "action_mask": (0.0, 1.0, PAIRS),
     }
 
 
-def plans_that_fit(world: World, contexts: Sequence[Context]) -> Fits:
+def plans_that_fit(resources: World, contexts: Sequence[Context]) -> Fits:
     """Which plans (3, 5, 5, 5) are predicted to meet each request's budget; None each without a guardrail."""
-    predictor = world.predictor
+    predictor = resources.predictor
     if predictor is None:
         return [None] * len(contexts)
     known: dict[tuple[int, float], BoolArray] = {}
     for context in contexts:
         key = (context.sample, context.budget_ms)
         if key not in known:
-            known[key] = predictor.predicted_ms(world.samples[context.sample]) <= context.budget_ms
+            known[key] = predictor.predicted_ms(resources.samples[context.sample]) <= context.budget_ms
     return [known[context.sample, context.budget_ms] for context in contexts]
 
 
-def observe_question(world: World, contexts: Sequence[Context], log_ratios: Sequence[float], fits: Fits) -> Observation:
+def observe_question(
+    resources: World, contexts: Sequence[Context], log_ratios: Sequence[float], fits: Fits
+) -> Observation:
     """Stage 1: the question's language feature, the budget, and the legal (tier, insertion) pairs."""
-    observation = _blank(world, 0, log_ratios)
+    observation = _blank(resources, 0, log_ratios)
     distinct, rows = np.unique([context.sample for context in contexts], return_inverse=True)
-    samples = [world.samples[int(index)] for index in distinct]
-    observation["language_feature"][:] = world.engine.language_features(samples).numpy()[rows]
+    samples = [resources.samples[int(index)] for index in distinct]
+    observation["language_feature"][:] = resources.engine.language_features(samples).numpy()[rows]
     known: dict[tuple[int, float], BoolArray] = {}
     for row, context in enumerate(contexts):
         key = (context.sample, context.budget_ms)
         if key not in known:
-            has_image = world.samples[context.sample].image is not None
-            known[key] = world.space.stage1_mask(has_image=has_image, fits=fits[row])
+            has_image = resources.samples[context.sample].image is not None
+            known[key] = resources.space.stage1_mask(has_image=has_image, fits=fits[row])
         observation["action_mask"][row] = known[key]
     return observation
 
 
 def observe_latency_token(
-    world: World,
+    resources: World,
     contexts: Sequence[Context],
     log_ratios: Sequence[float],
     fits: Fits,
@@ -73,9 +74,9 @@ def observe_latency_token(
     """Stage 2: the latency token after the chosen position, the budget, and the legal (top-k, blocks) pairs.
 
     Args:
-        choices: (B, 4), of which stage 1 has filled the first two.
+        choices: (B, 4); the first two are those of stage 1.
     """
-    observation = _blank(world, 1, log_ratios)
+    observation = _blank(resources, 1, log_ratios)
     insertions = choices[:, 1] + 1
     keys = [
         (context.sample, TIERS[tier], budget_level(log_ratio))
@@ -83,7 +84,7 @@ def observe_latency_token(
     ]
     places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     samples, tiers, levels = zip(*places, strict=True)
-    tokens = world.engine.latency_tokens([world.samples[s] for s in samples], tiers, levels)
+    tokens = resources.engine.latency_tokens([resources.samples[s] for s in samples], tiers, levels)
     rows = np.array([places[key] for key in keys])
     observation["latency_token"][:] = tokens.numpy()[rows, insertions - 1]
     observation["insertion"][:, 0] = insertions
@@ -92,16 +93,18 @@ def observe_latency_token(
         key = (context.sample, context.budget_ms, tier, place)
         if key not in known:
             fitting = fits[row]
-            inside = None if fitting is None else fitting[tier, place]
-            known[key] = world.space.stage2_mask(INSERTIONS[place], inside)
+            known[key] = resources.space.stage2_mask(
+                INSERTIONS[place], None if fitting is None else fitting[tier, place]
+            )
         observation["action_mask"][row] = known[key]
     return observation
 
 
-def _blank(world: World, stage: int, log_ratios: Sequence[float]) -> Observation:
+def _blank(resources: World, stage: int, log_ratios: Sequence[float]) -> Observation:
     count = len(log_ratios)
     observation = {
-        name: np.zeros((count, width), np.float32) for name, (_, _, width) in observation_bounds(world.d_model).items()
+        name: np.zeros((count, width), np.float32)
+        for name, (_, _, width) in observation_bounds(resources.d_model).items()
     }
     observation["stage"][:] = stage
     observation["budget"][:, 0] = log_ratios

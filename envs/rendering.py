@@ -15,13 +15,13 @@ SIZE: Final = 384
 LINE: Final = 16
 
 
-def draw_episode(world: World, context: Context, info: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
+def draw_episode(resources: World, context: Context, info: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
     """The episode about `context` as pixels (480, 384, 3).
 
     Args:
         info: final infos of the episode; empty before its end.
     """
-    sample = world.samples[context.sample]
+    sample = resources.samples[context.sample]
     canvas = Image.new("RGB", (SIZE, SIZE + 6 * LINE), "white")
     if sample.image is not None:
         picture = sample.image.load().copy()
@@ -29,13 +29,13 @@ def draw_episode(world: World, context: Context, info: Mapping[str, Any]) -> npt
         canvas.paste(picture, ((SIZE - picture.width) // 2, (SIZE - picture.height) // 2))
     lines = [f"question: {sample.question}", f"budget: {context.budget_ms:.1f} ms"]
     if info:
-        knobs = world.space.decode(
+        knobs = resources.space.decode(
             (info["tier"], info["insertion"] - 1, info["top_k"] - TOP_KS[0], info["blocks"] - BLOCK_COUNTS[0])
         )
-        (outcome,) = world.engine.outcomes([sample], [world.space.plan(knobs)])
+        (outcome,) = resources.engine.outcomes([sample], [resources.space.plan(knobs)])
         lines += [
             f"choice: {TIERS[info['tier']]} tier, p = {knobs.insertion}, {knobs.top_k} experts, {knobs.blocks} blocks",
-            f"answer: {world.engine.text(outcome)} (reference: {', '.join(sample.answers[:3])})",
+            f"answer: {resources.engine.text(outcome)} (reference: {', '.join(sample.answers[:3])})",
             f"accuracy {info['accuracy']:.2f}, latency {info['latency_ms']:.1f} ms",
         ]
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default()

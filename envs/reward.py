@@ -1,8 +1,7 @@
 """The one objective: accuracy - multiplier x cost(latency, budget). Pure, vectorized functions.
 
-What an environment returns is what GRPO, PPO and Tune maximize and what checkpoints are chosen by. Only the multiplier
-differs: constant for validation, evaluation and `fixed` mode; one per budget bin, moved by
-`policies.grpo.lagrangian`, in `lagrangian` mode.
+GRPO, PPO and Tune maximize it, and checkpoints are chosen by it. The multiplier is constant in validation, evaluation
+and mode `fixed`; in mode `lagrangian`, `policies.grpo.lagrangian` updates one multiplier per budget bin.
 """
 
 import numpy as np
@@ -12,9 +11,9 @@ Array = npt.NDArray[np.float64]
 
 
 def violation_cost(latency_ms: npt.ArrayLike, budget_ms: npt.ArrayLike) -> Array:
-    """What the multiplier multiplies, (B,): 0 within budget, else 1 plus the relative excess, at most 2.
+    """Cost of a violation (B,): 0 within budget, else 1 plus the relative excess, at most 2.
 
-    The 1 is the violation itself. The excess on top still makes faster plans better where none meets the budget.
+    The excess makes faster plans better if no plan meets the budget.
     """
     excess = np.asarray(latency_ms, np.float64) / np.asarray(budget_ms, np.float64) - 1.0
     return np.where(excess > 0.0, 1.0 + np.minimum(excess, 1.0), 0.0)

@@ -1,7 +1,7 @@
-"""Which (sample, budget) every group of rollouts is about.
+"""The (sample, budget) context of every group of rollouts.
 
-Training draws are a pure function of (seed, round, global group index) through counter-based generators: no process
-history enters, so a restarted runner goes on where the lost one was, and a chunk can be run again anywhere.
+Training draws are a pure function of (seed, round, global group index) through counter-based generators, so any share
+of a round can be run again by any process.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,8 @@ import numpy.typing as npt
 from envs.budgets import BudgetDistribution, check_budget
 from envs.errors import UserError
 
-Listed = tuple[int, float] | tuple[int, float, float]
+ContextTuple = tuple[int, float] | tuple[int, float, float]
+"""Sample index, budget in ms and, optionally, the budget in the observation."""
 PADDING: Final = -1
 _ORDER_STREAM: Final = 1
 _BUDGET_STREAM: Final = 2
@@ -23,24 +24,24 @@ _BUDGET_STREAM: Final = 2
 
 @dataclass(frozen=True)
 class Context:
-    """What one group of rollouts is about.
+    """What one group of rollouts shares.
 
     Attributes:
-        id: the group: distinct for all groups of a schedule, -1 for padding.
-        sample: index into the world's samples.
-        budget_ms: latency allowed.
-        shown_ms: budget that the observation shows, the same but for evaluations beyond the training range (see
+        id: distinct for all groups of a schedule, -1 for padding.
+        sample: index into the environment's samples.
+        budget_ms: latency allowed; rollouts are scored by it.
+        clamped_budget_ms: budget in the observation; differs only outside the training range (see
             `BudgetDistribution.nearest`).
     """
 
     id: int
     sample: int
     budget_ms: float
-    shown_ms: float
+    clamped_budget_ms: float
 
 
 class Schedule(Protocol):
-    """Contexts by round and place."""
+    """Contexts by round and group."""
 
     def draw(self, round_index: int, groups: Sequence[int], total: int) -> list[Context]:
         """Contexts of the global groups `groups` out of `total` in a round."""
@@ -49,11 +50,11 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class TrainingSchedule:
-    """Random budgets, and samples visited epoch by epoch in a seeded order, so that none is seen much oftener.
+    """Random budgets, and samples in a seeded order per epoch, so that all are visited equally often.
 
     Attributes:
-        seed: of order and budgets.
-        samples: how many there are, 1 or more.
+        seed: of order and budgets, 0 or more.
+        samples: their number, 1 or more.
         budgets: the training distribution.
     """
 
@@ -74,59 +75,54 @@ class TrainingSchedule:
     def _one(self, round_index: int, group: int, total: int) -> Context:
         visit = round_index * total + group
         epoch, place = divmod(visit, self.samples)
-        entropy = (self.seed, _BUDGET_STREAM, round_index, group)
-        share = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy))).random()
-        sample = int(_order(self.seed, epoch, self.samples)[place])
+        share = _generator(self.seed, _BUDGET_STREAM, round_index, group).random()
         budget_ms = float(self.budgets.at(share))
-        return Context(visit, sample, budget_ms, budget_ms)
+        return Context(visit, int(_order(self.seed, epoch, self.samples)[place]), budget_ms, budget_ms)
 
 
 @dataclass(frozen=True)
 class ListedSchedule:
-    """Explicit contexts, each once, in order over rounds and places; surplus places get padding.
-
-    Attributes:
-        contexts: as `listed` checks and makes them.
-    """
+    """Explicit contexts, each once, in order over rounds and groups; `listed` checks them."""
 
     contexts: tuple[Context, ...]
 
     def draw(self, round_index: int, groups: Sequence[int], total: int) -> list[Context]:
-        """The listed contexts whose turn it is; padding repeats the first context under the id -1."""
-        first = self.contexts[0]
-        padding = replace(first, id=PADDING)
-        turns = (round_index * total + group for group in groups)
-        return [self.contexts[t] if t < len(self.contexts) else padding for t in turns]
+        """The next contexts; surplus groups get padding, the first context under the id -1."""
+        padding = replace(self.contexts[0], id=PADDING)
+        places = (round_index * total + group for group in groups)
+        return [self.contexts[place] if place < len(self.contexts) else padding for place in places]
 
     def rounds(self, total: int) -> int:
-        """Rounds of `total` places that cover all contexts."""
+        """Rounds of `total` groups that cover all contexts."""
         return -(-len(self.contexts) // total)
 
 
-def listed(contexts: Iterable[Listed], samples: int) -> ListedSchedule:
-    """A schedule of explicit contexts: (sample index, budget in ms), or with the budget shown, ms, as a third.
+def listed(contexts: Iterable[ContextTuple], samples: int) -> ListedSchedule:
+    """A schedule of explicit contexts.
 
     Raises:
-        UserError: none given, a sample that does not exist, or a budget that is not above 0.
+        UserError: none given, an unknown sample, or a budget that is not above 0.
     """
     checked = []
     for place, context in enumerate(contexts):
         sample, *budgets = context
         if len(budgets) not in (1, 2):
             raise UserError(
-                f"context {place} is {context!r}: give a sample, a budget and, if another is shown, that one"
+                f"context {place} is {context!r}: give a sample, a budget and, if it differs, the budget observed"
             )
         if not 0 <= sample < samples:
             raise UserError(f"context {place} names sample {sample}: there are {samples}, counted from 0")
-        budget_ms, shown_ms = check_budget(budgets[0]), check_budget(budgets[-1])
-        checked.append(Context(place, int(sample), budget_ms, shown_ms))
+        checked.append(Context(place, int(sample), check_budget(budgets[0]), check_budget(budgets[-1])))
     if not checked:
         raise UserError("an explicit list of contexts is empty: give (sample index, budget in ms) at least once")
     return ListedSchedule(tuple(checked))
 
 
+def _generator(*entropy: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+
+
 @lru_cache(maxsize=16)
 def _order(seed: int, epoch: int, samples: int) -> npt.NDArray[np.int64]:
     """The order of an epoch, a permutation (samples,)."""
-    entropy = np.random.SeedSequence((seed, _ORDER_STREAM, epoch))
-    return np.random.Generator(np.random.Philox(entropy)).permutation(samples)
+    return _generator(seed, _ORDER_STREAM, epoch).permutation(samples)

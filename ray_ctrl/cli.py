@@ -332,7 +332,7 @@ def _given(overrides: list[str] | None, seed: int | None, task: str | None) -> l
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
-    from cluster.origin import wrong_origin
+    from cluster.package_check import wrong_origin
 
     problem = wrong_origin()
     if problem is not None:

@@ -8,16 +8,14 @@ from pydantic import Field
 
 from envs.config import (
     BudgetSettings,
-    Flag,
     GuardrailSettings,
-    Int,
     LatencySettings,
     ModelSettings,
     RewardSettings,
-    Section,
     StoreSettings,
     TaskSettings,
 )
+from envs.section import Flag, Int, Section
 from policies.grpo.config import ControllerSettings, GRPOSettings, TimeoutSettings
 
 

@@ -83,7 +83,10 @@ class Executor:
 
     def run(self, jobs: Sequence[Job]) -> list[Finished]:
         """Answers of all jobs, in any order."""
-        session = Session(self, self._waves(jobs))
+        waves = self._waves(jobs)
+        fresh = [wave for wave in reversed(waves) if not self._has_prefix(wave[0])]
+        self.prompts.expect([[job.prompt for job in wave] for wave in fresh])
+        session = Session(self, waves)
         while session.unfinished:
             if session.can_prefill():
                 session.prefill()
@@ -97,7 +100,9 @@ class Executor:
         Prefixes that are not kept yet are run, and kept as far as the cache's bound allows.
         """
         language, kernel = self.model.language, self.model.experts
-        for wave in self._prompt_waves(prompts):
+        waves = self._prompt_waves(prompts)
+        self.prompts.expect([wave for wave in waves if any(prompt.key not in self.prefixes for prompt in wave)])
+        for wave in waves:
             lengths = [prompt.tokens for prompt in wave]
             kept = [self.prefixes.get(prompt.key) for prompt in wave]
             if all(part is not None for part in kept):
@@ -187,7 +192,7 @@ class Executor:
             prefix=prefix,
             experts=self.model.experts,
         )
-        return prefilled, language.logits(language.final_norm(prefilled.last)).argmax(-1).tolist()
+        return prefilled, language.next_logits(prefilled.last).argmax(-1).tolist()
 
 
 class Session:

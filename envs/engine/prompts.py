@@ -14,15 +14,20 @@ from torch import Tensor
 from envs.data.sample import Sample
 from envs.engine.caches import keep, tensor_bytes
 from envs.engine.keys import PromptKey
+from envs.engine.look_ahead import LookAhead
 from envs.latency.record import RequestShape
 from envs.model.device_indices import DeviceIndices
 from envs.model.molmoe import AdaptiveMolmoE
+from envs.model.vision import Staged
 from envs.processing.processor import MolmoEProcessor
 
 Tiling = tuple[int, int]
+_ImageKey = tuple[str, Tiling]
 _VIEWS = 1  # the global view comes before the crops
 # Samples whose sizes and prompts are remembered; a long-lived server sees more than memory should hold.
 _ENTRIES = 1 << 16
+# Crops that threads may hold ready, most of a megabyte each.
+_CROPS_AHEAD = 256
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,16 @@ class _Layout:
     image_input_idx: Tensor
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """An image cut for the encoder: crops, masks (C, P), the token ids before the text, places of image tokens."""
+
+    staged: Staged
+    masks: Tensor
+    head_ids: Tensor
+    image_input_idx: Tensor
+
+
 class Prompts:
     """Prepares prompts for one model and processor; keeps image features and layouts.
 
@@ -57,8 +72,9 @@ class Prompts:
         # On a CPU one image at a time, so that its features are the same to the last bit whatever else is asked for.
         self.crops = 1 if model.device.type == "cpu" else max(1, crops)
         self.images_encoded = 0
-        self._features: LRUCache[tuple[str, Tiling], Tensor] = LRUCache(feature_bytes, tensor_bytes)
+        self._features: LRUCache[_ImageKey, Tensor] = LRUCache(feature_bytes, tensor_bytes)
         self._loaded: tuple[str, Image.Image] | None = None
+        self._ahead = LookAhead[_ImageKey, Prompt, _Ready](self._prepare, _CROPS_AHEAD)
         # The geometry allows a few dozen tilings; no more can come.
         self._layouts: dict[Tiling, _Layout] = {}
         self._sizes: LRUCache[str, tuple[int, int]] = LRUCache(_ENTRIES)
@@ -121,20 +137,22 @@ class Prompts:
             out.append(self.model.embed(inputs, features[_image_key(prompt)].unsqueeze(0)).squeeze(0))
         return out
 
-    def _encode(self, prompts: Sequence[Prompt]) -> dict[tuple[str, Tiling], Tensor]:
+    def expect(self, waves: Sequence[Sequence[Prompt]]) -> None:
+        """Which prompts `embed` will be asked for, wave by wave: on a GPU, threads get their images ready meanwhile."""
+        if self.model.device.type != "cpu":
+            pending = [item for wave in waves for item in self._missing(wave).items()]
+            self._ahead.expect((key, prompt, _crops(key[1])) for key, prompt in dict(pending).items())
+
+    def _missing(self, prompts: Sequence[Prompt]) -> dict[_ImageKey, Prompt]:
+        """Images at their tilings that are not kept, tilings of one side by side, so that it is loaded once."""
+        found = {_image_key(prompt): prompt for prompt in prompts if prompt.key.tiling is not None}
+        return {key: found[key] for key in sorted(found) if key not in self._features}
+
+    def _encode(self, prompts: Sequence[Prompt]) -> dict[_ImageKey, Tensor]:
         """Features (C, t, D) of every image at its tiling, from memory or encoded together."""
-        found: dict[tuple[str, Tiling], Tensor] = {}
-        waiting: dict[tuple[str, Tiling], Prompt] = {}
-        for prompt in prompts:
-            if prompt.key.tiling is None or _image_key(prompt) in found:
-                continue
-            kept = self._features.get(_image_key(prompt))
-            if kept is None:
-                waiting[_image_key(prompt)] = prompt
-            else:
-                found[_image_key(prompt)] = kept
-        # Tilings of one image side by side, so that it is loaded once.
-        pending = sorted(waiting.items(), key=lambda item: item[0])
+        keys = {_image_key(prompt) for prompt in prompts if prompt.key.tiling is not None}
+        found = {key: kept for key in keys if (kept := self._features.get(key)) is not None}
+        pending = list(self._missing(prompts).items())
         while pending:
             take, crops = 0, 0
             while take < len(pending) and (not take or crops + _crops(pending[take][0][1]) <= self.crops):
@@ -145,31 +163,42 @@ class Prompts:
         self._loaded = None
         return found
 
-    def _encode_together(self, waiting: dict[tuple[str, Tiling], Prompt]) -> dict[tuple[str, Tiling], Tensor]:
-        images, masks, counts = [], [], []
-        for (digest, tiling), prompt in waiting.items():
-            sample = prompt.sample
-            assert sample.image is not None
-            if self._loaded is None or self._loaded[0] != digest:
-                self._loaded = digest, sample.image.load()
-            inputs = self.processor(self._loaded[1], sample.question, prompt.tier, sample.style)
-            images.append(inputs["images"][0])
-            masks.append(inputs["image_masks"][0])
-            counts.append(len(images[-1]))
+    def _encode_together(self, waiting: dict[_ImageKey, Prompt]) -> dict[_ImageKey, Tensor]:
+        device = self.model.device
+        ready = [self._ahead.take(key, prompt) for key, prompt in waiting.items()]
+        for (_, tiling), one in zip(waiting, ready, strict=True):
             if tiling not in self._layouts:
-                text = len(prompt.key.text_ids)
-                ids = inputs["input_ids"][0]
-                head, index = ids[: len(ids) - text], inputs["image_input_idx"][0]
-                self._layouts[tiling] = _Layout(head.to(self.model.device), index.to(self.model.device))
-        encoded = self.model.encode_images(torch.cat(images).unsqueeze(0), torch.cat(masks).unsqueeze(0))[0]
+                self._layouts[tiling] = _Layout(*(ids.to(device) for ids in (one.head_ids, one.image_input_idx)))
+        crops, masks = (
+            torch.cat([part.to(device, non_blocking=True) for part in parts])
+            for parts in ([one.staged.crops for one in ready], [one.masks for one in ready])
+        )
+        blank = torch.cat([one.staged.blank for one in ready])
+        encoded = self.model.vision.encode(Staged(crops, blank), masks)
         self.images_encoded += len(waiting)
+        counts = [len(one.masks) for one in ready]
         found = {key: part.clone() for key, part in zip(waiting, encoded.split(counts), strict=True)}
         for key, part in found.items():
             keep(self._features, key, part)
         return found
 
+    @torch.inference_mode()
+    def _prepare(self, prompt: Prompt) -> _Ready:
+        """Everything about a prompt's image that needs no device; called from threads."""
+        image, sample = prompt.sample.image, prompt.sample
+        assert image is not None
+        loaded = self._loaded
+        if loaded is None or loaded[0] != image.digest:
+            self._loaded = loaded = image.digest, image.load()
+        inputs = self.processor(loaded[1], sample.question, prompt.tier, sample.style)
+        ids, masks = inputs["input_ids"][0], inputs["image_masks"][0]
+        if self.model.device.type == "cuda":
+            masks = masks.pin_memory()
+        staged = self.model.vision.stage(inputs["images"][0])
+        return _Ready(staged, masks, ids[: len(ids) - len(prompt.key.text_ids)], inputs["image_input_idx"][0])
 
-def _image_key(prompt: Prompt) -> tuple[str, Tiling]:
+
+def _image_key(prompt: Prompt) -> _ImageKey:
     assert prompt.key.image is not None
     assert prompt.key.tiling is not None
     return prompt.key.image, prompt.key.tiling

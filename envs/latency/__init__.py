@@ -1,12 +1,12 @@
-"""Clocks: what a request costs on a device, stage by stage, in milliseconds."""
+"""Latency sources: a request's latency on a device, stage by stage, in milliseconds."""
 
 from envs.latency.clock import AnyClock, Clock, MeasuringClock, is_measuring, reference_shape
 from envs.latency.measured import MeasuredClock
+from envs.latency.profile_table import Identity, ProfileTable
 from envs.latency.profiled import ProfiledClock
 from envs.latency.profiler import hold_out, profile
 from envs.latency.record import STAGES, LatencyRecord, RequestShape
 from envs.latency.roofline import DEVICES, RooflineClock
-from envs.latency.table import Identity, ProfileTable
 
 __all__ = [
     "DEVICES",

@@ -1,7 +1,7 @@
-"""What a clock is, and the fixed reference request that budgets are seen relative to.
+"""Latency sources, and the reference request that budgets are normalized by.
 
-Two kinds answer with the same record: a `Clock` computes it from a request's sizes, so rollouts can
-be batched and reused; a `MeasuringClock` has to run the very request.
+A `Clock` computes latency from a request's sizes, so rollouts can be batched and reused; a `MeasuringClock` runs and
+times the request.
 """
 
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -22,7 +22,7 @@ REFERENCE_TILING: Final = (3, 4)
 
 
 class AnyClock(Protocol):
-    """What every clock has.
+    """Common to all latency sources.
 
     Attributes:
         name: `roofline`, `profiled` or `measured`.
@@ -39,27 +39,26 @@ class AnyClock(Protocol):
 
 
 class Clock(AnyClock, Protocol):
-    """A clock that knows a request's latency from its sizes, its plan and the length of its answer."""
+    """Computes latency from a request's sizes, its plan and the length of its answer."""
 
     def latency(self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> LatencyRecord: ...
 
 
 class MeasuringClock(AnyClock, Protocol):
-    """A clock that times the very request, at batch 1, with nothing shared or reused."""
+    """Times each request at batch 1, with nothing shared or reused."""
 
     def measure(self, sample: Any, plan: ExecutionPlan, controller: Any = None) -> tuple[Any, LatencyRecord]: ...
 
 
 def is_measuring(clock: Clock | MeasuringClock) -> "TypeIs[MeasuringClock]":
-    """Whether `clock` has to run every request itself."""
+    """Whether `clock` runs every request."""
     return hasattr(clock, "measure")
 
 
 def image_tokens(config: "MolmoEConfig", tiling: tuple[int, int] | None) -> int:
-    """Prompt positions an image takes at a tiling: per view a start and an end mark and a mark
-    after each row.
+    """Prompt positions of an image at a tiling: per view a start mark, an end mark and a mark after each row.
 
-    The crops' overlap margins are cut before pooling, except at the rim of the image (golden data, image processor).
+    The crops' overlap margins are cut before pooling, except at the rim of the image.
     """
     if tiling is None:
         return 0
@@ -74,7 +73,7 @@ def image_tokens(config: "MolmoEConfig", tiling: tuple[int, int] | None) -> int:
 
 
 def reference_shape(config: "MolmoEConfig") -> RequestShape:
-    """The reference request of a model: 12 crops and the global view, a short question, an image of the crops' area."""
+    """Sizes of a model's reference request: 12 crops and the global view, a short question."""
     rows, columns = REFERENCE_TILING
     tokens = image_tokens(config, REFERENCE_TILING)
     return RequestShape(

@@ -1,8 +1,8 @@
-"""The guardrail: which plans are predicted to meet a budget, before anything of the request runs. Pure numpy.
+"""The guardrail: plans predicted to meet a budget, before the request runs. Pure numpy.
 
-A request's sizes and a plan give its latency up to the answer's length. The length is predicted from the question as a
-quantile over similar questions; what remains (unexpected lengths, a clock's noise) is covered by one factor on the
-predicted latency, calibrated on validation samples by split conformal prediction.
+Latency follows from a request's sizes, the plan and the answer's length. The length is predicted from the question as a
+quantile over similar questions; unexpected lengths and noise are covered by one factor on the predicted latency,
+calibrated on validation samples by split conformal prediction.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from operator import mul
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from envs.latency.clock import Clock
 from envs.latency.profiled import quantities
 from envs.latency.record import STAGES, LatencyRecord, RequestShape
 
+if TYPE_CHECKING:
+    from envs.contracts import Engine
+
 Array = npt.NDArray[np.float64]
 WIDTH: Final = 32
 """Dimensions of a question's key: distances survive a random projection (Johnson and Lindenstrauss 1984)."""
@@ -28,17 +31,17 @@ NEIGHBORS: Final = 16
 
 
 class Costs(Protocol):
-    """What predictions need of a clock."""
+    """Predicts latencies: a `Clock` or `ProfileCosts`."""
 
     def latency(self, shape: RequestShape, plan: Any, new_tokens: int) -> LatencyRecord: ...
 
 
 @dataclass(frozen=True)
 class ProfileCosts:
-    """Costs of a profile's stages, enough to predict latencies without its table.
+    """A profile's fitted costs, without its measurements.
 
     Attributes:
-        stages: costs of each stage, ms, as `envs.latency.profiled.quantities` counts what they are for.
+        stages: cost, ms, of each quantity of each stage (see `envs.latency.profiled.quantities`).
     """
 
     stages: Mapping[str, Sequence[float]]
@@ -50,12 +53,12 @@ class ProfileCosts:
 
 @dataclass(frozen=True)
 class AnswerLengths:
-    """Answer lengths of known questions, and a quantile over the nearest ones for a new one.
+    """Predicts an answer's length as a quantile over the nearest known questions.
 
     Attributes:
-        keys: (S, 32) of the known questions; empty predicts `longest` always.
+        keys: (S, 32) of the known questions.
         lengths: (S,) tokens of their answers.
-        quantile: of the lengths of the nearest questions, 0 to 1.
+        quantile: over the nearest questions' lengths, 0 to 1.
     """
 
     keys: tuple[tuple[float, ...], ...]
@@ -79,9 +82,9 @@ class AnswerLengths:
                 f"{len(rows)} questions at quantile {quantile} do not give a length model: give one answer or more "
                 "and a quantile of 0 to 1"
             )
-        longest = rows.reshape(len(rows), -1)
         keys = np.round(_keys(features), 4)
-        return cls(tuple(map(tuple, keys.tolist())), tuple(longest.max(1).astype(int).tolist()), float(quantile))
+        longest = rows.reshape(len(rows), -1).max(1).astype(int)
+        return cls(tuple(map(tuple, keys.tolist())), tuple(longest.tolist()), float(quantile))
 
     def predict(self, features: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Predicted lengths (B,), 1 or more, for language features (B, D)."""
@@ -98,14 +101,14 @@ class AnswerLengths:
 
 @dataclass(frozen=True)
 class Guardrail:
-    """A calibrated guardrail, small and picklable; it travels to env runners and is exported with the controller.
+    """A calibrated guardrail, sent to env runners and exported with the controller.
 
     Attributes:
         confidence: share of requests that should meet their budget under any plan the guardrail allows.
         lengths: predicts the answer's length.
-        factor: conformal factor on predicted latencies under the clock that judges.
-        noise: factor instead of it on a wall clock, whose noise the judging clock may lack.
-        costs: predicts latencies; None takes the clock in use.
+        factor: conformal factor on predicted latencies, for the latency source of training and evaluation.
+        noise: factor for serving on the wall clock, at least as large.
+        costs: predicts latencies; None takes the latency source in use.
     """
 
     confidence: float
@@ -115,16 +118,12 @@ class Guardrail:
     costs: ProfileCosts | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Guardrail":
-        """The inverse of `to_dict`.
-
-        Raises:
-            UserError: fields missing or foreign.
-        """
+        """The inverse of `to_dict`; a UserError if fields are missing or unknown."""
         try:
             values = dict(stored)
             raw = values["lengths"]
@@ -144,13 +143,12 @@ class LatencyPredictor:
 
     Args:
         guardrail: calibrated.
-        engine: gives a request's sizes and its question's language feature.
-        clock: predicts where the guardrail has no costs of its own.
+        clock: predicts latencies if the guardrail has no costs.
         factor: on predicted latencies; None takes the guardrail's.
     """
 
     def __init__(
-        self, guardrail: Guardrail, engine: Any, space: KnobSpace, clock: Clock | None, factor: float | None = None
+        self, guardrail: Guardrail, engine: "Engine", space: KnobSpace, clock: Clock | None, factor: float | None = None
     ) -> None:
         costs = guardrail.costs or clock
         if costs is None:

@@ -1,9 +1,9 @@
-"""A clock that times the very request on this device, at batch 1."""
+"""Latency measured by running each request on this device, at batch 1."""
 
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from PIL import Image
@@ -13,27 +13,29 @@ from envs.knobs import ExecutionPlan
 from envs.latency.clock import FULL_PLAN, REFERENCE_NEW_TOKENS, REFERENCE_TILING
 from envs.latency.record import LatencyRecord
 
+if TYPE_CHECKING:
+    from envs.contracts import Engine
+
 _REFERENCE_QUESTION: Final = "What can be seen in this picture, and how many of them are there?"
 
 
 class MeasuredClock:
-    """Wall clock of whole requests, device-synchronised; nothing is shared between them or reused.
+    """Wall-clock time of complete requests, device-synchronized, with nothing shared or reused.
 
     Args:
-        engine: runs the requests.
-        repeats: runs of the reference request, of which the median counts; two more warm the device up.
+        repeats: timed runs of the reference request after two warm-up runs; the median counts.
     """
 
     name: Final = "measured"
     deterministic: Final = False
 
-    def __init__(self, engine: Any, repeats: int = 5) -> None:
+    def __init__(self, engine: "Engine", repeats: int = 5) -> None:
         self.engine = engine
         self.repeats = repeats
 
     @cached_property
     def reference_ms(self) -> float:
-        """Latency of the full plan on a drawn 4:3 image with 12 crops, its decoding scaled to 4 new tokens, ms."""
+        """Latency of the full plan on a generated 4:3 image with 12 crops, decoding scaled to 4 new tokens, ms."""
         sample = reference_sample(self.engine.model.config.vision.crop_size)
         totals = []
         for turn in range(self.repeats + 2):
@@ -44,14 +46,13 @@ class MeasuredClock:
         return float(np.median(totals))
 
     def measure(self, sample: Sample, plan: ExecutionPlan, controller: Any = None) -> tuple[Any, LatencyRecord]:
-        """Run one request; returns its outcome and its stage times."""
-        outcome, record = self.engine.run_measured(sample, plan, controller)
-        return outcome, record
+        """Run one request; return its outcome and stage times."""
+        return self.engine.run_measured(sample, plan, controller)
 
 
 @dataclass(frozen=True)
 class _DrawnImage(ImageRef):
-    """A fixed colour ramp of a given size."""
+    """A fixed color ramp of a given size."""
 
     width: int
     height: int
@@ -71,7 +72,7 @@ class _DrawnImage(ImageRef):
 
 
 def reference_sample(crop_size: int) -> Sample:
-    """The reference request as a sample: an image that every model of this kind cuts into 3 x 4 crops."""
+    """The reference request as a sample; the image is tiled into 3 x 4 crops."""
     rows, columns = REFERENCE_TILING
     image = _DrawnImage(width=columns * crop_size, height=rows * crop_size)
     return Sample(id=image.digest[:16], image=image, question=_REFERENCE_QUESTION, answers=("",))

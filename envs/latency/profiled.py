@@ -1,40 +1,39 @@
-"""A clock read off a profile table: small stage models, interpolated over tokens, blocks and
-experts.
+"""Latency predicted from a profile by one linear model per stage.
 
-Every stage is a sum of non-negative costs of things that a request has more or less of (crops, positions, blocks,
-experts, answer tokens), so the clock rises in each of them and stays sensible between and beyond what was measured.
+A stage is a sum of non-negative costs per crop, position, block, expert and answer token, so the prediction is monotone
+in each and extrapolates.
 """
 
 from collections.abc import Sequence
 from functools import cached_property
 from operator import mul
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
 from envs.latency.clock import FULL_PLAN, REFERENCE_NEW_TOKENS
+from envs.latency.profile_table import Cell, Identity, ProfileTable
 from envs.latency.record import STAGES, LatencyRecord, RequestShape
-from envs.latency.table import Cell, Identity, ProfileTable
 
-Array = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    from envs.contracts import Engine
+
 FEWEST_CELLS: Final = 8
 _FLOOR: Final = 0.05
-"""A stage below this share of its request is fitted as if it were that large: its relative error
-does not matter."""
+"""Stages below this share of their request count as this share in the fit's relative error."""
 
 
 class ProfiledClock:
-    """Latency interpolated from a table measured on this device.
+    """Latency interpolated from a profile of this device.
 
     Args:
-        table: measured cells.
-        identity: what this process runs on; None trusts the table as it is (planning for another device).
+        table: the profile.
+        identity: of this process; None accepts a profile of any device.
 
     Raises:
-        UserError: the table was measured on something else, or has fewer than 8 cells.
+        UserError: the profile has another identity or fewer than 8 cells.
     """
 
     name: Final = "profiled"
@@ -44,14 +43,15 @@ class ProfiledClock:
         if identity is not None:
             table.check(identity)
         if len(table.cells) < FEWEST_CELLS:
-            advice = f"measure {FEWEST_CELLS} or more with `ray-ctrl profile`"
-            raise UserError(f"the profile table has {len(table.cells)} cells: {advice}")
+            raise UserError(
+                f"the profile has {len(table.cells)} cells: measure {FEWEST_CELLS} or more with `ray-ctrl profile`"
+            )
         self.table = table
         self._costs = {stage: _fit(stage, table.cells) for stage in STAGES}
 
     @classmethod
-    def for_engine(cls, table: ProfileTable, engine: Any) -> "ProfiledClock":
-        """The clock of `table`, refused where `engine` runs on something else."""
+    def for_engine(cls, table: ProfileTable, engine: "Engine") -> "ProfiledClock":
+        """The source of `table`, refused if `engine` has another identity."""
         return cls(table, Identity.of(engine))
 
     @cached_property
@@ -68,69 +68,58 @@ class ProfiledClock:
 
     @property
     def costs(self) -> dict[str, tuple[float, ...]]:
-        """Costs of each stage, ms, of the things that `quantities` counts."""
+        """Cost, ms, of each quantity of each stage (see `quantities`)."""
         return dict(self._costs)
 
     def quantile(self, share: float) -> float:
-        """Quantile of measured over predicted latency in the table: noise of the device and misfit of the clock."""
-        return float(np.quantile(self._ratios, share))
+        """Quantile of measured over predicted latency in the profile: noise of the device and misfit of the model."""
+        ratios = [ms / self._predict(cell) for cell in self.table.cells for ms in cell.totals_ms]
+        return float(np.quantile(ratios, share))
+
+    @cached_property
+    def repeat_ratios(self) -> tuple[float, ...]:
+        """Latency of every repeat over the median of its cell, rising: noise of the device alone."""
+        return tuple(sorted(float(ms / np.median(c.totals_ms)) for c in self.table.cells for ms in c.totals_ms))
 
     @cached_property
     def median_error(self) -> float:
-        """Median absolute relative error on the table's own cells: how well the stage models fit."""
+        """Median absolute relative error on the profile's own cells."""
         errors = [abs(self._predict(c) / float(np.median(c.totals_ms)) - 1.0) for c in self.table.cells]
         return float(np.median(errors))
-
-    @cached_property
-    def _ratios(self) -> Array:
-        return np.array([ms / self._predict(cell) for cell in self.table.cells for ms in cell.totals_ms])
 
     def _predict(self, cell: Cell) -> float:
         return self.latency(cell.shape, cell.plan, cell.new_tokens).total
 
 
 def quantities(shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> dict[str, tuple[float, ...]]:
-    """What each stage has to do, in units near 1: one vector of costed things per stage.
+    """Regressors of each stage's latency, scaled to about 1.
 
-    The last block of the prompt pass runs for the last position alone, beyond its keys and values.
+    The last block of the prompt pass runs for the last position alone, apart from its keys and values.
     """
     thousands, first, top_k = shape.prompt_tokens / 1000, plan.insertion, plan.top_k / 8
     blocks = len(plan.blocks)
-    whole = max(blocks - first - 1, 0)
+    full = max(blocks - first - 1, 0)  # suffix blocks that run for all positions
     context = (shape.prompt_tokens + new_tokens / 2) / 1000
     image, crops = float(shape.crops > 0), shape.crops / 10
     return {
         "processor": (1.0, image, crops, shape.pixels / 1e6, thousands),
         "vision": (image, crops, crops**2),
         "prefix": (1.0, thousands, first, first * thousands, first * thousands**2),
-        "suffix": (
-            1.0,
-            thousands,
-            whole,
-            whole * top_k,
-            whole * thousands,
-            whole * thousands * top_k,
-            whole * thousands**2,
-        ),
-        "decode": (
-            new_tokens,
-            new_tokens * blocks,
-            new_tokens * (first + (blocks - first) * top_k),
-            new_tokens * blocks * context,
-        ),
+        "suffix": (1.0, thousands, *(full * x for x in (1.0, top_k, thousands, thousands * top_k, thousands**2))),
+        "decode": tuple(new_tokens * x for x in (1, blocks, first + (blocks - first) * top_k, blocks * context)),
         "controller": (1.0,),
     }
 
 
 def _fit(stage: str, cells: Sequence[Cell]) -> tuple[float, ...]:
-    """Non-negative costs of one stage that minimise the squared relative error over the cells."""
+    """Non-negative costs of one stage with the least squared relative error over the cells."""
     rows = np.array([quantities(cell.shape, cell.plan, cell.new_tokens)[stage] for cell in cells])
     times = np.array([getattr(cell.median, stage) for cell in cells])
     if stage == "controller":
         return (float(np.median(times)),)
     floor = np.array([_FLOOR * cell.median.total for cell in cells])
     scale = 1.0 / np.maximum(times, floor)
-    # Here, as scipy takes time to load and whoever only runs the model needs none of it.
+    # Imported here, as scipy is slow to load and only fits need it.
     from scipy.optimize import nnls
 
     costs, _ = nnls(rows * scale[:, None], times * scale)

@@ -1,6 +1,4 @@
-"""What every clock reports: the stages of one request in milliseconds, and the sizes that latency
-depends on.
-"""
+"""Stage times of one request in milliseconds, and the sizes that latency depends on."""
 
 import math
 from collections.abc import Mapping
@@ -17,12 +15,12 @@ class LatencyRecord:
     """Milliseconds from decoded image and question text to answer text, stage by stage.
 
     Attributes:
-        processor: cropping, resizing and tokenising.
+        processor: cropping, resizing and tokenizing.
         vision: vision tower and connector.
         prefix: embedding and blocks 1..p on the prompt (and the latency token).
         suffix: the kept blocks after p on the prompt, and the first token.
         decode: every further answer token through the kept blocks.
-        controller: both networks and the latency token's hand-over.
+        controller: both networks and reading the latency token.
 
     Raises:
         UserError: a stage that is negative or not finite.
@@ -43,7 +41,7 @@ class LatencyRecord:
 
     @property
     def total(self) -> float:
-        """The whole request, ms."""
+        """Latency of the request, ms."""
         return self.processor + self.vision + self.prefix + self.suffix + self.decode + self.controller
 
     def to_dict(self) -> dict[str, float]:
@@ -52,11 +50,7 @@ class LatencyRecord:
 
     @classmethod
     def from_dict(cls, stages: Mapping[str, float]) -> "LatencyRecord":
-        """The inverse of `to_dict`; absent stages count as 0 ms.
-
-        Raises:
-            UserError: a stage that does not exist.
-        """
+        """The inverse of `to_dict`; absent stages count as 0 ms, an unknown stage is a UserError."""
         unknown = sorted(set(stages) - {field.name for field in fields(cls)})
         if unknown:
             raise UserError(f"unknown latency stage {unknown[0]!r}: stages are {', '.join(STAGES)}")
@@ -65,7 +59,7 @@ class LatencyRecord:
 
 @dataclass(frozen=True)
 class RequestShape:
-    """The sizes of a request at one tier that its latency depends on; its content never matters.
+    """Sizes of a request at one tier that its latency depends on.
 
     Attributes:
         crops: image crops the vision tower encodes, the global view included (0 for text-only).
@@ -84,7 +78,7 @@ class RequestShape:
 
     def __post_init__(self) -> None:
         if min(self.crops, self.image_tokens, self.pixels) < 0 or self.prompt_tokens < 1:
-            raise UserError(f"request {self} is not allowed: sizes are 0 or more, and a prompt has a token at least")
+            raise UserError(f"request {self} is not allowed: sizes are 0 or more, and a prompt has 1 token or more")
         if self.image_tokens > self.prompt_tokens:
             raise UserError(
                 f"request {self} is not allowed: its {self.image_tokens} image tokens are part of the "

@@ -1,9 +1,7 @@
-"""A clock computed from bytes and operations on a named device: deterministic, for tests and
-planning.
+"""Latency computed from bytes and operations on a named device: deterministic, for tests and planning.
 
-Each piece of work takes the longer of its arithmetic at the device's sustained rate and its memory traffic at the
-sustained bandwidth (Williams et al., "Roofline", CACM 2009), plus a fixed time per launched kernel, which is what
-small models and single requests mostly pay.
+Each operation takes the longer of its arithmetic at the device's sustained rate and its memory traffic at the sustained
+bandwidth (Williams et al., "Roofline", CACM 2009), plus a fixed time per kernel launch, which dominates small models.
 """
 
 from collections.abc import Mapping
@@ -23,15 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Device:
-    """Sustained rates of a device, published peaks times what matrix products reach in practice.
+    """Sustained rates of a device: published peaks times the utilization of matrix products.
 
     Attributes:
         flops: floating-point operations per second.
         bandwidth: bytes per second from memory.
         launch: seconds per kernel or operator call.
-        expert_launch: seconds per expert that a block touches, where experts run one by one (CPU); 0 where grouped.
+        expert_launch: seconds per expert that a block loads if experts run one by one (CPU); 0 if grouped.
         bytes_per_weight: 2 for half precision, 4 for single.
-        pixel_s: seconds per pixel resized and normalised; always on the host's CPU.
+        pixel_s: seconds per pixel resized and normalized, on the host's CPU.
         controller: seconds for both controller networks.
     """
 
@@ -56,18 +54,17 @@ DEVICES: Final[Mapping[str, Device]] = MappingProxyType(
 """Half precision on the GPUs (NVIDIA data sheets, dense), single precision on the laptop's cores (AVX2 at 2.3 GHz)."""
 
 _BLOCK_KERNELS: Final = 34
-"""Kernels of one language block: two norms, attention with norms and rotation, router, sort, three
-grouped products."""
+"""One language block: two norms, attention with norms and rotation, router, sort, three grouped products."""
 _VISION_KERNELS: Final = 16
-"""Kernels of one layer of the vision tower."""
+"""One layer of the vision tower."""
 _CONNECTOR_KERNELS: Final = 24
 _HEAD_KERNELS: Final = 8
 """Embedding, final norm, vocabulary product, argmax and the copy of the token to the host."""
-_TOKENISER_S: Final = 0.2e-3
+_TOKENIZER_S: Final = 0.2e-3
 
 
 def check_device(device: str) -> None:
-    """Raises a UserError where `device` is not in the table."""
+    """Raise a UserError if `device` is not in `DEVICES`."""
     if device not in DEVICES:
         raise UserError(f"roofline device {device!r} is not known: choose one of {', '.join(DEVICES)}")
 
@@ -75,12 +72,8 @@ def check_device(device: str) -> None:
 class RooflineClock:
     """Latency of a model of this shape on a device of `DEVICES`.
 
-    Args:
-        config: the model's shape.
-        device: name of the device.
-
     Raises:
-        UserError: a device that is not in the table.
+        UserError: an unknown device.
     """
 
     name: Final = "roofline"
@@ -103,7 +96,7 @@ class RooflineClock:
         return LatencyRecord(
             processor=self._processor(shape),
             vision=self._vision(shape.crops),
-            # The latency token rides along through the prefix and is dropped after it.
+            # The prefix also runs for the latency token.
             prefix=self._blocks(plan.insertion, tokens + 1, tokens + 1, 8),
             suffix=self._suffix(plan, tokens) + self._head(),
             decode=self._decode(plan, tokens, new_tokens),
@@ -112,7 +105,7 @@ class RooflineClock:
 
     def _processor(self, shape: RequestShape) -> float:
         made = shape.crops * self.config.vision.crop_size**2
-        return (_TOKENISER_S + (shape.pixels + made) * self.device.pixel_s) * 1e3
+        return (_TOKENIZER_S + (shape.pixels + made) * self.device.pixel_s) * 1e3
 
     def _vision(self, crops: int) -> float:
         if crops == 0:
@@ -122,12 +115,11 @@ class RooflineClock:
         layer = 4 * vision.width * inner + 2 * vision.width * vision.mlp_dim
         positions = crops * (vision.patches + 1)
         attention = 4 * positions * (vision.patches + 1) * inner
-        tower = self._piece(2 * positions * layer + attention, layer, _VISION_KERNELS) * vision.depth
-        # The connector's queries, keys and values read the concatenated features; its values are
-        # needed for all patches.
+        tower = self._operation_ms(2 * positions * layer + attention, layer, _VISION_KERNELS) * vision.depth
+        # The connector's projections read the concatenated features, its values for all patches.
         pooling = 2 * vision.feature_dim * inner
         projector = 2 * vision.width * hidden + hidden * self.config.d_model
-        connector = self._piece(
+        connector = self._operation_ms(
             2 * crops * (vision.patches * pooling + vision.tokens * (pooling + projector)),
             2 * pooling + projector,
             _CONNECTOR_KERNELS,
@@ -143,24 +135,24 @@ class RooflineClock:
         attention = 4 * tokens * context * width * (0.5 if tokens == context else 1.0)
         operations = 2 * tokens * (dense + top_k * expert) + attention
         cache = 2 * context * width
-        block = self._piece(operations, dense + loaded * expert + cache, _BLOCK_KERNELS)
+        block = self._operation_ms(operations, dense + loaded * expert + cache, _BLOCK_KERNELS)
         return blocks * (block + loaded * self.device.expert_launch * 1e3)
 
     def _suffix(self, plan: ExecutionPlan, tokens: int) -> float:
-        """The kept blocks after p on the prompt; the last of them runs for the last position, keys and values aside."""
+        """The kept blocks after p on the prompt; the last runs for the last position, except its keys and values."""
         rest = len(plan.blocks) - plan.insertion
         if rest == 0:
             return 0.0
         projections = 2 * self.config.d_model**2
-        last = self._piece(2 * tokens * projections, projections, 2) + self._blocks(1, 1, tokens, plan.top_k)
+        last = self._operation_ms(2 * tokens * projections, projections, 2) + self._blocks(1, 1, tokens, plan.top_k)
         return self._blocks(rest - 1, tokens, tokens, plan.top_k) + last
 
     def _head(self) -> float:
         vocabulary = self.config.d_model * self.config.vocab_size
-        return self._piece(2 * vocabulary, vocabulary, _HEAD_KERNELS)
+        return self._operation_ms(2 * vocabulary, vocabulary, _HEAD_KERNELS)
 
     def _decode(self, plan: ExecutionPlan, prompt: int, new_tokens: int) -> float:
-        """One step for every new token: the prompt gives the first, the last step finds the end of the answer."""
+        """One step per new token: the prompt pass gives the first, the last step gives the end of the answer."""
         if new_tokens < 0:
             raise UserError(f"{new_tokens!r} new tokens are not allowed: give 0 or more")
         context = prompt + (new_tokens + 1) // 2
@@ -171,17 +163,13 @@ class RooflineClock:
         )
         return step * new_tokens
 
-    def _piece(self, operations: float, weights: float, kernels: int) -> float:
-        """Milliseconds of one piece of work."""
+    def _operation_ms(self, operations: float, weights: float, kernels: int) -> float:
+        """Milliseconds of one operation."""
         device = self.device
         moved = weights * device.bytes_per_weight / device.bandwidth
         return (max(operations / device.flops, moved) + kernels * device.launch) * 1e3
 
 
 def experts_touched(experts: int, top_k: int, tokens: int) -> float:
-    """Expected distinct experts that `tokens` positions load: `top_k` for one, nearly all for a
-    prompt.
-
-    Each position picks `top_k` of `experts`, taken as independent and even.
-    """
+    """Expected distinct experts that `tokens` positions load, each with `top_k` independent, uniform choices."""
     return float(experts * (1.0 - (1.0 - top_k / experts) ** tokens))

@@ -135,7 +135,7 @@ class DecodeBatch:
             out = block.finish(part, mixed, own.top_k, experts)
             x = out if own.on_device is None else x.index_copy(0, own.on_device, out)
         self.lengths = [length + 1 for length in self.lengths]
-        return language.logits(language.final_norm(x.squeeze(1)))
+        return language.next_logits(x.squeeze(1))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Cut the batch down to `rows`, in that order."""

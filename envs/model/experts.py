@@ -202,9 +202,9 @@ def _fused(
     residual_ND: Tensor | None,
 ) -> Tensor:
     """As `_grouped`, in one kernel each: route, sort, gather, product, silu, product, combine."""
-    alike = isinstance(top_k, int)
+    each = None if isinstance(top_k, int) else top_k.per_token
     most, pairs = (top_k, top_k * len(x_ND)) if isinstance(top_k, int) else (top_k.maximum, top_k.pairs)
-    weights_NK, experts_NK = fused.route(logits_NE, most, None if alike else top_k.per_token)
+    weights_NK, experts_NK = fused.route(logits_NE, most, each)
     tokens, shares, inverse, ends = fused.sort_pairs(weights_NK, experts_NK, len(gate_up_EGD), pairs)
     gate_up = fused.grouped_product(x_ND, gate_up_EGD.transpose(1, 2), ends, tokens, pairs)
     inner = fused.silu_mul(gate_up, shares)

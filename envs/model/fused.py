@@ -50,7 +50,7 @@ def register(
 @lru_cache(maxsize=1)
 def _has_triton() -> bool:
     try:
-        importlib.import_module("envs.model.prefill_kernels")
+        importlib.import_module("envs.model.kernels.prefill")
     except ImportError:
         return False
     return True
@@ -69,7 +69,7 @@ def _launch(name: str) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         if not found:
-            found.append(getattr(importlib.import_module("envs.model.prefill_kernels"), name))
+            found.append(getattr(importlib.import_module("envs.model.kernels.prefill"), name))
         return found[0](*args)
 
     return call
@@ -237,8 +237,13 @@ def grouped_product(x_ND: Tensor, weight_EDH: Tensor, ends_E: Tensor, rows_P: Te
 
 def router_logits(x_ND: Tensor, router_ED: Tensor) -> Tensor:
     """Router logits (N, E) in float32, products summed in float32: rounded to bfloat16, 3 % of tokens would tie."""
-    if x_ND.dtype == torch.float32:
-        return F.linear(x_ND, router_ED)
-    if available(x_ND) and x_ND.dtype == router_ED.dtype:
-        return torch.mm(x_ND, router_ED.t(), out_dtype=torch.float32)
+    if x_ND.dtype == torch.float32 or available(x_ND):
+        return float32_logits(x_ND, router_ED)
     return F.linear(x_ND.float(), router_ED.float())
+
+
+def float32_logits(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+    """Logits (N, E), summed and left in float32 where one product does so; in the dtype of `x` elsewhere."""
+    if x_ND.dtype != torch.float32 and available(x_ND) and x_ND.dtype == weight_ED.dtype:
+        return torch.mm(x_ND, weight_ED.t(), out_dtype=torch.float32)
+    return F.linear(x_ND, weight_ED)

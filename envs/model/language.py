@@ -18,6 +18,9 @@ from envs.model.experts import TopK, mixture, spread_top_k
 from envs.model.prefill import Prefilled, PrefillRun, Prefix
 
 MAX_INSERTION = max(INSERTIONS)
+# cuDNN's attention, which torch prefers on Hopper, takes tens of milliseconds to plan for every new shape, and prompts,
+# batches and caches hardly ever come in the same shape twice.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class Block(nn.Module):
@@ -144,6 +147,13 @@ class Language(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocabulary) of hidden states after the final norm."""
         return F.linear(hidden, self.lm_head)
+
+    def next_logits(self, last: Tensor) -> Tensor:
+        """Logits (..., vocabulary) of the next token from the last block's output; in float32 on a GPU.
+
+        Rounded to bfloat16, the highest logits tie every few tokens, and batches of other sizes would choose others.
+        """
+        return fused.float32_logits(self.final_norm(last), self.lm_head)
 
     def final_norm(self, x: Tensor) -> Tensor:
         """The norm after the last block."""

@@ -16,6 +16,7 @@ from envs.model.device import resolve_device
 from envs.model.execution_tree import per_row
 from envs.model.fingerprint import FingerprintCache, fingerprint
 from envs.model.language import Language
+from envs.model.single_row import SingleRow
 from envs.model.vision import VisionBackbone
 
 Plans = ExecutionPlan | Sequence[ExecutionPlan]
@@ -39,6 +40,7 @@ class AdaptiveMolmoE(nn.Module):
         self.language = Language(config)
         self.experts = "auto"
         self._fingerprint: tuple[object, str] | None = None
+        self._single_row: SingleRow | None = None
         self._loaded: object = None
         self._cache: FingerprintCache | None = None
 
@@ -97,6 +99,13 @@ class AdaptiveMolmoE(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return self.language.wte.dtype
+
+    @property
+    def single_row(self) -> SingleRow:
+        """What runs one request at a time; made at first use, and anew where the weights have moved."""
+        if self._single_row is None or not self._single_row.fits_model(self):
+            self._single_row = SingleRow(self)
+        return self._single_row
 
     @property
     def fingerprint(self) -> str:
@@ -175,8 +184,12 @@ class AdaptiveMolmoE(nn.Module):
         if not max_new_tokens or not rows:
             return out
         top_k = per_row(_checked(plan, lengths), len(lengths))
-        prefilled = self.language.prefill(self.embed(inputs), lengths, rows, top_k, experts=self.experts)
-        tokens = self.language.logits(self.language.final_norm(prefilled.last)).argmax(-1).tolist()
+        x_BTD = self.embed(inputs)
+        if len(rows) == 1:
+            prefilled = self.single_row.prefill(x_BTD[:, : lengths[0]], top_k[0])
+            return [self.single_row.decode(prefilled, max_new_tokens, stop_at_eos)[0]]
+        prefilled = self.language.prefill(x_BTD, lengths, rows, top_k, experts=self.experts)
+        tokens = self.language.next_logits(prefilled.last).argmax(-1).tolist()
         batch: DecodeBatch | None = None
         for step in range(max_new_tokens):
             going = [i for i, token in enumerate(tokens) if not (stop_at_eos and token == self.config.eos_token_id)]

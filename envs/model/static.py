@@ -17,14 +17,15 @@ from envs.errors import UserError
 from envs.knobs import MODEL_BLOCKS
 from envs.model.execution_tree import FULL_TOP_K
 from envs.model.experts import TopK
-from envs.model.language import Block, Language, Prefilled, attend
+from envs.model.graphs import capture
+from envs.model.language import Block, Language, attend
+from envs.model.prefill import Prefilled
 
 if TYPE_CHECKING:
-    from envs.model.kernels_step import Tuning
+    from envs.model.kernels.decode_step import Tuning
 
 # The longest prompt with images has 1,525 tokens; the rest is for a long question and the answer.
 CAPACITY = 2176
-ROOM = 64
 
 
 class Cell:
@@ -67,7 +68,7 @@ def plain_step(language: Language, cell: Cell, kept: Sequence[int]) -> None:
         mixed = attend(query, cached[0], cached[1], mask)
         top_k = TopK(cell.top_k[index : index + 1], FULL_TOP_K, FULL_TOP_K)
         x_11D = block.finish(x_11D, mixed, top_k, "dense")
-    logits = language.logits(language.final_norm(x_11D.view(1, -1)))
+    logits = language.next_logits(x_11D.view(1, -1))
     cell.logits.copy_(logits[0])
     cell.token.copy_(logits.argmax(-1))
     cell.ids.index_copy_(0, cell.count, cell.token)
@@ -97,7 +98,7 @@ class StaticDecoder:
         self,
         language: Language,
         capacity: int = CAPACITY,
-        room: int = ROOM,
+        room: int = CAPACITY,
         kernels: bool | None = None,
         graphs: int = 8,
         tuning: "Tuning | None" = None,
@@ -107,10 +108,11 @@ class StaticDecoder:
         self.cell = Cell(language, capacity, room)
         self._step = None
         if kernels_usable(language) if kernels is None else kernels:
-            from envs.model.kernels_step import KernelStep  # Needs Triton.
+            from envs.model.kernels.decode_step import KernelStep  # Needs Triton.
 
             self._step = KernelStep(language, self.cell, tuning)
         self._most_graphs = graphs if cuda else 0
+        self.captured = 0
         self._graphs: OrderedDict[tuple[int, ...], torch.cuda.CUDAGraph] = OrderedDict()
         self._kept: tuple[int, ...] = ()
         self._flags = torch.zeros(2, 1, dtype=torch.int32, pin_memory=cuda)
@@ -131,10 +133,9 @@ class StaticDecoder:
                 f"a prompt of {length} tokens leaves no room in a cache of {self.capacity}: give a shorter prompt"
             )
         self.prepare(top_k)
-        for index in self._kept:
-            keys, values = _source(prefilled, row, index)
-            self.cell.keys[index, :length].copy_(keys[:length].flatten(1))
-            self.cell.values[index, :length].copy_(values[:length].flatten(1))
+        sources = [part[:length].flatten(1) for index in self._kept for part in _source(prefilled, row, index)]
+        targets = [cache[index, :length] for index in self._kept for cache in (self.cell.keys, self.cell.values)]
+        torch._foreach_copy_(targets, sources)
         self.place(token, length)
 
     def prepare(self, top_k: Sequence[int]) -> None:
@@ -145,7 +146,8 @@ class StaticDecoder:
         self.cell.top_k.copy_(self._host_top_k, non_blocking=True)
         if self._most_graphs and self._kept not in self._graphs:
             self.place(0, 0)
-            self._graphs[self._kept] = self._capture()
+            self._graphs[self._kept] = capture(self._eager)
+            self.captured += 1
             while len(self._graphs) > self._most_graphs:
                 self._graphs.popitem(last=False)
         if self._most_graphs:
@@ -170,18 +172,6 @@ class StaticDecoder:
             plain_step(self.language, self.cell, self._kept)
         else:
             self._step(self._kept)
-
-    def _capture(self) -> "torch.cuda.CUDAGraph":
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # Compiles kernels and fills allocators, which a capture must not.
-            self._eager()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._eager()
-        return graph
 
     @torch.inference_mode()
     def decode(self, prefilled: Prefilled, row: int, token: int, limit: int, stop_at_eos: bool = True) -> list[int]:

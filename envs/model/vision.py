@@ -4,6 +4,8 @@ Letters: N images or crops, C crops of an image, P patches of a crop, W ViT widt
 M pooled windows, D model width.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,15 +101,27 @@ class VisionBackbone(nn.Module):
         self.projector_in = nn.Linear(config.vision.width, 2 * config.projector_hidden, bias=False)
         self.projector_out = nn.Linear(config.projector_hidden, config.d_model, bias=False)
 
-    def vit_features(self, crops_NPX: Tensor) -> Tensor:
-        """Layer features (N, P, F) of crops (N, P, pixels), zeros for blank ones; crops may still lie on the host.
+    def stage(self, crops_NPX: Tensor) -> "Staged":
+        """Crops (N, P, pixels) as they cross to the device, and which of them are blank.
 
         Published rule: a crop holding an exact -1.0 anywhere is blank. Trainer's rule: one that holds nothing else.
         """
         # Before any cast: in bfloat16 a pixel close to the mark would round to it.
         marked_N = (crops_NPX == PADDED_PIXEL).flatten(1)
         blank_N = marked_N.all(1) if self.blank_crops == "trainer" else marked_N.any(1)
-        crops_NPX = to_device(crops_NPX, self.pad_embed.device, self.pad_embed.dtype)
+        device, dtype = self.pad_embed.device, self.pad_embed.dtype
+        if device.type == "cuda" and crops_NPX.device.type == "cpu":
+            # Cast before it crosses the bus, from pinned memory, so that nothing waits for the device.
+            return Staged(torch.empty(crops_NPX.shape, dtype=dtype, pin_memory=True).copy_(crops_NPX), blank_N)
+        return Staged(crops_NPX.to(dtype), blank_N)
+
+    def vit_features(self, crops_NPX: Tensor) -> Tensor:
+        """Layer features (N, P, F) of crops (N, P, pixels), zeros for blank ones; crops may still lie on the host."""
+        return self._features(self.stage(crops_NPX))
+
+    def _features(self, staged: "Staged") -> Tensor:
+        blank_N = staged.blank
+        crops_NPX = staged.crops.to(self.pad_embed.device, non_blocking=True)
         if blank_N.device.type != "cpu":
             # Reading the mask back would wait for the device: encode blanks too, then drop them.
             return self.encoder(crops_NPX).masked_fill(blank_N[:, None, None], 0.0)
@@ -138,17 +152,28 @@ class VisionBackbone(nn.Module):
         `image_masks` (N, C, P) holds the share of each patch that is image: 0 adds the learned embedding of padding,
         anything else below 1 that of partial padding. Without masks every patch counts as image.
         """
-        features = self.vit_features(images_NCPX.flatten(0, 1))
-        if image_masks_NCP is not None:
-            masks = to_device(image_masks_NCP, features.device).flatten(0, 1).unsqueeze(-1)
-            empty, partial = masks == 0, (masks < 1) & (masks != 0)
-            features = features + self.pad_embed[0] * empty + self.pad_embed[1] * partial
-        return self.pool(features).view(*images_NCPX.shape[:2], self.config.tokens, -1)
+        staged = self.stage(images_NCPX.flatten(0, 1))
+        masks = None if image_masks_NCP is None else image_masks_NCP.flatten(0, 1)
+        return self.encode(staged, masks).view(*images_NCPX.shape[:2], self.config.tokens, -1)
+
+    def encode(self, staged: "Staged", masks_NP: Tensor | None) -> Tensor:
+        """Image tokens (N, tokens, D) of crops that `stage` made ready."""
+        features = self._features(staged)
+        if masks_NP is None:
+            return self.pool(features)
+        if features.is_cuda and masks_NP.device.type == "cpu":
+            masks_NP = masks_NP.pin_memory()
+        return self.to_tokens(features, masks_NP.to(features.device, non_blocking=True))
+
+    def to_tokens(self, features_NPF: Tensor, masks_NP: Tensor) -> Tensor:
+        """Image tokens (N, tokens, D) from layer features and the share of each patch that is image."""
+        masks = masks_NP.unsqueeze(-1)
+        empty, partial = masks == 0, (masks < 1) & (masks != 0)
+        return self.pool(features_NPF + self.pad_embed[0] * empty + self.pad_embed[1] * partial)
 
 
-def to_device(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """`x` there and in `dtype`: cast before it crosses the bus, from pinned memory, without waiting for the device."""
-    if device.type != "cuda" or x.device.type != "cpu":
-        return x.to(device, dtype)
-    staged = torch.empty(x.shape, dtype=dtype or x.dtype, pin_memory=True).copy_(x)
-    return staged.to(device, non_blocking=True)
+class Staged(NamedTuple):
+    """Crops (N, P, pixels) in the weights' dtype, pinned where those lie on a GPU, and which are blank (N,), bool."""
+
+    crops: Tensor
+    blank: Tensor

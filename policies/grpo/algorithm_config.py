@@ -7,7 +7,8 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from envs.errors import UserError
-from policies.grpo.config import OLD_KEYS, ControllerSettings, GRPOSettings, Section, TimeoutSettings
+from envs.section import Section
+from policies.grpo.config import OLD_KEYS, ControllerSettings, GRPOSettings, TimeoutSettings
 from policies.grpo.env_runner import RolloutRunner
 from policies.grpo.evaluation import evaluate_with_runners
 from policies.grpo.lagrangian import LagrangianSettings

@@ -2,14 +2,11 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Self
+from typing import Final
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import Field
 
-from envs.errors import UserError
-
-Int = Annotated[int, Strict()]
-Flag = Annotated[bool, Strict()]
+from envs.section import Flag, Int, Section
 
 OLD_KEYS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -29,27 +26,6 @@ OLD_KEYS: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 """Keys of earlier versions, each an error that names the new one."""
-
-
-class Section(BaseModel):
-    """A frozen group of settings; unknown keys, NaN and infinity are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    def replaced(self, **changes: Any) -> Self:
-        """These settings with some changed.
-
-        Raises:
-            UserError: a value outside its range.
-        """
-        try:
-            return type(self).model_validate(self.model_dump() | changes)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            name = str(problem["loc"][0])
-            message = problem["msg"][0].lower() + problem["msg"][1:]
-            meaning = type(self).model_fields[name].description
-            raise UserError(f"{name} = {problem['input']!r} is not allowed: {message} ({meaning})") from None
 
 
 class GRPOSettings(Section):

@@ -167,7 +167,7 @@ def requirements() -> list[str]:
 
 def origins() -> Iterator[Finding]:
     """The four packages are this project's own; their names exist elsewhere, too."""
-    from cluster.origin import wrong_origin
+    from cluster.package_check import wrong_origin
 
     problem = wrong_origin()
     root = Path(__file__).resolve().parents[2]

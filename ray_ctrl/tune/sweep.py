@@ -14,7 +14,8 @@ import yaml
 from pydantic import Field, ValidationError
 
 from envs.errors import UserError
-from ray_ctrl.config import Config, Flag, Int, Section
+from envs.section import Flag, Int, Section
+from ray_ctrl.config import Config
 from ray_ctrl.load_config import load_config, to_yaml, valid_keys, with_overrides
 
 KINDS = ("uniform", "log_uniform", "int", "log_int", "choice", "grid")

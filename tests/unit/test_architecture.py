@@ -1,6 +1,7 @@
 """Which package may import which: one direction, and nothing imports the recipes."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("envs", "policies", "ray_ctrl", "cluster", "recipes")
-SHARED = ("envs.errors", "envs.files")
-"""The one error family and the one way to write files belong to everyone."""
+SHARED = ("envs.errors", "envs.files", "envs.section")
+"""The one error family, the one way to write files and the one base of settings belong to everyone."""
 ALLOWED = {
     "envs": ("envs",),
     "policies": ("policies", "envs.knobs", *SHARED),
@@ -130,3 +131,15 @@ assert not {{"ray", "gymnasium"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
+
+
+def test_every_function_that_the_walk_names_exists():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rollout, gradient = (part.split("\n## ")[0] for part in page.split("## One ")[1:3])
+    for walk, most in ((rollout, 20), (gradient, 10)):
+        steps = re.findall(r"^\d+\. `([\w/]+\.py):(\w+)`", walk, re.M)
+        assert 5 < len(steps) <= most
+        for path, name in steps:
+            tree = ast.parse((ROOT / path).read_text("utf-8"))
+            names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+            assert name in names, f"{path} has no function {name}"

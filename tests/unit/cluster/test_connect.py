@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.connect import ConnectError, connect, is_local
-from cluster.origin import MARKERS, wrong_origin
+from cluster.package_check import MARKERS, wrong_origin
 from cluster.resources import ResourcePlan, assigned_device, resource_plan
 from envs.errors import UserError
 

@@ -19,8 +19,11 @@ from envs.errors import UserError
 from envs.knobs import HEAD_SIZES, STAGE1_PAIRS, TIERS, Knobs
 from envs.latency import MeasuredClock
 from envs.latency.guardrail import AnswerLengths, Guardrail
+from envs.latency.noise import LatencyNoise
 from envs.latency_token import budget_level
 from envs.reward import reward
+
+KNOBS = ("tier", "insertion", "top_k", "blocks")
 
 
 def vector(world=None, num_envs=12, group_size=4, **settings):
@@ -337,6 +340,22 @@ def test_a_profiled_world_runs():
     clock = ProfiledClock(profile(EngineDouble(world.engine.model.config), world.samples, repeats=1, per_tiling=8))
     _, _, _, infos = episode(vector(make_world(clock=clock)))
     assert (infos["latency_ms"] > 0).all()
+
+
+def test_noise_multiplies_latencies_and_leaves_everything_else_alone():
+    world = make_world()
+    noise = LatencyNoise((0.9, 1.0, 1.3))
+    *_, rewards, quiet = episode(vector(world))
+    *_, noisy_rewards, noisy = episode(vector(replace(world, noise=noise)))
+    plans = [world.space.plan(Knobs(TIERS[t], p, k, n)) for t, p, k, n in zip(*map(quiet.get, KNOBS), strict=True)]
+    factors = [noise.factor(world.samples[s].id, plan) for s, plan in zip(quiet["sample"], plans, strict=True)]
+    np.testing.assert_allclose(noisy["latency_ms"], quiet["latency_ms"] * factors)
+    assert len(set(factors)) == 3
+    assert all((noisy[key] == quiet[key]).all() for key in ("accuracy", "budget_ms", "sample", *KNOBS))
+    late = noisy["latency_ms"] > noisy["budget_ms"]
+    assert (noisy_rewards[late] < noisy["accuracy"][late]).all()
+    assert (noisy_rewards[~late] == noisy["accuracy"][~late]).all()
+    assert (rewards != noisy_rewards).any()
 
 
 @pytest.mark.parametrize("text_only", [False, True])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from doubles import EngineDouble, make_world
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.budgets import BudgetDistribution, budget_range, check_budget
@@ -15,10 +15,10 @@ from envs.latency import MeasuredClock
 ranges = st.tuples(st.floats(0.1, 1e4), st.floats(1.05, 50)).map(lambda r: (r[0], r[0] * r[1]))
 
 
-@given(ranges, st.integers(0, 16), st.integers(0, 2**32))
+@given(ranges, st.integers(0, 5), st.integers(0, 2**32))
 def test_training_budgets_stay_in_range_and_out_of_the_bands(ends, bands, seed):
     budgets = BudgetDistribution.over(*ends, bands=bands)
-    drawn = budgets.sample(np.random.default_rng(seed), 200)
+    drawn = budgets.at(np.random.default_rng(seed).random(200))
     assert drawn.min() >= ends[0] * (1 - 1e-12)
     assert drawn.max() <= ends[1] * (1 + 1e-12)
     for low, high in budgets.bands:
@@ -26,7 +26,7 @@ def test_training_budgets_stay_in_range_and_out_of_the_bands(ends, bands, seed):
         assert not inside.any()
 
 
-@given(ranges, st.integers(0, 16))
+@given(ranges, st.integers(0, 5))
 def test_held_out_budgets_are_never_trained_on(ends, bands):
     budgets = BudgetDistribution.over(*ends, bands=bands)
     held_out = budgets.held_out()
@@ -36,9 +36,10 @@ def test_held_out_budgets_are_never_trained_on(ends, bands):
     assert held_out[-1] > ends[1]
     for budget, (low, high) in zip(held_out[1:-1], budgets.bands, strict=True):
         assert low < budget < high
+        assert math.log(high / low) == pytest.approx(0.15 * math.log(ends[1] / ends[0]))
 
 
-@given(ranges, st.integers(0, 16))
+@given(ranges, st.integers(0, 5))
 def test_quantiles_rise_from_end_to_end(ends, bands):
     budgets = BudgetDistribution.over(*ends, bands=bands)
     values = budgets.at(np.linspace(0, 1, 101))
@@ -48,7 +49,7 @@ def test_quantiles_rise_from_end_to_end(ends, bands):
 
 
 def test_budgets_are_uniform_in_the_logarithm():
-    drawn = BudgetDistribution(10.0, 1000.0).sample(np.random.default_rng(0), 20_000)
+    drawn = BudgetDistribution(10.0, 1000.0).at(np.random.default_rng(0).random(20_000))
     counts, _ = np.histogram(np.log(drawn), bins=10, range=(math.log(10), math.log(1000)))
     assert counts.min() > 1800
     assert counts.max() < 2200
@@ -81,17 +82,10 @@ def test_impossible_distributions_are_refused(arguments, named):
         BudgetDistribution(*arguments)
 
 
-def test_a_negative_number_of_bands_is_refused():
-    with pytest.raises(UserError, match="-1 held-out bands"):
-        BudgetDistribution.over(1.0, 2.0, bands=-1)
-
-
-@settings(max_examples=20)
-@given(st.integers(0, 1000))
-def test_draws_are_a_function_of_the_generator(seed):
-    budgets = BudgetDistribution.over(5.0, 50.0)
-    first, second = (budgets.sample(np.random.default_rng(seed), 5) for _ in range(2))
-    assert first.tolist() == second.tolist()
+@pytest.mark.parametrize("bands", [-1, 6])
+def test_a_number_of_bands_that_does_not_fit_is_refused(bands):
+    with pytest.raises(UserError, match=f"{bands} held-out bands"):
+        BudgetDistribution.over(1.0, 2.0, bands=bands)
 
 
 def test_the_device_range_serves_most_requests_at_either_end():

@@ -1,14 +1,16 @@
-"""Building a world from its settings."""
+"""Environment resources from their configuration."""
 
 import pickle
 
 import pytest
 import torch
+from doubles import EngineDouble, make_world
 
 from envs.budgets import BudgetDistribution
 from envs.config import BudgetSettings, LatencySettings, RewardSettings, TaskSettings
 from envs.env_resources import EnvConfig
 from envs.errors import UserError
+from envs.latency import ProfiledClock, profile
 from envs.model.device import resolve_device, resolve_dtype
 
 
@@ -33,7 +35,7 @@ def test_settings_travel_to_workers():
     assert copy.distribution.held_out() == config.distribution.held_out()
 
 
-def test_budgets_in_ms_hold_on_any_device():
+def test_budgets_in_ms_are_independent_of_the_device():
     found = _config(low_ms=170, high_ms=380)._budgets(None, None, None, ())
     assert (found.low_ms, found.high_ms) == (170, 380)
 
@@ -43,6 +45,19 @@ def test_one_end_in_ms_leaves_the_other_to_the_device(monkeypatch):
     low = _config(low_ms=30, high_factor=2.0)._budgets(None, None, None, ())
     high = _config(high_ms=60, low_factor=1.5)._budgets(None, None, None, ())
     assert (low.low_ms, low.high_ms, high.low_ms, high.high_ms) == (30, 160, 30, 60)
+
+
+@pytest.mark.parametrize(("noise", "noisy"), [("evaluation", {"validation", "test"}), ("always", None), ("off", set())])
+def test_noise_is_for_evaluation_unless_configured_otherwise(noise, noisy):
+    world = make_world()
+    clock = ProfiledClock(profile(EngineDouble(world.engine.model.config), world.samples, repeats=2, per_tiling=8))
+    splits = {"train", "validation", "test"}
+    configs = {
+        split: EnvConfig(latency=LatencySettings(profile="p.json", noise=noise), split=split) for split in splits
+    }
+    assert {split for split in splits if configs[split]._noise(clock)} == (splits if noisy is None else noisy)
+    assert LatencySettings().noise == "evaluation"
+    assert configs["test"]._noise(world.clock) is None  # the roofline source has none
 
 
 def test_the_number_format_follows_the_device():

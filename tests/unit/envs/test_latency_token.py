@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.errors import UserError
-from envs.latency_token import LEVELS, LOG_RATIO_HIGH, LOG_RATIO_LOW, budget_level, level_log_ratio, level_token
+from envs.latency_token import LEVELS, LOG_RATIO_HIGH, LOG_RATIO_LOW, budget_level, level_token
 
 
 @given(st.floats(-20, 20), st.floats(-20, 20))
@@ -20,14 +20,15 @@ def test_levels_rise_with_the_budget(a, b):
 
 @pytest.mark.parametrize("level", range(LEVELS))
 def test_a_level_is_the_nearest_to_its_middle(level):
-    assert budget_level(level_log_ratio(level)) == level
+    step = (LOG_RATIO_HIGH - LOG_RATIO_LOW) / (LEVELS - 1)
+    middle = LOG_RATIO_LOW + level * step
+    assert [budget_level(middle + 0.49 * side * step) for side in (-1, 0, 1)] == [level] * 3
 
 
 def test_levels_cover_an_eighth_to_twice_the_reference():
     assert budget_level(math.log(1 / 8)) == 0
     assert budget_level(math.log(2)) == 15
-    assert level_log_ratio(0) == pytest.approx(LOG_RATIO_LOW)
-    assert level_log_ratio(15) == pytest.approx(LOG_RATIO_HIGH)
+    assert budget_level(0.0) == round(15 * math.log(8) / math.log(16))
 
 
 @pytest.mark.parametrize("ratio", [math.nan, math.inf, -math.inf])

@@ -266,3 +266,17 @@ def test_processor_of_another_model(small_model, processor):
     other = MolmoEProcessor(replace(processor.geometry, patch=14), processor.tokenizer)
     with pytest.raises(UserError, match="processor of the same model"):
         RolloutEngine(small_model, other)
+
+
+def test_images_prepared_by_threads_give_the_same_embeddings(small_model, processor, samples, space):
+    """As on a GPU, where threads load and cut images before their wave comes."""
+    plan = space.plan(space.full)
+    found = []
+    for threads in (0, 3):
+        prompts = RolloutEngine(small_model, processor, max_new_tokens=4).prompts
+        waves = [[prompts.prompt(sample, tier) for sample in samples] for tier in ("low", plan.tier)]
+        prompts._ahead._threads = threads
+        prompts._ahead.expect((key, prompt, 1) for wave in waves for key, prompt in prompts._missing(wave).items())
+        found.append([x for wave in waves for x in prompts.embed(wave)])
+        assert not prompts._ahead._running
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -21,6 +21,7 @@ from envs.latency.guardrail import (
     conformal_factor,
     plan_latencies,
 )
+from envs.latency.noise import LatencyNoise
 
 
 @settings(max_examples=20, deadline=None)
@@ -124,6 +125,15 @@ def test_a_measuring_clock_is_calibrated_on_measured_requests():
     assert fitted.noise == fitted.factor
     with pytest.raises(UserError, match="no profile"):
         fit_guardrail(world, measured, 0.9)
+
+
+def test_noise_of_the_profiled_source_is_calibrated_in():
+    world = make_world(80)
+    profiled = ProfiledClock(profile(EngineDouble(world.engine.model.config), world.samples, repeats=3, per_tiling=8))
+    quiet, noisy = (replace(world, clock=profiled, noise=noise) for noise in (None, LatencyNoise((0.8, 1.0, 1.4))))
+    factors = [fit_guardrail(world, w, 0.9, profiled) for w in (quiet, noisy)]
+    assert factors[1].factor == pytest.approx(1.4 * factors[0].factor, rel=0.05)
+    assert all(found.noise >= found.factor for found in factors)
 
 
 def test_a_guardrail_survives_json_and_pickling():

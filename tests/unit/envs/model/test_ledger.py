@@ -28,7 +28,8 @@ def test_stages_stay_within_their_limits(found, stage, elementwise_gb, kernels):
     ledger = found[stage]
     assert ledger.elementwise_bytes <= elementwise_gb * 1e9
     assert ledger.kernels <= kernels
-    assert (ledger.copies, ledger.syncs) == (0, 0), ledger.by_op
+    # A prefill sends its index lists in one copy.
+    assert (ledger.copies, ledger.syncs) == (stage.startswith("prefill"), 0), ledger.by_op
 
 
 def test_operations_are_those_of_the_formula(found):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from envs.files import atomic_write
 from ray_ctrl.load_config import load_config
 from ray_ctrl.run_folder import RunFolder
 from ray_ctrl.tune.summary import read_results, write_summary

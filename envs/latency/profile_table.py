@@ -1,6 +1,4 @@
-"""The profile table: what one device took for a spread of requests, with everything that makes it
-that device's.
-"""
+"""The profile: measured latencies of requests, with the identity of device, model and software."""
 
 import json
 import os
@@ -10,12 +8,15 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from envs.errors import UserError
 from envs.files import atomic_write
 from envs.knobs import ExecutionPlan
 from envs.latency.record import LatencyRecord, RequestShape
+
+if TYPE_CHECKING:
+    from envs.contracts import Engine
 
 FORMAT_VERSION: Final = 1
 _PACKAGES: Final = ("torch", "numpy", "pillow")
@@ -23,14 +24,14 @@ _PACKAGES: Final = ("torch", "numpy", "pillow")
 
 @dataclass(frozen=True)
 class Identity:
-    """What a latency depends on besides the request: a table holds for one identity only.
+    """What latency depends on apart from the request; a profile is valid for one identity.
 
     Attributes:
         device: name of the processor or GPU.
         model: fingerprint of weights and configuration.
         dtype: number format of the weights.
         threads: CPU threads of a process.
-        versions: installed versions of what runs the model.
+        versions: of Python and the packages that run the model.
     """
 
     device: str
@@ -40,7 +41,7 @@ class Identity:
     versions: Mapping[str, str]
 
     @classmethod
-    def of(cls, engine: Any) -> "Identity":
+    def of(cls, engine: "Engine") -> "Identity":
         """The identity of this process running `engine`'s model."""
         import torch
 
@@ -50,14 +51,11 @@ class Identity:
             model=engine.model.fingerprint,
             dtype=str(parameter.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
-            versions={
-                "python": platform.python_version(),
-                **{p: metadata.version(p) for p in _PACKAGES},
-            },
+            versions={"python": platform.python_version(), **{p: metadata.version(p) for p in _PACKAGES}},
         )
 
     def difference(self, other: "Identity") -> str | None:
-        """The first thing in which `other` differs, as `what: ours, theirs`; None where nothing does."""
+        """The first difference as `field: ours against theirs`; None if the identities are equal."""
         for what in ("device", "model", "dtype", "threads"):
             if getattr(self, what) != getattr(other, what):
                 return f"{what}: {_short(getattr(self, what))} against {_short(getattr(other, what))}"
@@ -74,65 +72,55 @@ class Cell:
 
     Attributes:
         shape: sizes of the request.
-        plan: what was run; only its counts matter to latency.
+        plan: executed plan.
         new_tokens: length of the answer.
         median: median of every stage, ms.
-        spread: 1.4826 times the median absolute deviation of every stage, ms (a robust standard deviation).
-        totals_ms: the whole request in every repeat, ms.
+        totals_ms: latency of every repeat, ms.
     """
 
     shape: RequestShape
     plan: ExecutionPlan
     new_tokens: int
     median: LatencyRecord
-    spread: LatencyRecord
     totals_ms: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class ProfileTable:
-    """Cells of one identity, with the reference request of the model; saved as JSON."""
+    """Cells of one identity, with the sizes of the model's reference request; stored as JSON."""
 
     identity: Identity
     reference: RequestShape
     cells: tuple[Cell, ...]
 
     def check(self, identity: Identity) -> None:
-        """Refuse to serve another device, model, thread count or software version.
-
-        Raises:
-            UserError: naming both sides of the first difference.
-        """
+        """Raise a UserError that names the first difference from `identity`."""
         difference = self.identity.difference(identity)
         if difference is not None:
             raise UserError(
-                f"the profile table was measured elsewhere ({difference} here): measure this device with `ray-ctrl "
+                f"the profile has another identity ({difference} here): measure this device with `ray-ctrl "
                 f"profile`, or leave it to the run (latency.profile=null)"
             )
 
     def save(self, path: str | Path) -> None:
-        """Write JSON to `path`, which readers see completely or not at all."""
+        """Write JSON to `path` atomically."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(target, json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> "ProfileTable":
-        """Read a table.
-
-        Raises:
-            UserError: the file is missing, broken, or of another format version.
-        """
+        """Read a profile; a UserError if the file is missing, damaged or of another format version."""
         advice = "measure a new one with `ray-ctrl profile`"
         try:
             body = json.loads(Path(path).read_text("utf-8"))
         except OSError as error:
-            raise UserError(f"cannot read profile table {path}: {error.strerror}; {advice}") from None
+            raise UserError(f"cannot read profile {path}: {error.strerror}; {advice}") from None
         except ValueError as error:
-            raise UserError(f"profile table {path} is not valid JSON: {error}; {advice}") from None
+            raise UserError(f"profile {path} is not valid JSON: {error}; {advice}") from None
         if not isinstance(body, dict) or body.get("format_version") != FORMAT_VERSION:
             seen = body.get("format_version") if isinstance(body, dict) else type(body).__name__
-            raise UserError(f"profile table {path} has format {seen!r}, this version reads {FORMAT_VERSION}; {advice}")
+            raise UserError(f"profile {path} has format {seen!r}, this version reads {FORMAT_VERSION}; {advice}")
         try:
             return cls(
                 identity=Identity(**body["identity"]),
@@ -140,7 +128,7 @@ class ProfileTable:
                 cells=tuple(_cell(cell) for cell in body["cells"]),
             )
         except (KeyError, TypeError, UserError) as error:
-            raise UserError(f"profile table {path} is damaged ({type(error).__name__}: {error}); {advice}") from None
+            raise UserError(f"profile {path} is damaged ({type(error).__name__}: {error}); {advice}") from None
 
 
 def _cell(body: Mapping[str, Any]) -> Cell:
@@ -149,7 +137,6 @@ def _cell(body: Mapping[str, Any]) -> Cell:
         plan=ExecutionPlan(**body["plan"]),
         new_tokens=int(body["new_tokens"]),
         median=LatencyRecord.from_dict(body["median"]),
-        spread=LatencyRecord.from_dict(body["spread"]),
         totals_ms=tuple(float(ms) for ms in body["totals_ms"]),
     )
 

@@ -6,7 +6,7 @@ programs (attention splits, down projection, argmax) are added up in a fixed ord
 that results are reproducible. Vectors between kernels are float32, except the normed expert input, which is rounded to
 the weights' dtype as everywhere else.
 
-Importing this module needs Triton. `kernels_step` launches the kernels; `static` decides whether they are used.
+`decode_step` launches the kernels; `static` decides whether they are used.
 Letters: D model width, E experts, N rows of a weight; BLOCK, WIDTH ... powers of two at or above a size.
 """
 
@@ -44,7 +44,10 @@ def _normed(x, norm, cols, inside, D, eps):
 def embed(token, wte, x, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """x (D,) = the embedding of `token`."""
     cols = tl.arange(0, BLOCK)
-    _after_previous(PDL)
+    if PDL:
+        # In this order, so that no later kernel starts before the last step has moved `position`.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.maximum(tl.load(token), 0).to(tl.int64)
     tl.store(x + cols, tl.load(wte + row * D + cols, mask=cols < D, other=0.0).to(tl.float32), mask=cols < D)
 
@@ -78,6 +81,16 @@ def _rotated(qkv, weight, start, lane, inside, scale, cos, sin):
 
 
 @triton.jit
+def _seen(keys, values, inside, query, highest, weight, mixed):
+    """Softmax and sum over cached tokens so far, a tile of them added."""
+    scores = tl.where(inside, tl.sum(keys.to(tl.float32) * query[None, :], 1), -float("inf"))
+    new = tl.maximum(highest, tl.max(scores))
+    shares = tl.exp(scores - new)
+    fade = tl.exp(highest - new)
+    return new, weight * fade + tl.sum(shares), mixed * fade + tl.sum(values.to(tl.float32) * shares[:, None], 0)
+
+
+@triton.jit
 def attention(
     qkv, squares, qk_norm, rope, keys, values, position, partial, extremes, arrived, out, eps, softmax_scale,
     D: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr, SUMS_WIDTH: tl.constexpr,
@@ -92,12 +105,21 @@ def attention(
     lane = tl.arange(0, WIDTH)
     inside = lane < HEAD
     start = head * HEAD
-    _after_previous(PDL)
+    # Cached tokens and their number are older than the kernel before this one: asked for without waiting for it.
     place = tl.load(position).to(tl.int64)
-    lot = tl.arange(0, SUMS_WIDTH)
-    q_square = tl.sum(tl.load(squares + lot, mask=lot < SUMS, other=0.0))
+    share = (place + SPLITS - 1) // SPLITS
+    end = tl.minimum((split + 1) * share, place)
+    first = split * share
+    slots = first + tl.arange(0, SLOTS)
+    where = slots[:, None] * D + start + lane[None, :]
+    seen = (slots < end)[:, None] & inside[None, :]
+    key_tile = tl.load(keys + where, mask=seen, other=0.0)
+    value_tile = tl.load(values + where, mask=seen, other=0.0)
     cos = tl.load(rope + place * HEAD + (lane // 2) * 2, mask=inside, other=0.0)
     sin = tl.load(rope + place * HEAD + (lane // 2) * 2 + 1, mask=inside, other=0.0)
+    _after_previous(PDL)
+    lot = tl.arange(0, SUMS_WIDTH)
+    q_square = tl.sum(tl.load(squares + lot, mask=lot < SUMS, other=0.0))
     query = _rotated(qkv, qk_norm, start, lane, inside, tl.rsqrt(q_square / D + eps) * softmax_scale, cos, sin)
     highest, weight, mixed = -float("inf"), 0.0, tl.zeros((WIDTH,), tl.float32)
     if split == 0:
@@ -109,22 +131,16 @@ def attention(
         tl.store(values + place * D + start + lane, mixed, mask=inside)
         mixed = mixed.to(tl.float32)
         highest, weight = tl.sum(query * key.to(tl.float32)), 1.0
-    share = (place + SPLITS - 1) // SPLITS
-    end = tl.minimum((split + 1) * share, place)
-    first = split * share
+    if first < end:
+        highest, weight, mixed = _seen(key_tile, value_tile, slots < end, query, highest, weight, mixed)
+    first += SLOTS
     while first < end:
         slots = first + tl.arange(0, SLOTS)
         where = slots[:, None] * D + start + lane[None, :]
         seen = (slots < end)[:, None] & inside[None, :]
         key_tile = tl.load(keys + where, mask=seen, other=0.0)
         value_tile = tl.load(values + where, mask=seen, other=0.0)
-        scores = tl.where(slots < end, tl.sum(key_tile.to(tl.float32) * query[None, :], 1), -float("inf"))
-        new = tl.maximum(highest, tl.max(scores))
-        shares = tl.exp(scores - new)
-        fade = tl.exp(highest - new)
-        weight = weight * fade + tl.sum(shares)
-        mixed = mixed * fade + tl.sum(value_tile.to(tl.float32) * shares[:, None], 0)
-        highest = new
+        highest, weight, mixed = _seen(key_tile, value_tile, slots < end, query, highest, weight, mixed)
         first += SLOTS
     here = head * SPLITS + split
     tl.store(partial + here * HEAD + lane, mixed, mask=inside)
