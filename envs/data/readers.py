@@ -46,7 +46,7 @@ def read_path(path: Path, entry: DataSet) -> Iterator[Record]:
         yield from read_original(files, folder, entry)
         return
     for file in files:
-        yield from _read_parquet(file, folder, entry) if layout == "parquet" else _read_json_lines(file, folder, entry)
+        yield from _read_parquet(file, folder, entry) if layout == "parquet" else _read_json_lines(file, folder)
 
 
 def files_of(path: Path, entry: DataSet) -> tuple[str, tuple[Path, ...]]:
@@ -256,7 +256,7 @@ def _own_split(record: Record) -> Record:
     return replace(record, split=split_of(own))
 
 
-def _read_json_lines(file: Path, folder: Path, entry: DataSet) -> Iterator[Record]:
+def _read_json_lines(file: Path, folder: Path) -> Iterator[Record]:
     name, split = str(file.relative_to(folder)), file_split(file, folder)
     try:
         lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
@@ -271,11 +271,10 @@ def _read_json_lines(file: Path, folder: Path, entry: DataSet) -> Iterator[Recor
         except (ValueError, RecursionError) as error:
             yield replace(record, error=f"not JSON: {error}")
             continue
-        if not isinstance(fields, dict):
-            kind = type(fields).__name__
-            yield replace(record, error=f"a {kind}, not an object with question and answers")
-            continue
-        yield _own_split(_own_image(replace(record, fields=fields), file.parent))
+        if isinstance(fields, dict):
+            yield _own_split(_own_image(replace(record, fields=fields), file.parent))
+        else:
+            yield replace(record, error=f"a {type(fields).__name__}, not an object with question and answers")
 
 
 def _own_image(record: Record, folder: Path) -> Record:

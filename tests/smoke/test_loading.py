@@ -11,7 +11,7 @@ BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "loading.py"
 ALLOWED_SHARDS = 1.3
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="what a process holds itself is read from /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is read from /proc")
 def test_loading_holds_the_model_and_little_more(tmp_path: Path) -> None:
     done = finish(start(["--gib", "0.25", "--shard-mib", "64", "--folder", tmp_path], program=(BENCHMARK,)))
     figures = json.loads(done.out)

@@ -155,7 +155,7 @@ def test_shards_by_their_index(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, keys in enumerate((names[:100], names[100:]), start=1):
         file = f"model-{number:05d}-of-00002.safetensors"
         save_file({key: tensors[key] for key in keys}, folder / file)

@@ -73,7 +73,7 @@ def save_lines() -> Callable[[Path, Sequence[Any]], Path]:
 
 @pytest.fixture
 def save_parquet() -> Callable[[Path, dict[str, list[Any]]], Path]:
-    """Saves columns as `datasets` does; `image` holds bytes."""
+    """Saves columns as `datasets` does; `image` contains bytes."""
 
     def save(path: Path, columns: dict[str, list[Any]]) -> Path:
         from datasets import Dataset

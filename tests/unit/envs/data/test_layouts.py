@@ -50,9 +50,9 @@ def original(name: str, folder: Path, json: Save, image: Save) -> int:
         for split, start in (("train2014", 0), ("val2014", n)):
             ids = range(start, start + n)
             asked = [{"question_id": i * 7, "image_id": i, "question": f"is {i}?"} for i in ids]
-            told = [{"question_id": i * 7, "answers": TEN, "answer_type": "other"} for i in ids]
+            annotated = [{"question_id": i * 7, "answers": TEN, "answer_type": "other"} for i in ids]
             json(folder / f"{v2}OpenEnded_mscoco_{split}_questions.json", {"questions": asked})
-            json(folder / f"{v2}mscoco_{split}_annotations.json", {"annotations": told})
+            json(folder / f"{v2}mscoco_{split}_annotations.json", {"annotations": annotated})
             for i in ids:
                 image(folder / split / f"COCO_{split}_{i:012d}.jpg", i)
         return 2 * n

@@ -81,8 +81,8 @@ def test_files_named_by_split(tmp_path: Path, save_lines: Save, save_picture: Sa
 
 
 def test_no_training_image_is_in_validation_or_test(tmp_path: Path, save_parquet: Save, picture: Picture) -> None:
-    held = {"train": [0, 1, 2, 3, 4], "validation": [3, 4, 5, 6], "test": [4, 6, 7]}
-    for split, numbers in held.items():
+    numbered = {"train": [0, 1, 2, 3, 4], "validation": [3, 4, 5, 6], "test": [4, 6, 7]}
+    for split, numbers in numbered.items():
         count = len(numbers)
         columns = {"question": [f"{split}?"] * count, "answers": [["a"]] * count}
         images = [picture(number) for number in numbers]

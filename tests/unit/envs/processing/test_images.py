@@ -138,11 +138,11 @@ def test_no_file_and_a_folder(tmp_path: Path) -> None:
 def bomb(width: int, height: int) -> bytes:
     """A PNG of a few hundred bytes that claims a huge picture."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
+    def png_part(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    head = png_part(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + png_part(b"IDAT", zlib.compress(b"\0" * 1000)) + png_part(b"IEND", b"")
 
 
 @pytest.mark.parametrize("size", [(10_000, 9_000), (20_000, 20_000), (100_000, 100_000)])

@@ -1,4 +1,4 @@
-"""The whole measurement of an embedded model, on few samples: what it writes."""
+"""The complete measurement of an embedded model, on few samples: what it writes."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ COUNTS = {"validation": 12, "test": 4}
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("evaluation")
     with pytest.MonkeyPatch.context() as patch:
-        # The probe takes whole splits; here they are small. Seen as a whole, both classes are in them.
+        # The probe takes complete splits; here they are small, but have both classes.
         patch.setattr(evaluate, "load", lambda split, count=None: load(split, count or 24))
         evaluate.run(WEIGHTS, out, COUNTS, with_latency=False)
     return out

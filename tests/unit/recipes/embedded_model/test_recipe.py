@@ -95,17 +95,17 @@ def test_later_phases_start_from_a_model(first: str, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for folder in (whole, parts):
+    complete, parts = tmp_path / "complete", tmp_path / "parts"
+    for folder in (complete, parts):
         folder.mkdir()
-    train(TINY, settings(whole))
+    train(TINY, settings(complete))
     runs = 0
     while not train(TINY, settings(parts, seconds=0)):  # out of time after every step
         runs += 1
         if runs > 1:  # from the scenes phase on there is a model, narrow at first, in a folder that describes it
             AdaptiveMolmoE.from_pretrained(parts / "model")
     assert runs == 5
-    a, b = (torch.load(f / "contrast.pt", weights_only=True)["modules"] for f in (whole, parts))
+    a, b = (torch.load(f / "contrast.pt", weights_only=True)["modules"] for f in (complete, parts))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -220,9 +220,9 @@ def test_the_kept_tokenizer_knows_the_words_the_scenes_use_now() -> None:
     words = {word for word in fresh.get_vocab() if word.startswith("\u0120")}
     text = {fresh.decode([fresh.token_to_id(word)]) for word in words}
     used = {w for seed in range(200) for q in all_questions(make_scene("corpus", seed)) for w in q.text.split()}
-    whole = {word for word in used if f" {word}" in text}
-    assert len(whole) > 20
-    assert {word for word in whole if len(kept.encode(f" {word}").ids) > 1} <= {"and", "corners"}
+    kept_words = {word for word in used if f" {word}" in text}
+    assert len(kept_words) > 20
+    assert {word for word in kept_words if len(kept.encode(f" {word}").ids) > 1} <= {"and", "corners"}
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
