@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.tune.search.sample import Domain
 
 from envs.errors import UserError
 from policies.grpo.config import OLD_KEYS, ControllerSettings, GRPOSettings, Section, TimeoutSettings
@@ -32,7 +33,7 @@ UNSUPPORTED: Final = {
     "input_": "GRPO learns from its own rollouts only",
     "train_batch_size_per_learner": "an iteration is groups_per_iteration times group_size rollouts",
 }
-OWN_NAMES: Final = ("lagrangian", "total_iterations", "runner_threads")
+OWN_NAMES: Final = ("lagrangian", "penalty_bins", "total_iterations", "runner_threads")
 
 
 class GRPOConfig(AlgorithmConfig):
@@ -43,7 +44,9 @@ class GRPOConfig(AlgorithmConfig):
 
     Attributes:
         grpo, controller, timeouts: sections, see `policies.grpo.config`.
-        lagrangian: how penalty multipliers move; None leaves the environment its constant one.
+        lagrangian: how penalty multipliers move, an `envs.config.RewardSettings`; None leaves the environment its
+            constant one.
+        penalty_bins: number of budget bins with a multiplier each, as the environment numbers them in `budget_bin`.
         total_iterations: iterations of the whole run, over which `anneal_entropy` lets the entropy bonus fall to 0;
             0 is unknown and keeps it constant.
         lr_schedule: learning rates over decisions sampled, as RLlib's `lr` takes them; None keeps `grpo.lr`.
@@ -58,8 +61,10 @@ class GRPOConfig(AlgorithmConfig):
         self.grpo = GRPOSettings()
         self.controller = ControllerSettings()
         self.timeouts = TimeoutSettings()
+        self.search_spaces: dict[str, Any] = {}
         self.lr_schedule: Sequence[Any] | None = None
         self.lagrangian: LagrangianSettings | None = None
+        self.penalty_bins: int = 1
         self.total_iterations: int = 0
         self.runner_threads: int = 1
         self.seed = 0
@@ -79,6 +84,11 @@ class GRPOConfig(AlgorithmConfig):
         self.evaluation_contexts: tuple[Any, ...] = ()
         # Not named evaluation_*: RLlib hands every such key of a dict to `evaluation()`.
         self.has_evaluation_runners: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """RLlib's, with fields whose values Tune is still to choose at the end, where they override their section."""
+        config: dict[str, Any] = super().to_dict()
+        return config | config.pop("search_spaces")
 
     def sections(
         self, *, grpo: GRPOSettings, controller: ControllerSettings, timeouts: TimeoutSettings
@@ -196,6 +206,8 @@ def _field(section: str, name: str) -> property:
     """A field of a section as an attribute of the configuration, checked when it is set."""
 
     def get(config: GRPOConfig) -> Any:
+        if name in config.search_spaces:
+            return config.search_spaces[name]
         schedule = config.lr_schedule if name == "lr" else None
         return getattr(getattr(config, section), name) if schedule is None else schedule
 
@@ -203,6 +215,10 @@ def _field(section: str, name: str) -> property:
         # RLlib's constructor sets its own defaults before the sections exist; those do not count.
         if section not in vars(config):
             return
+        if isinstance(value, Domain) or (isinstance(value, dict) and "grid_search" in value):
+            config.search_spaces[name] = value
+            return
+        config.search_spaces.pop(name, None)
         if name == "lr":
             config.lr_schedule = value if isinstance(value, list | tuple) else None
             if config.lr_schedule is not None:
