@@ -86,9 +86,10 @@ class GRPOConfig(AlgorithmConfig):
         self.has_evaluation_runners: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """RLlib's, with fields whose values Tune is still to choose at the end, where they override their section."""
-        config: dict[str, Any] = super().to_dict()
-        return config | config.pop("search_spaces")
+        """RLlib's, with each field of the sections by its own name, as Tune searches and reports them."""
+        hidden = {*SECTIONS, "search_spaces", "lr_schedule"}
+        config = {name: value for name, value in super().to_dict().items() if name not in hidden}
+        return config | {name: getattr(self, name) for section in SECTIONS.values() for name in section.model_fields}
 
     def sections(
         self, *, grpo: GRPOSettings, controller: ControllerSettings, timeouts: TimeoutSettings
