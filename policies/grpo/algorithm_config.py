@@ -33,6 +33,7 @@ UNSUPPORTED: Final = {
     "input_": "GRPO learns from its own rollouts only",
     "train_batch_size_per_learner": "an iteration is groups_per_iteration times group_size rollouts",
 }
+ALL_CONTEXTS: Final = 2**31
 OWN_NAMES: Final = ("lagrangian", "penalty_bins", "total_iterations", "runner_threads")
 
 
@@ -51,7 +52,8 @@ class GRPOConfig(AlgorithmConfig):
             0 is unknown and keeps it constant.
         lr_schedule: learning rates over decisions sampled, as RLlib's `lr` takes them; None keeps `grpo.lr`.
         runner_threads: torch threads of each remote env runner.
-        evaluation_contexts: contexts of an evaluation every `evaluation_interval` iterations.
+        evaluation_contexts: contexts of an evaluation every `evaluation_interval` iterations, of which the first
+            `evaluation_duration` are run: all by default.
     """
 
     def __init__(self, algo_class: type | None = None) -> None:
@@ -82,6 +84,7 @@ class GRPOConfig(AlgorithmConfig):
         self.custom_evaluation_function = evaluate_with_runners
         self.evaluation_sample_timeout_s = self.timeouts.sample_timeout_s
         self.evaluation_contexts: tuple[Any, ...] = ()
+        self.evaluation_duration = ALL_CONTEXTS
         # Not named evaluation_*: RLlib hands every such key of a dict to `evaluation()`.
         self.has_evaluation_runners: bool = False
 
@@ -186,6 +189,8 @@ class GRPOConfig(AlgorithmConfig):
                 f"evaluation_interval = {self.evaluation_interval} evaluates nothing: give evaluation_contexts="
                 "[(sample, budget in ms), ...] to .evaluation()"
             )
+        if self.evaluation_duration == "auto":
+            raise UserError("evaluation_duration = 'auto' is not allowed: give a number of evaluation_contexts")
         if self.evaluation_interval and not self.has_evaluation_runners:
             raise UserError("evaluation_interval needs an environment: give evaluation_config={'env_config': ...}")
         spec = self.rl_module_spec

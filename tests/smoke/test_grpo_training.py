@@ -14,11 +14,13 @@ import pytest
 import ray
 from grpo_toy import configuration, numbers, resumable, two_more
 
+from envs.config import RewardSettings
 from envs.errors import UserError
 from policies.baselines import FixedKnobs, RandomKnobs
 from policies.controller import Controller
 from policies.grpo.checkpoint import fingerprint, restore_checkpoint
 from policies.grpo.evaluation import evaluate_contexts
+from policies.grpo.lagrangian import MIN_EFFECTIVE
 from policies.grpo.rllib_adapter import each_learner
 
 
@@ -232,6 +234,25 @@ def test_the_entropy_bonus_of_a_round_reaches_the_learner(monkeypatch: pytest.Mo
     shares = [1.0, 0.75, 0.5, 0.25, 0.0]
     epochs = len(sent) // len(shares)
     assert sent == [{share} for share in shares for _ in range(epochs)]
+
+
+def test_multipliers_move_by_themselves() -> None:
+    """A controller that hardly ever takes its most likely actions, and budgets that those violate."""
+    tight = RewardSettings(mode="lagrangian", max_violation_rate=0.02, penalty_lr=0.3)
+    algorithm = configuration(
+        groups_per_iteration=512, minibatch_size=None, num_epochs=1, lr=1e-5, lagrangian=tight, penalty_bins=3
+    )
+    algorithm = algorithm.env_runners(num_envs_per_env_runner=2048).build_algo()
+    for _ in range(4):
+        algorithm.train()
+    moved = algorithm.multipliers
+    known = moved.effective >= MIN_EFFECTIVE
+    assert known.any()
+    assert (moved.values[known] != tight.penalty_init).any()
+    assert (moved.values[~known] == tight.penalty_init).all()
+    sampled, *_ = algorithm._sample()  # the environments score by them
+    assert (sampled.infos["multiplier"] == moved.values[sampled.infos["budget_bin"].astype(int)]).all()
+    algorithm.stop()
 
 
 def test_equal_groups_can_be_dropped_and_everything_equal_is_survived() -> None:
