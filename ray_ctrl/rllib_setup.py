@@ -12,7 +12,6 @@ from envs.env_resources import EnvConfig
 from policies.controller import Controller
 from policies.grpo.algorithm import GRPO, GRPOConfig
 from policies.grpo.config import TimeoutSettings
-from ray_ctrl.config import Config
 from ray_ctrl.run_context import Setting
 
 ENVIRONMENT = "ray_ctrl_adaptive_vqa"

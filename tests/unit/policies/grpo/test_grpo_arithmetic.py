@@ -1,4 +1,4 @@
-"""Advantages, loss, penalty multipliers, minibatches and averages: pure arithmetic, checked by hand or by enumeration."""
+"""Advantages, loss, penalty multipliers, minibatches, averages: pure arithmetic, checked by hand or enumeration."""
 
 import math
 
