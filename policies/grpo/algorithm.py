@@ -1,6 +1,6 @@
 """GRPO on RLlib, the whole loop in one file.
 
-One iteration: sample whole shards of complete groups -> advantages within groups -> epochs of minibatches on the
+One iteration: sample shards of complete groups -> advantages within groups -> epochs of minibatches on the
 learners -> moving average of the weights -> penalty multipliers -> reference. Everything random is derived from (seed,
 iteration), and the count of iterations is part of the checkpoint, so a resumed run repeats the undisturbed one. With
 `max_policy_lag` above 0, runners sample the next iterations meanwhile, under weights that old at most.

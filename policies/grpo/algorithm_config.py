@@ -48,7 +48,7 @@ class GRPOConfig(AlgorithmConfig):
         lagrangian: how penalty multipliers move, an `envs.config.RewardSettings`; None leaves the environment its
             constant one.
         penalty_bins: number of budget bins with a multiplier each, as the environment numbers them in `budget_bin`.
-        total_iterations: iterations of the whole run, over which `anneal_entropy` lets the entropy bonus fall to 0;
+        total_iterations: iterations of the run, over which `anneal_entropy` lets the entropy bonus fall to 0;
             0 is unknown and keeps it constant.
         lr_schedule: learning rates over decisions sampled, as RLlib's `lr` takes them; None keeps `grpo.lr`.
         runner_threads: torch threads of each remote env runner.
@@ -97,7 +97,7 @@ class GRPOConfig(AlgorithmConfig):
     def sections(
         self, *, grpo: GRPOSettings, controller: ControllerSettings, timeouts: TimeoutSettings
     ) -> "GRPOConfig":
-        """Take whole sections, as a configuration file has them."""
+        """Take complete sections, as a configuration file has them."""
         self.grpo, self.controller, self.timeouts = grpo, controller, timeouts
         return self
 
@@ -130,7 +130,7 @@ class GRPOConfig(AlgorithmConfig):
 
     @property
     def shards_per_iteration(self) -> int:
-        """Resets of a whole runner that one iteration takes."""
+        """Resets of all environments of a runner that one iteration takes."""
         return self.rollouts_per_iteration // self.num_envs_per_env_runner
 
     def entropy_share(self, iteration: int) -> float:
@@ -161,13 +161,13 @@ class GRPOConfig(AlgorithmConfig):
             self._validate_unsupported()
 
     def _validate_sampling(self) -> None:
-        """Refuse groups that do not fill whole runners, and policy lag without remote runners."""
+        """Refuse groups that do not fill complete runners, and policy lag without remote runners."""
         envs, group, groups = self.num_envs_per_env_runner, self.grpo.group_size, self.grpo.groups_per_iteration
         if envs % group:
             raise UserError(f"group size {group} does not divide the {envs} environments of a runner")
         if groups * group % envs:
             raise UserError(
-                f"{groups} groups of {group} rollouts an iteration do not fill whole runners of {envs} environments: "
+                f"{groups} groups of {group} rollouts an iteration do not fill complete runners of {envs} environments: "
                 f"give a multiple of {envs // group} groups"
             )
         if self.grpo.max_policy_lag and not self.num_env_runners:

@@ -42,7 +42,7 @@ def greedy_violation_sums(
     """What the violation rate of the argmax policy is estimated from, by samples of the stochastic one.
 
     A rollout whose decisions were both the most likely ones shows what the argmax policy does in its context. Weighting
-    it by one over its probability makes up for contexts in which that was sampled rarely, so the rate is consistent
+    it by one over its probability corrects for contexts in which that was sampled rarely, so the rate is consistent
     however much entropy the sampling policy has, and costs no further run of the model (self-normalized importance
     sampling towards the argmax policy).
 
