@@ -4,7 +4,7 @@
 
 First: CPU time of the driver's thread per rollout, 1,024 rollouts an iteration, with two runners and a learner in
 processes of their own and environments that cost nothing. Then a model of that time, `fixed + a * shards +
-b * rollouts`, fitted to small cases and held against a simulation of 64 and of 1,000 runners, for all of which one
+b * rollouts`, fitted to small cases and compared with a simulation of 64 and of 1,000 runners, for all of which one
 process answers. Last: from the model and the learner's speed, how short a shard must be for runners to wait.
 """
 
@@ -57,6 +57,9 @@ class FreeEnv(gym.vector.VectorEnv):
 
     def set_round(self, number: int) -> None:
         self.round = number
+
+    def set_multipliers(self, values: object) -> None:
+        pass  # rewards are constant
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         self.step_number, self.insertion = 0, np.zeros(self.num_envs, int)
@@ -158,8 +161,8 @@ class StandIns:
 def template(algorithm: GRPO, rollouts: int) -> Rollouts:
     """A shard of the local runner, cut to `rollouts`, with metrics as a runner sends them."""
     job = {"iteration": 0, "shard": 0, "shards": 1, "weights": algorithm.weights()}
-    whole = algorithm.env_runner_group.local_env_runner.sample_shard(**job)
-    return replace(whole.take(np.arange(rollouts)), metrics=whole.metrics)
+    shard = algorithm.env_runner_group.local_env_runner.sample_shard(**job)
+    return replace(shard.take(np.arange(rollouts)), metrics=shard.metrics)
 
 
 def simulated(algorithm: GRPO, args: argparse.Namespace, runners: int, rollouts: int) -> float:

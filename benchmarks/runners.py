@@ -1,6 +1,6 @@
 """Rollouts per second from one to two env runners, and an iteration with and without overlap, on the real engine.
 
-    python benchmarks/runners.py [--rounds 3] [--groups 32] [--iterations 6] [KEY=VALUE ...]
+    python benchmarks/runners.py [--repeats 3] [--groups 32] [--iterations 6] [KEY=VALUE ...]
 
 Runners have one thread each and no outcome store, and no sample comes twice, so that every rollout is computed. The two
 counts of runners take turns, and so do the two modes. Prints medians and the ratios; one run, one machine.
@@ -33,10 +33,10 @@ def build(overrides: Sequence[str]) -> Any:
     return build_algorithm(setting, plan_layout(config).envs, CONTEXTS)
 
 
-def sampling(algorithm: Any, rounds: int) -> list[float]:
-    """Rollouts per second of each of the next rounds."""
+def sampling(algorithm: Any, repeats: int) -> list[float]:
+    """Rollouts per second of each of the next iterations."""
     speeds = []
-    for _ in range(rounds):
+    for _ in range(repeats):
         started = time.perf_counter()
         rollouts, *_ = algorithm._sample()
         speeds.append(len(rollouts) / (time.perf_counter() - started))
@@ -46,21 +46,21 @@ def sampling(algorithm: Any, rounds: int) -> list[float]:
 
 def compare_runners(args: argparse.Namespace) -> None:
     """One against two runners, in turns, on samples of their own."""
-    samples = args.groups * (args.rounds + 1)
+    samples = args.groups * (args.repeats + 1)
     given = [f"grpo.groups_per_iteration={args.groups}", f"task.train_samples={samples}", *args.overrides]
     algorithms = {count: build([*given, f"runners.count={count}"]) for count in (1, 2)}
     speeds: dict[int, list[float]] = {count: [] for count in algorithms}
     for algorithm in algorithms.values():
         sampling(algorithm, 1)  # the first calls of every kernel
-    for _ in range(args.rounds):
+    for _ in range(args.repeats):
         for count, algorithm in algorithms.items():
             speeds[count] += sampling(algorithm, 1)
     for algorithm in algorithms.values():
         algorithm.stop()
     medians = {count: float(np.median(found)) for count, found in speeds.items()}
     for count, found in speeds.items():
-        shown = ", ".join(f"{speed:.1f}" for speed in found)
-        print(f"{count} runner(s): {medians[count]:.1f} rollouts/s, cold store (rounds: {shown})")
+        listed = ", ".join(f"{speed:.1f}" for speed in found)
+        print(f"{count} runner(s): {medians[count]:.1f} rollouts/s, cold store (iterations: {listed})")
     print(f"ratio {medians[2] / medians[1]:.2f}")
 
 
@@ -90,8 +90,8 @@ def compare_modes(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds timed for each count of runners")
-    parser.add_argument("--groups", type=int, default=32, help="groups of a round")
+    parser.add_argument("--repeats", type=int, default=3, help="iterations timed for each count of runners")
+    parser.add_argument("--groups", type=int, default=32, help="groups of an iteration")
     parser.add_argument("--iterations", type=int, default=6, help="timed in each of two passes of each mode")
     parser.add_argument("overrides", nargs="*", help="settings laid over the preset")
     args = parser.parse_args()

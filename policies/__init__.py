@@ -1,1 +1,1 @@
-"""The mind: the two-stage controller, and how GRPO on RLlib trains it. Only `grpo/` knows RLlib."""
+"""The two-stage controller, and how GRPO on RLlib trains it. Only `grpo/` knows RLlib."""

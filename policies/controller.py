@@ -94,7 +94,7 @@ class Controller(nn.Module):
         """Read an export.
 
         Args:
-            d_model: width of the model it is to steer, checked if given.
+            d_model: width of the model it is used with, checked if given.
             fingerprint: fingerprint of that model, checked if given and recorded.
 
         Returns:

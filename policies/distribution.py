@@ -48,8 +48,8 @@ class KnobDistribution:
     def log_probs(self) -> tuple[Tensor, ...]:
         """Marginal log-probabilities per head: (B, 3), (B, 5), (B, 5), (B, 5)."""
         first, second = self.stage_log_probs
-        tables = (first.unflatten(-1, HEAD_SIZES[:2]), second.unflatten(-1, HEAD_SIZES[2:]))
-        return tuple(table.logsumexp(dim) for table in tables for dim in (-1, -2))
+        pairs = (first.unflatten(-1, HEAD_SIZES[:2]), second.unflatten(-1, HEAD_SIZES[2:]))
+        return tuple(log_p.logsumexp(dim) for log_p in pairs for dim in (-1, -2))
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Log-probability (B,) of actions (B, 4)."""
@@ -63,7 +63,7 @@ class KnobDistribution:
         return torch.stack([-(log_p.exp() * log_p).sum(-1) for log_p in self.log_probs], dim=-1)
 
     def entropy(self) -> Tensor:
-        """Entropy in nats of the whole action, (B,)."""
+        """Joint entropy in nats of both stages, (B,)."""
         first, second = (-(log_p.exp() * log_p).sum(-1) for log_p in self.stage_log_probs)
         return first + second
 

@@ -16,7 +16,7 @@ from envs.knobs import block_options as legal_blocks
 from policies.distribution import mask_logits
 
 BUDGET_WIDTH: Final = 256
-# Wavelengths in units of the log ratio. From the cheapest plan to the dearest a device's budgets span about one e-fold:
+# Wavelengths in units of the log ratio. From the cheapest to the most expensive plan budgets span about one e-fold:
 # the shortest wave tells budgets a few percent apart, the longest covers whatever a user may ask for.
 SHORTEST_WAVE: Final = 0.75
 LONGEST_WAVE: Final = 8.0
@@ -40,7 +40,7 @@ def budget_feature(log_ratio: Tensor) -> Tensor:
 
 
 HIDDEN: Final = 256
-# Small head weights make the first policy near uniform, so that early groups try every setting.
+# Small head weights make the first policy near uniform, so that early groups try every choice.
 HEAD_STD: Final = 0.01
 
 

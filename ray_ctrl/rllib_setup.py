@@ -12,8 +12,6 @@ from envs.env_resources import EnvConfig
 from policies.controller import Controller
 from policies.grpo.algorithm import GRPO, GRPOConfig
 from policies.grpo.config import TimeoutSettings
-from policies.grpo.lagrangian import LagrangianSettings
-from ray_ctrl.config import Config
 from ray_ctrl.run_context import RunContext
 
 ENVIRONMENT = "ray_ctrl_adaptive_vqa"
@@ -42,7 +40,8 @@ def build_algorithm(context: RunContext, envs: int, contexts: int) -> GRPO:
         num_gpus_per_learner=runners.learner_gpus,
     )
     settings.training(
-        lagrangian=lagrangian_settings(config) if config.reward.mode == "lagrangian" else None,
+        lagrangian=config.reward if config.reward.mode == "lagrangian" else None,
+        penalty_bins=config.budgets.penalty_bins,
         total_iterations=config.run.iterations,
     )
     return settings.build_algo()
@@ -62,19 +61,6 @@ def build_evaluator(context: RunContext, controller: Controller, contexts: int) 
 
     algorithm.learner_group.foreach_learner(load)
     return algorithm
-
-
-def lagrangian_settings(config: Config) -> LagrangianSettings:
-    """How penalty multipliers move."""
-    reward = config.reward
-    return LagrangianSettings(
-        bins=config.budgets.penalty_bins,
-        max_violation_rate=reward.max_violation_rate,
-        lr=reward.penalty_lr,
-        init=min(reward.penalty_init, reward.penalty_max),
-        maximum=reward.penalty_max,
-        smoothing=reward.penalty_smoothing,
-    )
 
 
 def _common(context: RunContext, split: str, contexts: int) -> GRPOConfig:

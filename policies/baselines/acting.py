@@ -1,4 +1,4 @@
-"""What the controller is measured against: fixed knobs, a lookup table over budgets, random legal knobs. Numpy only."""
+"""What the controller is compared with: fixed knobs, a lookup by budget, random legal knobs. Numpy only."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Baseline(Protocol):
     """A way to choose knobs without a controller; picklable, since it runs on evaluation runners."""
 
     def start(self, seed: tuple[int, ...]) -> Act:
-        """How to act in one chunk of contexts, which `seed` names: observations (B, ...) to actions (B, 4)."""
+        """How to act in one shard of contexts, which `seed` names: observations (B, ...) to actions (B, 4)."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ class LookupKnobs:
     def __post_init__(self) -> None:
         if len(self.actions) != len(self.edges) + 1 or list(self.edges) != sorted(self.edges):
             raise UserError(
-                f"lookup table of {len(self.actions)} actions and edges {self.edges} is not allowed: "
+                f"lookup of {len(self.actions)} actions and edges {self.edges} is not allowed: "
                 "give rising edges and one action more than edges"
             )
         for action in self.actions:
             _check(action)
 
     def start(self, seed: tuple[int, ...]) -> Act:
-        table = np.array(self.actions, dtype=np.int64)
+        actions = np.array(self.actions, dtype=np.int64)
 
         def act(obs: Observation) -> npt.NDArray[np.int64]:
-            chosen = table[np.searchsorted(self.edges, obs["budget"][:, 0], side="right")]
+            chosen = actions[np.searchsorted(self.edges, obs["budget"][:, 0], side="right")]
             return nearest_legal(chosen, obs["action_mask"] > 0)
 
         return act

@@ -69,7 +69,7 @@ class Rule(Protocol):
     """A way to score plans.
 
     Attributes:
-        name: for tables.
+        name: for reports.
         ignores_budget: without the guardrail it takes its favorite plan whatever the budget.
     """
 
@@ -88,8 +88,8 @@ def choose(rule: Rule, known: KnownOutcomes, requests: Requests) -> npt.NDArray[
     elif rule.ignores_budget:
         allowed = np.ones((len(requests.budget_ms), known.accuracy.shape[1]), np.bool_)
     else:
-        late = np.stack([(known.latency_ms > ms).mean(0) for ms in requests.budget_ms])
-        allowed = late <= SAFE_RATE
+        violation_rate = np.stack([(known.latency_ms > ms).mean(0) for ms in requests.budget_ms])
+        allowed = violation_rate <= SAFE_RATE
     scores = np.where(allowed, rule.scores(requests), -np.inf)
     found: npt.NDArray[np.int64] = np.where(np.isfinite(scores).any(1), scores.argmax(1), cheapest)
     return found
@@ -141,7 +141,7 @@ class BestMean(_ByPlan):
 
 @dataclass
 class SingleKnob(_ByPlan):
-    """A controller of one knob: the others stay at their full setting; the best mean accuracy counts."""
+    """A controller of one knob: the others stay at their maximum; the best mean accuracy counts."""
 
     knob: str = "tier"
 

@@ -1,6 +1,6 @@
 """GRPO on RLlib, the whole loop in one file.
 
-One iteration: sample whole shards of complete groups -> advantages within groups -> epochs of minibatches on the
+One iteration: sample shards of complete groups -> advantages within groups -> epochs of minibatches on the
 learners -> moving average of the weights -> penalty multipliers -> reference. Everything random is derived from (seed,
 iteration), and the count of iterations is part of the checkpoint, so a resumed run repeats the undisturbed one. With
 `max_policy_lag` above 0, runners sample the next iterations meanwhile, under weights that old at most.
@@ -35,7 +35,7 @@ from policies.grpo.algorithm_config import GRPOConfig
 from policies.grpo.ema import WeightAverage, Weights
 from policies.grpo.env_runner import MULTIPLIERS, STEPS, Rollouts
 from policies.grpo.evaluation import EvaluationRequest, Row
-from policies.grpo.lagrangian import PenaltyMultipliers, greedy_violation_rates
+from policies.grpo.lagrangian import FloatArray, PenaltyMultipliers, greedy_violation_sums
 from policies.grpo.learner import ENTROPY_SHARES, WEIGHTS, kill_on_timeout, learner_errors
 from policies.grpo.metrics import as_runner_results, episode_metrics, learner_metrics, rollout_metrics
 from policies.grpo.objective import GroupAdvantages, group_advantages, minibatches
@@ -63,8 +63,8 @@ class GRPO(QuietAlgorithm):
 
     def setup(self, config: Any) -> None:
         self.updates = 0
-        lagrangian = self.config.lagrangian
-        self.multipliers = PenaltyMultipliers.start(lagrangian) if lagrangian else None
+        lagrangian, bins = self.config.lagrangian, self.config.penalty_bins
+        self.multipliers = PenaltyMultipliers.start(lagrangian, bins) if lagrangian else None
         self.average = WeightAverage(self.config.grpo.ema_decay)
         self.evaluation_request: EvaluationRequest | None = None
         self.evaluation_rows: list[Row] = []
@@ -116,8 +116,7 @@ class GRPO(QuietAlgorithm):
                 self.average = self.average.updated(self._latest())
             row = rollout_metrics(rollouts, groups, self.multipliers)
             if self.multipliers is not None:
-                rates = _greedy_rates(rollouts, self.multipliers.settings.bins)
-                self.multipliers = self.multipliers.updated(*rates)
+                self.multipliers = self.multipliers.updated(_violation_sums(rollouts, self.config.penalty_bins))
             self._refresh_reference()
             self._publish()
             episodes = as_runner_results(episode_metrics(returns, STEPS))
@@ -307,11 +306,11 @@ def _take(columns: Mapping[str, Any], rows: npt.NDArray[np.int64]) -> dict[str, 
     return {key: _take(value, rows) if isinstance(value, Mapping) else value[rows] for key, value in columns.items()}
 
 
-def _greedy_rates(rollouts: Rollouts, bins: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Violation rates of the argmax policy, which is what ships, per budget bin, and their effective sample sizes."""
+def _violation_sums(rollouts: Rollouts, bins: int) -> FloatArray:
+    """`greedy_violation_sums` of an iteration's rollouts."""
     infos = rollouts.infos
     best = KnobDistribution(torch.from_numpy(rollouts.logits.reshape(-1, rollouts.logits.shape[-1]))).argmax().numpy()
     greedy = (best.reshape(rollouts.actions.shape) == rollouts.actions).all(axis=(1, 2))
-    late = infos["latency_ms"] > infos["budget_ms"]
+    violation = infos["latency_ms"] > infos["budget_ms"]
     log_prob = rollouts.log_probs.sum(axis=1)
-    return greedy_violation_rates(infos["budget_bin"], late, greedy, log_prob, infos["avoidable"], bins)
+    return greedy_violation_sums(infos["budget_bin"], violation, greedy, log_prob, infos["avoidable"], bins)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.tune.search.sample import Domain
 
 from envs.errors import UserError
 from envs.section import Section
@@ -33,7 +34,8 @@ UNSUPPORTED: Final = {
     "input_": "GRPO learns from its own rollouts only",
     "train_batch_size_per_learner": "an iteration is groups_per_iteration times group_size rollouts",
 }
-OWN_NAMES: Final = ("lagrangian", "total_iterations", "runner_threads")
+ALL_CONTEXTS: Final = 2**31
+OWN_NAMES: Final = ("lagrangian", "penalty_bins", "total_iterations", "runner_threads")
 
 
 class GRPOConfig(AlgorithmConfig):
@@ -44,12 +46,15 @@ class GRPOConfig(AlgorithmConfig):
 
     Attributes:
         grpo, controller, timeouts: sections, see `policies.grpo.config`.
-        lagrangian: how penalty multipliers move; None leaves the environment its constant one.
-        total_iterations: iterations of the whole run, over which `anneal_entropy` lets the entropy bonus fall to 0;
+        lagrangian: how penalty multipliers move, an `envs.config.RewardSettings`; None leaves the environment its
+            constant one.
+        penalty_bins: number of budget bins with a multiplier each, as the environment numbers them in `budget_bin`.
+        total_iterations: iterations of the run, over which `anneal_entropy` lets the entropy bonus fall to 0;
             0 is unknown and keeps it constant.
         lr_schedule: learning rates over decisions sampled, as RLlib's `lr` takes them; None keeps `grpo.lr`.
         runner_threads: torch threads of each remote env runner.
-        evaluation_contexts: contexts of an evaluation every `evaluation_interval` iterations.
+        evaluation_contexts: contexts of an evaluation every `evaluation_interval` iterations, of which the first
+            `evaluation_duration` are run: all by default.
     """
 
     def __init__(self, algo_class: type | None = None) -> None:
@@ -59,8 +64,10 @@ class GRPOConfig(AlgorithmConfig):
         self.grpo = GRPOSettings()
         self.controller = ControllerSettings()
         self.timeouts = TimeoutSettings()
+        self.search_spaces: dict[str, Any] = {}
         self.lr_schedule: Sequence[Any] | None = None
         self.lagrangian: LagrangianSettings | None = None
+        self.penalty_bins: int = 1
         self.total_iterations: int = 0
         self.runner_threads: int = 1
         self.seed = 0
@@ -78,13 +85,20 @@ class GRPOConfig(AlgorithmConfig):
         self.custom_evaluation_function = evaluate_with_runners
         self.evaluation_sample_timeout_s = self.timeouts.sample_timeout_s
         self.evaluation_contexts: tuple[Any, ...] = ()
+        self.evaluation_duration = ALL_CONTEXTS
         # Not named evaluation_*: RLlib hands every such key of a dict to `evaluation()`.
         self.has_evaluation_runners: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """RLlib's, with each field of the sections by its own name, as Tune searches and reports them."""
+        hidden = {*SECTIONS, "search_spaces", "lr_schedule"}
+        config = {name: value for name, value in super().to_dict().items() if name not in hidden}
+        return config | {name: getattr(self, name) for section in SECTIONS.values() for name in section.model_fields}
 
     def sections(
         self, *, grpo: GRPOSettings, controller: ControllerSettings, timeouts: TimeoutSettings
     ) -> "GRPOConfig":
-        """Take whole sections, as a configuration file has them."""
+        """Take complete sections, as a configuration file has them."""
         self.grpo, self.controller, self.timeouts = grpo, controller, timeouts
         return self
 
@@ -117,7 +131,7 @@ class GRPOConfig(AlgorithmConfig):
 
     @property
     def shards_per_iteration(self) -> int:
-        """Resets of a whole runner that one iteration takes."""
+        """Resets of all environments of a runner that one iteration takes."""
         return self.rollouts_per_iteration // self.num_envs_per_env_runner
 
     def entropy_share(self, iteration: int) -> float:
@@ -148,13 +162,13 @@ class GRPOConfig(AlgorithmConfig):
             self._validate_unsupported()
 
     def _validate_sampling(self) -> None:
-        """Refuse groups that do not fill whole runners, and policy lag without remote runners."""
+        """Refuse groups that do not fill complete runners, and policy lag without remote runners."""
         envs, group, groups = self.num_envs_per_env_runner, self.grpo.group_size, self.grpo.groups_per_iteration
         if envs % group:
             raise UserError(f"group size {group} does not divide the {envs} environments of a runner")
         if groups * group % envs:
             raise UserError(
-                f"{groups} groups of {group} rollouts an iteration do not fill whole runners of {envs} environments: "
+                f"{groups} groups of {group} rollouts an iteration do not fill complete runners of {envs} environments: "
                 f"give a multiple of {envs // group} groups"
             )
         if self.grpo.max_policy_lag and not self.num_env_runners:
@@ -176,6 +190,8 @@ class GRPOConfig(AlgorithmConfig):
                 f"evaluation_interval = {self.evaluation_interval} evaluates nothing: give evaluation_contexts="
                 "[(sample, budget in ms), ...] to .evaluation()"
             )
+        if self.evaluation_duration == "auto":
+            raise UserError("evaluation_duration = 'auto' is not allowed: give a number of evaluation_contexts")
         if self.evaluation_interval and not self.has_evaluation_runners:
             raise UserError("evaluation_interval needs an environment: give evaluation_config={'env_config': ...}")
         spec = self.rl_module_spec
@@ -197,6 +213,8 @@ def _field(section: str, name: str) -> property:
     """A field of a section as an attribute of the configuration, checked when it is set."""
 
     def get(config: GRPOConfig) -> Any:
+        if name in config.search_spaces:
+            return config.search_spaces[name]
         schedule = config.lr_schedule if name == "lr" else None
         return getattr(getattr(config, section), name) if schedule is None else schedule
 
@@ -204,6 +222,10 @@ def _field(section: str, name: str) -> property:
         # RLlib's constructor sets its own defaults before the sections exist; those do not count.
         if section not in vars(config):
             return
+        if isinstance(value, Domain) or (isinstance(value, dict) and "grid_search" in value):
+            config.search_spaces[name] = value
+            return
+        config.search_spaces.pop(name, None)
         if name == "lr":
             config.lr_schedule = value if isinstance(value, list | tuple) else None
             if config.lr_schedule is not None:

@@ -121,7 +121,7 @@ def check_runners(algorithm: "GRPO") -> None:
     """After a restore, give every runner the learner's weights, and prove it.
 
     Raises:
-        UserError: a runner that does not, or gives no answer in time.
+        UserError: a runner that does not, or gives no answer within the timeout.
     """
     weights = algorithm.weights()
     state = ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights

@@ -93,12 +93,12 @@ class RolloutRunner(EnvRunnerBase):
         """Take the controller's weights, whatever their age.
 
         Args:
-            weights: the module's state, or a reference to it in the object store. Under `MULTIPLIERS` it may hold the
+            weights: the module's state, or a reference to it in the object store. Under `MULTIPLIERS` it may have the
                 environment's penalty multipliers; without them the constant one applies.
         """
         state = dict(ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights)
         multipliers = state.pop(MULTIPLIERS, None)
-        if self.env is not None:  # beside remote runners the local one has no environment
+        if self.env is not None:  # with remote runners the local one has no environment
             self.env.unwrapped.set_multipliers(multipliers)
         self.module.set_state(state)
 
@@ -126,7 +126,7 @@ class RolloutRunner(EnvRunnerBase):
 
         Args:
             contexts: at most as many as this runner has environments.
-            first: index of the first of them in the whole evaluation, added to each row's `context`.
+            first: index of the first of them among all contexts evaluated, added to each row's `context`.
         """
         environment = self.env.unwrapped
         environment.set_contexts(list(contexts))
@@ -208,7 +208,7 @@ def _forward(module: Any, obs: Mapping[str, Array], device: Any, *, explore: boo
     forward = module.forward_exploration if explore else module.forward_inference
     tensors = {key: torch.from_numpy(value).to(device) for key, value in obs.items()}
     rows = len(next(iter(obs.values())))
-    # A baseline is no matrix product, and may draw random numbers for all rows at once.
+    # A baseline is no matrix product, and may draw the random numbers of all rows in one call.
     block = rows if isinstance(module, BaselineModule) else BLOCK
     padding = -rows % block
     padded = {key: torch.cat((value, value[:1].expand(padding, *value.shape[1:]))) for key, value in tensors.items()}

@@ -38,12 +38,12 @@ def evaluate_contexts(algorithm: "GRPO", contexts: Sequence[Any], *, baseline: B
 
     Args:
         contexts: (sample index, budget in ms), indices into the evaluation environment's samples; a third number is
-            the budget to show, ms, where the observation is to show another.
+            the budget in the observation, ms, if that is to differ.
         baseline: who acts instead of the trained controller.
 
     Returns:
         One row per context, in order: final infos, `context` (its index in `contexts`), `log_ratio` (of the budget
-        shown), `reward`.
+        observed), `reward`.
 
     Raises:
         UserError: no contexts, no evaluation runners configured, all of them dead, or a bad context.
@@ -57,7 +57,7 @@ def evaluate_contexts(algorithm: "GRPO", contexts: Sequence[Any], *, baseline: B
 
 
 def evaluate_with_runners(algorithm: "GRPO", group: EnvRunnerGroup | None) -> tuple[dict[str, float], int, int]:
-    """RLlib's hook: spread the requested contexts over the evaluation runners and log their means."""
+    """RLlib's hook: distribute the requested contexts over the evaluation runners and log their means."""
     request = getattr(algorithm, "evaluation_request", None) or _standing_request(algorithm)
     if group is None:
         raise UserError(
@@ -109,5 +109,7 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _standing_request(algorithm: "GRPO") -> EvaluationRequest:
-    """Contexts of an `evaluation_interval` evaluation: `evaluation_contexts` of the configuration."""
-    return EvaluationRequest(tuple(algorithm.config.evaluation_contexts))
+    """Contexts of an `evaluation_interval` evaluation: the first `evaluation_duration` of `evaluation_contexts`."""
+    config = algorithm.config
+    steps = STEPS if config.evaluation_duration_unit == "timesteps" else 1
+    return EvaluationRequest(tuple(config.evaluation_contexts[: max(1, config.evaluation_duration // steps)]))

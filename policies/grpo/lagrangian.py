@@ -1,8 +1,8 @@
 """Penalty multipliers, one per budget bin, moved until the policy that ships meets a violation rate. Pure numpy."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,59 +12,37 @@ from envs.errors import UserError
 FloatArray = npt.NDArray[np.float64]
 FLOOR: Final = 0.01
 """Lowest multiplier, so that a rise can begin, and lowest rate that an excess is measured against."""
-FEWEST: Final = 4.0
-"""Effective number of contexts below which a bin's rate is too noisy to move its multiplier."""
+MIN_EFFECTIVE: Final = 4.0
+"""Effective number of rollouts below which a bin's rate is too noisy to move its multiplier."""
 
 
-@dataclass(frozen=True)
-class LagrangianSettings:
-    """How multipliers move.
+class LagrangianSettings(Protocol):
+    """How multipliers move: the fields of `envs.config.RewardSettings` that are read here."""
 
-    Attributes:
-        bins: number of budget bins, as the environment numbers them in `budget_bin`.
-        max_violation_rate: rate every bin should stay below, 0 to 1.
-        lr: largest change of a multiplier's logarithm per update.
-        init: multiplier at the start.
-        maximum: largest multiplier.
-        smoothing: weight of the past in the running violation rate, 0 (none) to below 1.
-    """
-
-    bins: int
-    max_violation_rate: float
-    lr: float
-    init: float
-    maximum: float
-    smoothing: float
-
-    def __post_init__(self) -> None:
-        allowed = {
-            "bins": self.bins >= 1,
-            "max_violation_rate": 0.0 <= self.max_violation_rate <= 1.0,
-            "lr": 0.0 <= self.lr < np.inf,
-            "init": 0.0 <= self.init <= self.maximum,
-            "maximum": 0.0 <= self.maximum < np.inf,
-            "smoothing": 0.0 <= self.smoothing < 1.0,
-        }
-        for name, fine in allowed.items():
-            if not fine:
-                raise UserError(
-                    f"penalty {name} {getattr(self, name)!r} is not allowed: bins >= 1, max_violation_rate in [0, 1], "
-                    "lr >= 0, 0 <= init <= maximum, smoothing in [0, 1)"
-                )
+    @property
+    def penalty_init(self) -> float: ...
+    @property
+    def penalty_lr(self) -> float: ...
+    @property
+    def penalty_max(self) -> float: ...
+    @property
+    def penalty_smoothing(self) -> float: ...
+    @property
+    def max_violation_rate(self) -> float: ...
 
 
-def greedy_violation_rates(
+def greedy_violation_sums(
     bins: npt.ArrayLike,
     violation: npt.ArrayLike,
     greedy: npt.ArrayLike,
     log_prob: npt.ArrayLike,
     avoidable: npt.ArrayLike,
     count: int,
-) -> tuple[FloatArray, FloatArray]:
-    """Violation rate per bin of the argmax policy, estimated from samples of the stochastic one.
+) -> FloatArray:
+    """What the violation rate of the argmax policy is estimated from, by samples of the stochastic one.
 
     A rollout whose decisions were both the most likely ones shows what the argmax policy does in its context. Weighting
-    it by one over its probability makes up for contexts in which that was sampled rarely, so the rate is consistent
+    it by one over its probability corrects for contexts in which that was sampled rarely, so the rate is consistent
     however much entropy the sampling policy has, and costs no further run of the model (self-normalized importance
     sampling towards the argmax policy).
 
@@ -77,53 +55,62 @@ def greedy_violation_rates(
         count: number of bins.
 
     Returns:
-        Rates (count,), NaN where nothing was seen, and effective sample sizes (count,) (Kish 1965).
+        (3, count): sums of the weights, of their squares, and of the weights of violations.
     """
     weights = np.exp(-np.asarray(log_prob, np.float64)) * np.asarray(greedy, bool) * np.asarray(avoidable, bool)
-    index = np.asarray(bins, np.int64)
-    late = np.asarray(violation, np.float64)
-    total, squares, bad = (
-        np.bincount(index, values, minlength=count) for values in (weights, weights**2, weights * late)
-    )
-    seen = total > 0
-    rates = np.divide(bad, total, out=np.full(count, np.nan), where=seen)
-    return rates, np.divide(total**2, squares, out=np.zeros(count), where=seen)
+    index, violated = np.asarray(bins, np.int64), np.asarray(violation, np.float64)
+    return np.stack([np.bincount(index, part, count) for part in (weights, weights**2, weights * violated)])
 
 
 @dataclass(frozen=True)
 class PenaltyMultipliers:
-    """Multipliers and running violation rates, one per bin (NaN: nothing seen yet). Immutable."""
+    """Multipliers (bins,), and the sums (3, bins) behind their violation rates, pooled over iterations. Immutable."""
 
     settings: LagrangianSettings
-    values: FloatArray = field(default_factory=lambda: np.empty(0))
-    rates: FloatArray = field(default_factory=lambda: np.empty(0))
+    values: FloatArray
+    sums: FloatArray
 
     @classmethod
-    def start(cls, settings: LagrangianSettings) -> "PenaltyMultipliers":
-        return cls(settings, np.full(settings.bins, settings.init), np.full(settings.bins, np.nan))
+    def start(cls, settings: LagrangianSettings, bins: int) -> "PenaltyMultipliers":
+        first = min(settings.penalty_init, settings.penalty_max)
+        return cls(settings, np.full(bins, first), np.zeros((3, bins)))
 
-    def updated(self, rates: FloatArray, effective: FloatArray) -> "PenaltyMultipliers":
-        """Multipliers after one iteration: up where the running violation rate is above the allowed one, else down.
+    @property
+    def rates(self) -> FloatArray:
+        """Violation rate of the argmax policy per bin, over the last iterations; NaN if nothing was seen."""
+        total, _, violated = self.sums
+        return np.divide(violated, total, out=np.full(len(total), np.nan), where=total > 0)
+
+    @property
+    def effective(self) -> FloatArray:
+        """Effective number of rollouts behind each rate (Kish 1965)."""
+        total, squares, _ = self.sums
+        return np.divide(total**2, squares, out=np.zeros(len(total)), where=squares > 0)
+
+    def updated(self, sums: FloatArray) -> "PenaltyMultipliers":
+        """Multipliers after one iteration: up where the violation rate is above the allowed one, else down.
 
         Dual ascent on the Lagrangian of "maximize accuracy, violation rate <= target" (Tessler et al. 2019), in the
-        logarithm of the multiplier and by the excess relative to the target, at most `lr` either way.
+        logarithm of the multiplier and by the excess relative to the target, at most `penalty_lr` either way. The sums
+        of past iterations count with weight `penalty_smoothing` to the power of their age: near a uniform policy an
+        iteration alone has next to no greedy rollouts.
 
         Args:
-            rates: (bins,) this iteration's, as `greedy_violation_rates` gives them.
-            effective: (bins,) effective sample sizes; bins with fewer than 4 stay as they are.
+            sums: (3, bins) of this iteration, from `greedy_violation_sums`; bins without a greedy rollout in it, or
+                with fewer effective rollouts than `MIN_EFFECTIVE`, keep their multiplier.
         """
         s = self.settings
-        seen = effective >= FEWEST
-        past = np.where(np.isnan(self.rates), rates, self.rates)
-        running = np.where(seen, s.smoothing * past + (1.0 - s.smoothing) * rates, self.rates)
-        excess = (running - s.max_violation_rate) / max(s.max_violation_rate, FLOOR)
-        moved = self.values * np.exp(s.lr * np.clip(excess, -1.0, 1.0))
-        bounded = np.clip(moved, min(FLOOR, s.maximum), s.maximum)
-        return PenaltyMultipliers(s, np.where(seen, bounded, self.values), running)
+        decay = np.array([s.penalty_smoothing, s.penalty_smoothing**2, s.penalty_smoothing])[:, None]
+        pooled = PenaltyMultipliers(s, self.values, decay * self.sums + sums)
+        known = (sums[0] > 0) & (pooled.effective >= MIN_EFFECTIVE)
+        excess = (pooled.rates - s.max_violation_rate) / max(s.max_violation_rate, FLOOR)
+        moved = self.values * np.exp(s.penalty_lr * np.clip(excess, -1.0, 1.0))
+        bounded = np.clip(moved, min(FLOOR, s.penalty_max), s.penalty_max)
+        return PenaltyMultipliers(s, np.where(known, bounded, self.values), pooled.sums)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"values": self.values.tolist(), "rates": self.rates.tolist()}
+        return {"values": self.values.tolist(), "sums": self.sums.tolist()}
 
     def restored(self, state: Mapping[str, Any]) -> "PenaltyMultipliers":
         """These settings with the multipliers of a checkpoint.
@@ -131,9 +118,9 @@ class PenaltyMultipliers:
         Raises:
             UserError: the checkpoint has another number of bins.
         """
-        if len(state["values"]) != self.settings.bins:
+        if len(state["values"]) != len(self.values):
             raise UserError(
-                f"checkpoint has {len(state['values'])} penalty bins, the configuration {self.settings.bins}: resume "
+                f"checkpoint has {len(state['values'])} penalty bins, the configuration {len(self.values)}: resume "
                 "with the configuration of the run"
             )
-        return PenaltyMultipliers(self.settings, np.array(state["values"], float), np.array(state["rates"], float))
+        return PenaltyMultipliers(self.settings, np.array(state["values"], float), np.array(state["sums"], float))

@@ -50,15 +50,15 @@ def learner_errors(iteration: int) -> Iterator[None]:
 
 @contextmanager
 def kill_on_timeout(group: LearnerGroup, timeout_s: float) -> Iterator[None]:
-    """Kill learners that give no answer in time: RLlib would wait indefinitely.
+    """Kill learners that give no answer within the timeout: RLlib would wait indefinitely.
 
     Raises:
         LearnerDied: they did not, and are gone.
     """
-    late = threading.Event()
+    expired = threading.Event()
 
     def end() -> None:
-        late.set()
+        expired.set()
         kill_learners(group)
 
     timer = threading.Timer(timeout_s, end)
@@ -68,7 +68,7 @@ def kill_on_timeout(group: LearnerGroup, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayActorError as error:
-        if not late.is_set():
+        if not expired.is_set():
             raise
         raise LearnerDied(
             f"a learner gave no answer within {timeout_s:g} s and was killed; resume from the last checkpoint"

@@ -212,12 +212,16 @@ def configuration(runners: int = 0, *, broken: dict[str, Any] | None = None, **t
 
 def resumable(runners: int) -> Any:
     """Everything a checkpoint must hold: optimizer, a reference and multipliers that move, an average of weights."""
-    from policies.grpo.lagrangian import LagrangianSettings
+    from envs.config import RewardSettings
 
-    moving = LagrangianSettings(
-        bins=len(EDGES) + 1, max_violation_rate=0.05, lr=0.1, init=0.5, maximum=5.0, smoothing=0.8
+    return configuration(
+        runners,
+        kl_coef=0.1,
+        reference_interval=2,
+        lagrangian=RewardSettings(mode="lagrangian", penalty_lr=0.1),
+        penalty_bins=len(EDGES) + 1,
+        ema_decay=0.9,
     )
-    return configuration(runners, kl_coef=0.1, reference_interval=2, lagrangian=moving, ema_decay=0.9)
 
 
 def two_more(algorithm: Any) -> dict[str, Any]:

@@ -162,8 +162,8 @@ def test_results_have_the_usual_keys() -> None:
     algorithm = evaluating(configuration()).evaluation(evaluation_interval=1).build_algo()
     result = algorithm.train()
     episodes, row = result["env_runners"], result["grpo"]
-    assert episodes["episode_return_mean"] == pytest.approx(row["return_mean"])
-    assert episodes["episode_return_min"] < row["return_mean"] < episodes["episode_return_max"]
+    assert episodes["episode_return_mean"] == pytest.approx(row["reward_mean"])
+    assert episodes["episode_return_min"] < row["reward_mean"] < episodes["episode_return_max"]
     assert episodes["episode_len_mean"] == episodes["episode_len_min"] == episodes["episode_len_max"] == 2
     evaluated = result["evaluation"]["env_runners"]
     assert evaluated["episode_return_mean"] == pytest.approx(evaluated["reward_mean"])

@@ -86,6 +86,20 @@ def test_results_carry_an_evaluation_only_when_there_was_one() -> None:
     algorithm.stop()
 
 
+@pytest.mark.parametrize(("duration", "unit"), [(7, "episodes"), (14, "timesteps")])
+def test_evaluation_duration_counts_the_held_out_contexts(duration: int, unit: str) -> None:
+    config = evaluating(0).evaluation(
+        evaluation_interval=1,
+        evaluation_contexts=CONTEXTS[:20],
+        evaluation_duration=duration,
+        evaluation_duration_unit=unit,
+    )
+    algorithm = config.build_algo()
+    assert algorithm.train()["evaluation"]["env_runners"]["contexts"] == 7
+    assert [(row["sample"], row["budget_ms"]) for row in algorithm.evaluation_rows] == CONTEXTS[:7]
+    algorithm.stop()
+
+
 def test_ppo_trains_on_the_same_environment() -> None:
     from ray.rllib.algorithms.ppo import PPOConfig
     from ray.rllib.core.rl_module.rl_module import RLModuleSpec

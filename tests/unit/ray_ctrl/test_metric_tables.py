@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from envs.config import RewardSettings
 from policies.distribution import HEADS, LOGITS_WIDTH
 from policies.grpo.algorithm import GRPO
 from policies.grpo.config import GRPOSettings
 from policies.grpo.ema import WeightAverage
 from policies.grpo.env_runner import Rollouts
-from policies.grpo.lagrangian import LagrangianSettings, PenaltyMultipliers
+from policies.grpo.lagrangian import PenaltyMultipliers
 from policies.grpo.sampling import COUNTS
 from ray_ctrl.trainer import Trainer
 
@@ -56,12 +57,12 @@ def rollouts(count: int) -> Rollouts:
 
 def iteration() -> dict[str, float]:
     """`result["grpo"]` of an iteration in which everything there is happened."""
-    settings = LagrangianSettings(bins=2, max_violation_rate=0.05, lr=0.1, init=0.5, maximum=5.0, smoothing=0.8)
+    settings = RewardSettings(mode="lagrangian")
     algorithm: Any = SimpleNamespace(
-        config=SimpleNamespace(grpo=GRPOSettings(group_size=4, kl_coef=0.1), lagrangian=settings),
+        config=SimpleNamespace(grpo=GRPOSettings(group_size=4, kl_coef=0.1), lagrangian=settings, penalty_bins=2),
         updates=1,
         average=WeightAverage(0.0),
-        multipliers=PenaltyMultipliers.start(settings).updated(np.array([0.5, 0.0]), np.full(2, 9.0)),
+        multipliers=PenaltyMultipliers.start(settings, 2).updated(np.array([[9.0, 9.0], [9.0, 9.0], [4.5, 0.0]])),
         metrics=SimpleNamespace(peek=lambda key, default: 0.5, aggregate=lambda results, key: None),
         _all_or_nothing=nullcontext,
         _refresh_reference=lambda: None,

@@ -39,8 +39,7 @@ def test_settings_arrive_under_the_names_of_the_algorithm(built: Any) -> None:
 
 
 def test_multipliers_move_only_in_lagrangian_mode(built: Any) -> None:
-    settings = built("reward.mode=lagrangian", "reward.penalty_init=9", "reward.penalty_max=4").lagrangian
-    assert settings is not None
-    assert settings.bins == load_config("smoke").budgets.penalty_bins
-    assert settings.init == settings.maximum == 4.0
+    settings = built("reward.mode=lagrangian", "reward.penalty_init=9", "reward.penalty_max=4")
+    assert settings.penalty_bins == load_config("smoke").budgets.penalty_bins
+    assert (settings.lagrangian.penalty_init, settings.lagrangian.penalty_max) == (9.0, 4.0)
     assert built("reward.mode=fixed").lagrangian is None

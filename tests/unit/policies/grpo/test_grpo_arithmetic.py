@@ -1,4 +1,4 @@
-"""Advantages, loss, prices, minibatches and averages: pure arithmetic, checked by hand or by enumeration."""
+"""Advantages, loss, penalty multipliers, minibatches, averages: pure arithmetic, checked by hand or enumeration."""
 
 import math
 
@@ -9,18 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from envs.config import RewardSettings
 from envs.errors import UserError
 from envs.knobs import KnobSpace
 from policies.distribution import LOGITS_WIDTH, KnobDistribution, mask_logits
 from policies.grpo.algorithm_config import GRPOConfig
 from policies.grpo.config import GRPOSettings
 from policies.grpo.ema import WeightAverage
-from policies.grpo.lagrangian import (
-    FLOOR,
-    LagrangianSettings,
-    PenaltyMultipliers,
-    greedy_violation_rates,
-)
+from policies.grpo.lagrangian import FLOOR, PenaltyMultipliers, greedy_violation_sums
 from policies.grpo.objective import (
     LossInputs,
     clipped_surrogate,
@@ -226,9 +222,13 @@ def test_entropies_count_only_rows_that_decide() -> None:
         assert metrics[f"entropy_{name}"].item() == pytest.approx(np.log(options), abs=1e-5)
 
 
-def lagrangian(**changes: float) -> LagrangianSettings:
-    values = {"bins": 2, "max_violation_rate": 0.05, "lr": 0.1, "init": 0.5, "maximum": 5.0, "smoothing": 0.8}
-    return LagrangianSettings(**(values | changes))  # type: ignore[arg-type]
+def multipliers(bins: int = 2, **changes: float) -> PenaltyMultipliers:
+    return PenaltyMultipliers.start(RewardSettings(mode="lagrangian", **changes), bins)
+
+
+def sums(rates: list[float], count: float = 100.0) -> np.ndarray:
+    """Sums of `count` greedy rollouts of probability 1 in each bin."""
+    return count * np.array([np.ones(len(rates)), np.ones(len(rates)), rates])
 
 
 def test_rates_are_those_of_the_argmax_policy_whatever_the_entropy() -> None:
@@ -239,62 +239,63 @@ def test_rates_are_those_of_the_argmax_policy_whatever_the_entropy() -> None:
     chance = np.where(late_if_greedy, 0.05, 0.6)  # of taking the argmax
     greedy = rng.random(count) < chance
     late = np.where(greedy, late_if_greedy, rng.random(count) < 0.9)  # exploring exceeds nearly always
-    rates, effective = greedy_violation_rates(bins, late, greedy, np.log(chance), np.ones(count, bool), 3)
-    np.testing.assert_allclose(rates[:2], 0.3, atol=0.01)
-    assert np.isnan(rates[2])
-    assert effective[2] == 0
-    assert effective[0] > 1000
+    found = greedy_violation_sums(bins, late, greedy, np.log(chance), np.ones(count, bool), 3)
+    seen = multipliers(3).updated(found)
+    np.testing.assert_allclose(seen.rates[:2], 0.3, atol=0.01)
+    assert np.isnan(seen.rates[2])
+    assert seen.effective[2] == 0
+    assert seen.effective[0] > 1000
 
 
 def test_what_no_plan_can_meet_is_left_out_of_the_rates() -> None:
     avoidable = [True, True, False, False]
-    rates, effective = greedy_violation_rates([0] * 4, [1, 0, 1, 1], [True] * 4, np.zeros(4), avoidable, 1)
-    assert (rates[0], effective[0]) == (0.5, 2.0)
+    found = greedy_violation_sums([0] * 4, [1, 0, 1, 1], [True] * 4, np.zeros(4), avoidable, 1)
+    assert found[:, 0].tolist() == [2.0, 2.0, 1.0]
 
 
 def test_multipliers_move_until_each_bin_meets_its_target() -> None:
     rng = np.random.default_rng(0)
-    multipliers = PenaltyMultipliers.start(lagrangian(bins=3, max_violation_rate=0.1, lr=0.03))
+    moving = multipliers(3, max_violation_rate=0.1, penalty_lr=0.03)
     needed = np.array([2.0, 1.0, 0.2])  # multiplier at which half of a bin's violations stop
     for _ in range(400):
-        chance = 1 / (1 + np.exp(4 * (multipliers.values - needed)))
-        multipliers = multipliers.updated(rng.binomial(100, chance) / 100, np.full(3, 100.0))
-    np.testing.assert_allclose(multipliers.rates, 0.1, atol=0.05)
-    np.testing.assert_allclose(multipliers.values, needed + np.log(9) / 4, atol=0.15)
+        chance = 1 / (1 + np.exp(4 * (moving.values - needed)))
+        moving = moving.updated(sums(rng.binomial(100, chance) / 100))
+    np.testing.assert_allclose(moving.rates, 0.1, atol=0.05)
+    np.testing.assert_allclose(moving.values, needed + np.log(9) / 4, atol=0.15)
 
 
 def test_multipliers_stay_within_bounds_and_move_smoothly() -> None:
-    multipliers = PenaltyMultipliers.start(lagrangian(lr=0.2, maximum=1.0))
+    moving = multipliers(penalty_lr=0.2, penalty_max=1.0)
     for _ in range(50):
-        before = multipliers
-        multipliers = multipliers.updated(np.array([1.0, 0.0]), np.full(2, 9.0))
-        assert np.abs(np.log(multipliers.values / before.values)).max() <= 0.2 + 1e-9
-    assert multipliers.values.tolist() == [1.0, FLOOR]
+        before = moving
+        moving = moving.updated(sums([1.0, 0.0]))
+        assert np.abs(np.log(moving.values / before.values)).max() <= 0.2 + 1e-9
+    assert moving.values.tolist() == [1.0, FLOOR]
+    assert multipliers(penalty_init=9.0, penalty_max=4.0).values.tolist() == [4.0, 4.0]
 
 
-def test_bins_hardly_seen_keep_their_multiplier() -> None:
-    multipliers = PenaltyMultipliers.start(lagrangian()).updated(np.array([np.nan, 1.0]), np.array([0.0, 9.0]))
-    assert multipliers.values[0] == 0.5
-    assert multipliers.values[1] > 0.5
-    assert np.isnan(multipliers.rates[0])
-    assert multipliers.rates[1] == 1.0
+def test_evidence_is_pooled_until_it_suffices() -> None:
+    """One greedy rollout an iteration moves nothing at first, but in the long run; without any, nothing moves."""
+    moving, starts = multipliers(penalty_smoothing=0.9), []
+    for _ in range(8):
+        starts.append(moving.values[1])
+        moving = moving.updated(np.array([[0.0, 300.0], [0.0, 300.0**2], [0.0, 300.0]]))
+    assert starts[:4] == [0.5] * 4
+    assert moving.values[1] > 0.5
+    assert moving.values[0] == 0.5
+    assert np.isnan(moving.rates[0])
+    still = moving.updated(np.zeros((3, 2)))
+    assert still.values.tolist() == moving.values.tolist()
+    np.testing.assert_allclose(still.rates, moving.rates)
 
 
 def test_multipliers_survive_a_checkpoint_and_refuse_other_bins() -> None:
-    multipliers = PenaltyMultipliers.start(lagrangian()).updated(np.array([1.0, 0.0]), np.full(2, 9.0))
-    again = PenaltyMultipliers.start(lagrangian()).restored(multipliers.state())
-    np.testing.assert_array_equal(again.values, multipliers.values)
-    np.testing.assert_array_equal(again.rates, multipliers.rates)
+    moved = multipliers().updated(sums([1.0, 0.0]))
+    again = multipliers().restored(moved.state())
+    np.testing.assert_array_equal(again.values, moved.values)
+    np.testing.assert_array_equal(again.sums, moved.sums)
     with pytest.raises(UserError, match="penalty bins"):
-        PenaltyMultipliers.start(lagrangian(bins=3)).restored(multipliers.state())
-
-
-@pytest.mark.parametrize(
-    "bad", [{"bins": 0}, {"max_violation_rate": 1.5}, {"smoothing": 1.0}, {"lr": -1.0}, {"init": 9.0}]
-)
-def test_lagrangian_settings_are_checked(bad: dict) -> None:
-    with pytest.raises(UserError, match="not allowed"):
-        lagrangian(**bad)
+        multipliers(3).restored(moved.state())
 
 
 @settings(deadline=None)
