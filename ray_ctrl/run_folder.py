@@ -191,7 +191,7 @@ class RunFolder:
         folder = self.root / "checkpoints"
         final = folder / f"iteration_{iteration:06d}"
         state = {"format_version": FORMAT_VERSION, "iteration": iteration, "score": score, "score_error": score_error}
-        with explained(final, "free space there and continue with --resume"):
+        with explained(final, "free space there and continue with --resume", "checkpoint "):
             remove_partial(folder)
             with atomic_folder(final) as temporary:
                 write(temporary)
@@ -311,13 +311,13 @@ def locked(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def explained(path: Path, advice: str = "give a folder that can be written") -> Iterator[None]:
+def explained(path: Path, advice: str = "give a folder that can be written", what: str = "") -> Iterator[None]:
     """Turns what the file system refuses inside (full, read-only, a name too long) into a UserError."""
     try:
         yield
     except OSError as error:
         name = str(path) if len(str(path)) <= 120 else f"{str(path)[:100]}..."
-        raise UserError(f"cannot write {name}: {error.strerror or error}; {advice}") from error
+        raise UserError(f"cannot write {what}{name}: {error.strerror or error}; {advice}") from error
 
 
 def check_writable(folder: Path) -> None:
