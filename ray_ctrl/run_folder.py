@@ -293,10 +293,10 @@ def remove_on_error(folder: Path, *errors: type[BaseException]) -> Iterator[None
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the kernel releases when the process ends, however it ends.
+    """Takes the folder's lock, which the kernel releases when the process ends, however it ends.
 
     Raises:
-        UserError: another process holds it, or the folder cannot be written.
+        UserError: another process has it, or the folder cannot be written.
     """
     with explained(root):
         file = (root / LOCK).open("w")

@@ -286,7 +286,8 @@ def _page(
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     parts = [
         f"`{origin['command']}` on {origin['hardware']}; Python {origin['python']}, {versions}; {contexts} (test "
-        "sample, held-out budget) pairs; ±: standard error over samples; over: share of requests slower than their budget.\n"
+        "sample, held-out budget) pairs; ±: standard error over samples; over: share of requests slower "
+        "than their budget.\n"
     ]
     parts += [f"{title}\n\n{report.markdown(header, rows)}" for title, header, rows in tables]
     return "\n".join([*parts, *(f"- {note}" for note in notes)]) + "\n"
