@@ -225,9 +225,9 @@ def test_finding_a_sweeps_controller(tmp_path: Path) -> None:
 
 
 def test_a_foreign_rllib_checkpoint_is_named(tmp_path: Path) -> None:
-    (tmp_path / "rllib_checkpoint.json").touch()
-    with pytest.raises(UserError, match="is an RLlib checkpoint without a controller"):
-        evaluate.find_controller(tmp_path)
+    (tmp_path / "validated_module").mkdir()
+    with pytest.raises(UserError, match="is no RLlib checkpoint of GRPO"):
+        evaluate.run(tmp_path, [], None)
 
 
 def test_a_moved_store_is_found_and_a_lost_one_is_not_made_anew(tmp_path: Path) -> None:
