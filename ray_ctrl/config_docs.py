@@ -20,7 +20,7 @@ absolute when they are read. `--dry-run` prints the result and writes nothing.
 
 
 def render() -> str:
-    """The whole page."""
+    """The complete page."""
     parts = [INTRO.format(presets=", ".join(f"`{name}`" for name in presets()))]
     parts += [_section(name, section) for name, section in SECTIONS.items()]
     return "\n".join(parts)

@@ -268,7 +268,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _nearest_key(path: str) -> str:
-    """The nearest valid dotted key: by whole path first, then by its last part in any section."""
+    """The nearest valid dotted key: by full path first, then by its last part in any section."""
     keys = list(valid_keys())
     leaf = path.rpartition(".")[2]
     same_leaf = [key for key in keys if key.rpartition(".")[2] == leaf]

@@ -103,7 +103,8 @@ def measure_table(config: Config, engine: Any) -> ProfileTable:
     clock = ProfiledClock(table)
     console.print(
         f"profiled {len(table.cells)} requests, {latency.profile_repeats} times each: reference request "
-        f"{clock.reference_ms:.1f} ms, median error of the fit {clock.median_error:.1%}{fit_warning(clock.median_error)}",
+        f"{clock.reference_ms:.1f} ms, median error of the fit {clock.median_error:.1%}"
+        + fit_warning(clock.median_error),
         markup=False,
     )
     return table

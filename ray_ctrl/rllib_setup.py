@@ -99,10 +99,10 @@ def _common(context: RunContext, split: str, contexts: int) -> GRPOConfig:
 def make_environment(env_config: Mapping[str, Any]) -> AdaptiveVQAVectorEnv:
     """RLlib's entry point: the environment's own settings plus `num_envs`, on the device that Ray gave this process."""
     settings, device = dict(env_config), worker_device()
-    world = settings["world"]
-    if device is not None and isinstance(world, EnvConfig) and world.model.device in ("auto", "cuda"):
-        model = world.model.model_copy(update={"device": device})
-        settings["world"] = world.model_copy(update={"model": model})
+    described = settings["world"]
+    if device is not None and isinstance(described, EnvConfig) and described.model.device in ("auto", "cuda"):
+        model = described.model.model_copy(update={"device": device})
+        settings["world"] = described.model_copy(update={"model": model})
     return AdaptiveVQAVectorEnv(settings)
 
 

@@ -191,7 +191,7 @@ class RunFolder:
         folder = self.root / "checkpoints"
         final = folder / f"iteration_{iteration:06d}"
         state = {"format_version": FORMAT_VERSION, "iteration": iteration, "score": score, "score_error": score_error}
-        with explained(final, "free space there and continue with --resume"):
+        with explained(final, "free space there and continue with --resume", "checkpoint "):
             remove_partial(folder)
             with atomic_folder(final) as temporary:
                 write(temporary)
@@ -293,10 +293,10 @@ def remove_on_error(folder: Path, *errors: type[BaseException]) -> Iterator[None
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the kernel releases when the process ends, however it ends.
+    """Takes the folder's lock, which the kernel releases when the process ends, however it ends.
 
     Raises:
-        UserError: another process holds it, or the folder cannot be written.
+        UserError: another process has it, or the folder cannot be written.
     """
     with explained(root):
         file = (root / LOCK).open("w")
@@ -311,13 +311,13 @@ def locked(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def explained(path: Path, advice: str = "give a folder that can be written") -> Iterator[None]:
+def explained(path: Path, advice: str = "give a folder that can be written", what: str = "") -> Iterator[None]:
     """Turns what the file system refuses inside (full, read-only, a name too long) into a UserError."""
     try:
         yield
     except OSError as error:
         name = str(path) if len(str(path)) <= 120 else f"{str(path)[:100]}..."
-        raise UserError(f"cannot write {name}: {error.strerror or error}; {advice}") from error
+        raise UserError(f"cannot write {what}{name}: {error.strerror or error}; {advice}") from error
 
 
 def check_writable(folder: Path) -> None:

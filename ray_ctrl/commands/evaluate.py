@@ -1,12 +1,15 @@
 """`ray-ctrl evaluate`: every test sample under every held-out budget exactly once, compared with the baselines."""
 
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
 
+from envs.config import GuardrailSettings
 from envs.env_resources import World
 from envs.errors import UserError
 from envs.files import atomic_write, write_json
@@ -26,14 +29,17 @@ from ray_ctrl.run_folder import (
     choose,
     claim_folder,
     explained,
+    free_folder,
     newest_runs,
     remove_on_error,
 )
 from ray_ctrl.serving import clamped_budget_ms
 
+VALIDATED_MODULE = "validated_module"  # in an RLlib checkpoint: the controller as an RLModule
+
 
 def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
-    """Evaluates the controller at `path` (a run folder, a sweep, a checkpoint or an export) into a new folder.
+    """Evaluates the controller at `path` (run folder, sweep, checkpoint, export) into a new folder.
 
     Raises:
         UserError: no controller there, a damaged one, or one for another model; nowhere to write.
@@ -41,6 +47,11 @@ def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
     from cluster.connect import connect
 
     folder, home = find_controller(path)
+    if (folder / VALIDATED_MODULE).is_dir():
+        with TemporaryDirectory() as place:
+            export_rllib(folder, Path(place) / "controller")
+            run(Path(place), overrides, out or free_folder(home / "evaluation"))
+        return
     stored = with_moved_store(controller_config(Controller.load(folder)[1], folder), home)
     config = with_overrides(stored, overrides)
     layout = plan_layout(with_overrides(config, ["grpo.max_policy_lag=0"]))  # nothing is learned here
@@ -133,14 +144,33 @@ def find_controller(path: Path) -> tuple[Path, Path]:
             raise UserError(
                 f"sweep {path} has exported no controller yet: continue it with ray-ctrl tune --resume --run-dir {path}"
             )
-        if (path / "rllib_checkpoint.json").is_file():
-            raise UserError(
-                f"{path} is an RLlib checkpoint without a controller for ray-ctrl: export one with "
-                "Controller.save, or evaluate it in Python with GRPO.from_checkpoint (docs/grpo.md)"
-            )
         if not path.is_dir():
             raise UserError(f"no run folder or exported controller at {path}: train first with 'ray-ctrl train'")
     return path, path.absolute().parent
+
+
+def export_rllib(checkpoint: Path, folder: Path) -> None:
+    """Exports the controller of an algorithm's own checkpoint (pickle: only of your own) with its settings.
+
+    Raises:
+        UserError: a checkpoint of another algorithm or environment.
+    """
+    from ray.rllib.core.rl_module.rl_module import RLModule
+
+    try:
+        arguments = pickle.loads((checkpoint / "class_and_ctor_args.pkl").read_bytes())["ctor_args_and_kwargs"][0]
+        described = arguments[0]["env_config"]["world"]
+        sections = {
+            name: getattr(described, name) for name in ("model", "task", "latency", "store", "budgets", "reward")
+        }
+        fitted = described.guardrail
+        controller: Controller = RLModule.from_checkpoint(str(checkpoint / VALIDATED_MODULE)).controller
+    except (OSError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{checkpoint} is no RLlib checkpoint of GRPO on the environment of ray-ctrl: {error}"
+        ) from error
+    config = Config(**sections, guardrail=GuardrailSettings(confidence=fitted.confidence if fitted else None))
+    controller.save(folder, {"config": config.model_dump(mode="json")})
 
 
 def newest_controller(folder: Path) -> Path:
@@ -286,7 +316,8 @@ def _page(
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     parts = [
         f"`{origin['command']}` on {origin['hardware']}; Python {origin['python']}, {versions}; {contexts} (test "
-        "sample, held-out budget) pairs; ±: standard error over samples; over: share of requests slower than their budget.\n"
+        "sample, held-out budget) pairs; ±: standard error over samples; over: share of requests slower "
+        "than their budget.\n"
     ]
     parts += [f"{title}\n\n{report.markdown(header, rows)}" for title, header, rows in tables]
     return "\n".join([*parts, *(f"- {note}" for note in notes)]) + "\n"

@@ -28,6 +28,7 @@ SMOKE = ("train", "--preset", "smoke")
         (["budgets.low_factor=50"], "empty or inverted"),
         (["budgets.low_ms=9", "budgets.high_ms=8"], "budgets.low_ms = 9 is not below budgets.high_ms = 8"),
         (["budgets.low_ms=0.001", "budgets.high_ms=0.002"], "too small for this device"),
+        (["budgets.low_ms=90000", "budgets.high_ms=91000"], "too large for this device"),
         (["budgets.low_ms=90000"], "is empty or inverted: this device's own is"),
         (["budgets.high_ms=0.1"], "is empty or inverted: this device's own is"),
         (["model.revision=v1"], "only a hub id has revisions"),
@@ -35,9 +36,9 @@ SMOKE = ("train", "--preset", "smoke")
         (["runners.address=127.0.0.1:1"], "no Ray cluster answers"),
     ],
 )
-def test_settings_that_do_not_do(tmp_path: Path, overrides: list[str], words: str) -> None:
+def test_settings_that_cannot_be_used(tmp_path: Path, overrides: list[str], words: str) -> None:
     assert words in refused(*SMOKE, "--run-dir", tmp_path / "run", *overrides)
-    assert not (tmp_path / "run").exists(), "a run that never began leaves nothing in the way of the next try"
+    assert not (tmp_path / "run").exists(), "a run that never began leaves nothing that blocks the next try"
 
 
 def test_the_program_itself_ends_with_status_2() -> None:
@@ -51,7 +52,7 @@ def test_the_program_itself_ends_with_status_2() -> None:
     [
         (["--task", "nonsuch"], "unknown task 'nonsuch'"),
         (["model.name=/no/such/model"], "no model folder /no/such/model"),
-        (["latency.profile=/no/table.json"], "no profile table at latency.profile = /no/table.json"),
+        (["latency.profile=/no/table.json"], "no profile at latency.profile = /no/table.json"),
         (["latency.source=roofline", "latency.device=abacus"], "roofline device 'abacus' is not known"),
         (["--run-dir", "docs"], "run folder docs exists already"),
     ],
@@ -79,15 +80,15 @@ def test_impossible_budgets(trained: Path, tmp_path: Path, budget: str) -> None:
 
 
 def test_images_that_cannot_be_read(trained: Path, tmp_path: Path) -> None:
-    whole = tmp_path / "whole.jpg"
-    Image.effect_noise((300, 300), 50).convert("RGB").save(whole)
+    complete = tmp_path / "complete.jpg"
+    Image.effect_noise((300, 300), 50).convert("RGB").save(complete)
     cut = tmp_path / "cut.jpg"
-    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    cut.write_bytes(complete.read_bytes()[: complete.stat().st_size // 2])
     text = tmp_path / "text.png"
     text.write_text("no picture", encoding="utf-8")
     for image in (cut, text, tmp_path / "none.png", tmp_path):
         assert image.name in refused("answer", image, "what?", "-b", "50", "--controller", trained)
-    assert "question is empty" in refused("answer", whole, " ", "-b", "50", "--controller", trained)
+    assert "question is empty" in refused("answer", complete, " ", "-b", "50", "--controller", trained)
 
 
 def test_controllers_that_cannot_be_used(trained: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,16 @@ def test_an_exported_controller_is_enough(trained: Path, tmp_path: Path, picture
     assert _rows(tmp_path / "evaluation/table.csv") == _rows(trained / "evaluation/table.csv")
     done = fine("answer", picture, "how many objects?", "-b", "50", "--controller", export, "--json")
     assert json.loads(done.out)["budget_ms"] == 50
+
+
+def test_a_plain_rllib_checkpoint_is_enough(trained: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(trained / "checkpoints/iteration_000004", checkpoint)
+    shutil.rmtree(checkpoint / "controller")  # as algo.save_to_path leaves it
+    fine("evaluate", checkpoint, "evaluation.lookup_samples=0", "task.test_samples=2")
+    rows = _rows(tmp_path / "evaluation/rollouts.csv")
+    assert {row["method"] for row in rows} == {"controller", "random knobs", "full plan", "cheapest plan"}
+    assert all(row["question"] and row["reference"] for row in rows)
 
 
 def test_answer_shows_choice_answer_and_stages(trained: Path, picture: Path) -> None:

@@ -28,7 +28,7 @@ from ray.tune import register_env
 from envs.errors import UserError
 from policies.grpo.env_runner import RolloutRunner
 
-# Before Ray is imported by anything: it would take up any token that lies around.
+# Before Ray is imported by anything: it would use any token it finds.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -117,7 +117,7 @@ def full_strength(algorithm: Any, count: int, timeout_s: float = 60.0) -> float:
 
 
 def checked(algorithm: Any, undisturbed: list[dict[str, float]], first: int = 0) -> None:
-    """The rest of the run: every round once, whole groups alone, numbers as if nothing had happened."""
+    """The rest of the run: every iteration once, complete groups only, numbers as if nothing had happened."""
     for index in range(first, ITERATIONS):
         row = algorithm.train()["grpo"]
         assert row["updates"] == index
@@ -161,7 +161,7 @@ def test_a_lost_node_costs_its_work_and_nothing_else(nodes: Nodes, undisturbed: 
 def test_a_node_lost_while_it_samples(nodes: Nodes, undisturbed: list[dict[str, float]], tmp_path: Path) -> None:
     lost = nodes.add()
     nodes.add(cpus=2)
-    # In round 1 one runner hangs; in that moment a node goes away, with that runner or with the other one.
+    # In iteration 1 one runner hangs; at that moment a node is lost, with that runner or with the other one.
     hung = tmp_path / "hung"
     broken = {"break": "stall", "break_round": 1, "once": str(hung)}
     algorithm = build(
@@ -269,7 +269,7 @@ def test_runners_with_stale_weights_are_brought_up_to_date(
 
 
 class PretendingRunner(RolloutRunner):
-    """Holds a simulated GPU, and computes on the CPU."""
+    """Has a simulated GPU, and computes on the CPU."""
 
     def __init__(self, *, config: Any, **kwargs: Any) -> None:
         import torch
@@ -425,7 +425,7 @@ def test_a_run_goes_on_by_itself_when_its_learner_is_killed(nodes: Nodes, tmp_pa
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    # Without a dashboard, the actors' table is all there is.
+    # Without a dashboard, Ray's list of actors is all there is.
     actors = ray._private.state.actors(actor_state_name="ALIVE").values()
     learners = [actor["Pid"] for actor in actors if "Executable" in actor["ActorClassName"]]
     assert len(learners) == 1, actors

@@ -62,8 +62,11 @@ def test_no_good_checkpoint_left(trained: Path, tmp_path: Path) -> None:
     assert len(done.err.splitlines()) == 3  # a warning for each of the two, then the error
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_wish_to_stop_leaves_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGHUP, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGTERM))],
+)
+def test_a_requested_stop_leaves_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     process = start(["train", "-p", "smoke", "run.iterations=2000", "--run-dir", run])
     deadline = time.monotonic() + LIMIT_S
@@ -75,12 +78,12 @@ def test_a_wish_to_stop_leaves_a_checkpoint(tmp_path: Path, number: signal.Signa
     process.send_signal(number)
     done = finish(process)
     assert done.status == 128 + number, done.err
-    assert "go on with: ray-ctrl train --resume" in done.out
+    assert "continue with: ray-ctrl train --resume" in done.out
     last = max((run / "checkpoints").glob("iteration_*"))
     assert int(last.name.rpartition("_")[2]) == len(stable_metrics(run))
 
 
-def test_a_second_signal_leaves_at_once_while_runners_sample(tmp_path: Path) -> None:
+def test_a_second_signal_ends_the_run_immediately_while_runners_sample(tmp_path: Path) -> None:
     """The driver waits for them inside Ray, whose calls only a KeyboardInterrupt ends."""
     run = tmp_path / "run"
     process = start(["train", "-p", "smoke", "run.iterations=2000", "runners.count=1", "--run-dir", run])
@@ -92,9 +95,9 @@ def test_a_second_signal_leaves_at_once_while_runners_sample(tmp_path: Path) -> 
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
     done = finish(process, 60)
-    assert done.status in (130, 143), done.err  # two signals that wait are heard in either order
+    assert done.status in (130, 143), done.err  # two pending signals arrive in either order
     assert "Traceback" not in done.err
-    assert "go on with: ray-ctrl train --resume" in done.out
+    assert "continue with: ray-ctrl train --resume" in done.out
     assert done.err.splitlines()[-1] == "interrupted"
 
 

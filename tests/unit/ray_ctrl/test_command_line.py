@@ -1,5 +1,9 @@
-"""Small parts of the desk: error exits, progress lines, contexts, resuming, folders."""
+"""Small parts of the command line: error exits, progress lines, contexts, resuming, folders."""
 
+import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +14,7 @@ import pytest
 from cluster.connect import ConnectError
 from envs.budgets import BudgetDistribution
 from envs.errors import UserError
-from ray_ctrl import cli, console
+from ray_ctrl import cli, console, lookup, trainer
 from ray_ctrl.commands import evaluate, train
 from ray_ctrl.config import Config
 from ray_ctrl.load_config import load_config, with_overrides
@@ -91,35 +95,79 @@ def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
-def test_iteration_line_and_clock_time() -> None:
-    row = {
-        "iteration": 3,
-        "reward": 0.25,
-        "accuracy": 0.5,
-        "latency_ms": 12.34,
-        "violations": 0.05,
-        "validation/score": 0.3,
-        "time/iteration_s": 1.5,
-    }
-    line = console.iteration_line(row, 10, 75.0)
-    for words in ("3/10", "reward +0.250", "12.3 ms", "5.0%", "validation score +0.300", "1:15 left"):
-        assert words in line
+def test_the_iteration_line_leads_with_validation() -> None:
+    row = {"iteration": 3, "accuracy": 0.5, "latency_ms": 12.34, "violations": 0.05, "time/iteration_s": 1.5}
+    sampled = "training: accuracy 0.500, violations 5.0%  12.3 ms  1.5 s, 1:15 left"
+    assert console.iteration_line(row, 10, 75.0) == f"iteration    3/10  {sampled}"
+    row |= {"validation/accuracy": 0.625, "validation/violations": 0.01}
+    best = "validation: accuracy 0.625, violations 1.0%"
+    assert console.iteration_line(row, 10, 75.0) == f"iteration    3/10  {best}  {sampled}"
     assert console.clock_time(3723) == "1:02:03"
+
+
+@pytest.mark.parametrize(("total", "lines"), [(20, 20), (240, 25)])
+def test_a_long_run_prints_its_validations_and_a_short_one_each_iteration(total: int, lines: int) -> None:
+    config = with_overrides(Config(), [f"run.iterations={total}", "evaluation.every=10"])
+    loop: Any = SimpleNamespace(config=config, printed=-np.inf, done=0)
+    loop._validates = lambda: trainer.Trainer._validates(loop)
+    printed = []
+    for loop.done in range(1, total + 1):
+        if trainer.Trainer._prints(loop):
+            printed.append(loop.done)
+    assert len(printed) == lines  # of 240 the first, and 24 validations
+    assert printed[0] == 1
+    assert printed[-1] == total
+
+
+def test_output_that_nobody_reads_costs_nothing(tmp_path: Path) -> None:
+    """`| head -1` and a terminal without the sign ± end neither the command nor its exit status."""
+    code = (
+        "import sys; from pathlib import Path; from ray_ctrl import cli; from ray_ctrl.console import console\n"
+        "def work():\n"
+        "    for _ in range(2000): console.print('0.5 ± 0.1 ' + 'x' * 100)\n"
+        "    print('end'); Path(sys.argv[1]).write_text('saved')\n"
+        "cli.app = lambda **given: work()\n"
+        "sys.exit(cli.main([]))"
+    )
+    saved = tmp_path / "saved"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(saved)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline().startswith(b"0.5 ? 0.1")
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 0, err
+    assert saved.read_text() == "saved"
+    assert err == b""
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG])
+def test_what_the_disk_refuses_is_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise OSError(number, os.strerror(number), "there")
+
+    assert cli._guard(fail) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: there: {os.strerror(number)}; ")
+    assert err.count("\n") == 1
 
 
 def test_checkpoints_are_chosen_by_the_objective_with_the_error_of_samples() -> None:
     per_sample = [0.0, 1.0, 1.0, 0.0]
-    rows = [{"reward": 2 * a} for a in per_sample for _ in range(train.VALIDATION_BUDGETS)]
-    score, error = train.validation_score(rows)
+    rows = [{"reward": 2 * a} for a in per_sample for _ in range(trainer.VALIDATION_BUDGETS)]
+    score, error = trainer.validation_score(rows)
     assert score == pytest.approx(1.0)
     assert error == pytest.approx(2 * np.std(per_sample, ddof=1) / 2)
-    assert train.validation_score(rows[: train.VALIDATION_BUDGETS]) == (0.0, 0.0)
+    assert trainer.validation_score(rows[: trainer.VALIDATION_BUDGETS]) == (0.0, 0.0)
 
 
 def test_validation_never_sees_a_held_out_budget() -> None:
     budgets = BudgetDistribution.over(10.0, 80.0)
-    contexts = train.validation_contexts(5, budgets)
-    assert len(contexts) == len(set(contexts)) == 5 * train.VALIDATION_BUDGETS
+    contexts = trainer.validation_contexts(5, budgets)
+    assert len(contexts) == len(set(contexts)) == 5 * trainer.VALIDATION_BUDGETS
     for _, ms in contexts:
         assert 10.0 <= ms <= 80.0
         assert not any(low < ms < high for low, high in budgets.bands)
@@ -131,6 +179,20 @@ def test_resuming_takes_only_what_leaves_the_results_alone(tmp_path: Path) -> No
     assert train.resumed_config(folder, ["run.iterations=9", "runners.count=1"]).run.iterations == 9
     with pytest.raises(UserError, match=r"run\.seed cannot change"):
         train.resumed_config(folder, ["run.seed=9"])
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder.create(tmp_path / "run", load_config("smoke"))
+    folder.save_checkpoint(4, 0.5, lambda place: (place / "controller").mkdir())
+    assert not folder.finished(4)
+    folder.controller.mkdir()
+    (folder.root / "evaluation-2").mkdir()
+    (folder.root / "evaluation-2" / "summary.json").write_text("{}")
+    before = sorted(folder.root.rglob("*"))
+    assert cli.main(["train", "--resume", "--run-dir", str(folder.root)]) == 0
+    assert "is finished: 4 iterations" in capsys.readouterr().out
+    assert sorted(folder.root.rglob("*")) == before
+    assert not folder.finished(5)  # with a larger run.iterations it continues
 
 
 def test_free_folder(tmp_path: Path) -> None:
@@ -146,22 +208,52 @@ def test_finding_a_controller(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", load_config("smoke"))
     with pytest.raises(UserError, match="no checkpoint yet"):
         evaluate.find_controller(run.root)
-    run.save_checkpoint(2, 0.1, lambda aside: (aside / "controller").mkdir())
+    run.save_checkpoint(2, 0.1, lambda place: (place / "controller").mkdir())
     assert evaluate.find_controller(run.root) == (run.root / "checkpoints/iteration_000002/controller", run.root)
+    checkpoint = run.root / "checkpoints/iteration_000002"
+    (checkpoint / "controller/controller.json").touch()
+    assert evaluate.find_controller(checkpoint) == (checkpoint / "controller", run.root)
     run.controller.mkdir()
     assert evaluate.find_controller(run.root) == (run.controller, run.root)
+
+
+def test_finding_a_sweeps_controller(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").touch()
+    with pytest.raises(UserError, match="exported no controller yet: continue it with ray-ctrl tune --resume"):
+        evaluate.find_controller(tmp_path)
+    (tmp_path / "controller").mkdir()
+    (tmp_path / "controller/controller.json").touch()
+    assert evaluate.find_controller(tmp_path) == (tmp_path / "controller", tmp_path)
+
+
+def test_a_foreign_rllib_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "validated_module").mkdir()
+    with pytest.raises(UserError, match="is no RLlib checkpoint of GRPO"):
+        evaluate.run(tmp_path, [], None)
+
+
+def test_a_moved_store_is_found_and_a_lost_one_is_not_made_anew(tmp_path: Path) -> None:
+    trial = tmp_path / "sweep/trials/one"
+    trial.mkdir(parents=True)
+    config = with_overrides(Config(), ["store.path=/no/such/folder/outcomes.sqlite"])
+    assert evaluate.with_moved_store(config, trial).store.path is None
+    (tmp_path / "sweep/outcomes.sqlite").touch()
+    assert evaluate.with_moved_store(config, trial).store.path == str(tmp_path / "sweep/outcomes.sqlite")
+    there = with_overrides(Config(), [f"store.path={tmp_path}/new.sqlite"])
+    assert evaluate.with_moved_store(there, trial) == there
 
 
 @pytest.mark.parametrize(
     ("changes", "ran"),
     [
         ({}, 6),
+        ({"evaluation.lookup_samples": 6}, 6),
         ({"evaluation.lookup_samples": 5}, 0),
         ({"runners.count": 1}, 0),
         ({"latency.source": "measured"}, 0),
     ],
 )
-def test_all_plans_run_ahead_where_training_asks_for_no_others(
+def test_all_plans_are_precomputed_if_training_needs_no_others(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], ran: int
 ) -> None:
     asked: list[tuple[Any, Any]] = []
@@ -170,10 +262,21 @@ def test_all_plans_run_ahead_where_training_asks_for_no_others(
         asked.extend(zip(samples, plans, strict=True))
         return plans
 
-    space = SimpleNamespace(distinct=("dear", "cheap"), plan=lambda knobs: f"{knobs} plan")
-    world = SimpleNamespace(samples=range(6), space=space, engine=SimpleNamespace(outcomes=outcomes))
-    monkeypatch.setattr("ray_ctrl.commands.evaluate.LOOKUP_BATCH", 4)  # two samples a batch
-    settings = {"task.train_samples": 6, "evaluation.lookup_samples": 6} | changes
-    config = with_overrides(Config(), [f"{key}={value}" for key, value in settings.items()])
-    train._run_ahead(config, SimpleNamespace(build=lambda split: world))
-    assert asked == [(sample, f"{knobs} plan") for sample in range(ran) for knobs in ("dear", "cheap")]
+    space = SimpleNamespace(distinct=("expensive", "cheap"), plan=lambda knobs: f"{knobs} plan")
+    resources = SimpleNamespace(samples=range(6), space=space, engine=SimpleNamespace(outcomes=outcomes))
+    monkeypatch.setattr(lookup, "LOOKUP_BATCH", 4)  # two samples a batch
+    config = with_overrides(Config(), ["task.train_samples=6", *(f"{key}={value}" for key, value in changes.items())])
+    lookup.precompute(SimpleNamespace(config=config, build=lambda split: resources))  # type: ignore[arg-type]
+    assert asked == [(sample, f"{knobs} plan") for sample in range(ran) for knobs in ("expensive", "cheap")]
+
+
+def test_lookup_samples_are_all_or_drawn_at_random() -> None:
+    def drawn(*overrides: str) -> list[int]:
+        return lookup.lookup_samples(with_overrides(Config(), overrides), range(100))
+
+    assert drawn() == drawn("evaluation.lookup_samples=100") == list(range(100))
+    ten = drawn("evaluation.lookup_samples=10")
+    assert len(set(ten)) == 10
+    assert ten == drawn("evaluation.lookup_samples=10") != drawn("evaluation.lookup_samples=10", "run.seed=1")
+    assert max(ten) > 20  # not the first ones
+    assert drawn("evaluation.lookup_samples=0") == []

@@ -121,7 +121,7 @@ def test_docs_page_is_current_and_complete() -> None:
 
 
 def test_defaults_live_in_the_models_alone() -> None:
-    """The laptop preset changes nothing, so that one place holds the defaults."""
+    """The laptop preset changes nothing, so that defaults are in one place."""
     assert load_config("laptop") == with_absolute_paths(Config())
     assert yaml.safe_load(to_yaml(Config()))["grpo"]["lr"] == Config().grpo.lr
 

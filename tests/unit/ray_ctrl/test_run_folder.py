@@ -1,6 +1,10 @@
-"""Run folders: nothing overwritten, damage recognised, metrics cut back."""
+"""Run folders: nothing overwritten, one process at a time, damage recognized, metrics cut back."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +15,7 @@ from envs.errors import UserError
 from ray_ctrl.cli import main
 from ray_ctrl.config import Config
 from ray_ctrl.load_config import load_config
-from ray_ctrl.run_folder import RunFolder, choose, newest_run
+from ray_ctrl.run_folder import RunFolder, check_writable, choose, claim_folder, explained, locked, newest_run
 from ray_ctrl.tune.trial import open_folder
 
 
@@ -65,7 +69,7 @@ def test_block_importance_that_changed_is_refused_on_resume(tmp_path: Path, caps
     assert f"no file of block importance at {file}" in capsys.readouterr().err
 
 
-def test_block_importance_written_beside_the_weights_since_is_refused(tmp_path: Path) -> None:
+def test_block_importance_written_next_to_the_weights_since_is_refused(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     run = RunFolder.create(tmp_path / "run", load_config("smoke", None, [f"model.name={model}"]))
@@ -198,3 +202,85 @@ def test_best_without_scores_is_the_last(tmp_path: Path) -> None:
     run.save_checkpoint(2, None, _write)
     assert choose(run.checkpoints()) == run.checkpoints()[-1]
     assert choose([]) is None
+
+
+def test_one_process_a_folder_and_a_dead_one_releases_it(tmp_path: Path) -> None:
+    root = _run(tmp_path).root
+    code = (
+        "import sys, time; from pathlib import Path; from ray_ctrl.run_folder import locked\n"
+        "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "locked\n"
+    before = sorted(root.rglob("*"))
+    with pytest.raises(UserError, match="is in use by another process"), locked(root):
+        pytest.fail("locked twice")
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
+    with locked(root):
+        pass
+    assert sorted(root.rglob("*")) == before
+
+
+def test_a_locked_empty_folder_is_still_empty(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        RunFolder.create(tmp_path, Config())
+
+
+def test_two_processes_never_claim_the_same_folder(tmp_path: Path) -> None:
+    names = [claim_folder(tmp_path / "evaluation").name for _ in range(3)]
+    assert names == ["evaluation", "evaluation-2", "evaluation-3"]
+
+
+def test_changed_weights_or_data_are_refused_on_resume(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    run.check_inputs({"model": "a", "train samples": "b"})
+    run.check_inputs({"model": "a", "train samples": "b"})
+    with pytest.raises(UserError, match=r"^train samples cannot change when a run is resumed"):
+        run.check_inputs({"model": "a", "train samples": "c"})
+    with pytest.raises(UserError, match=r"^model, train samples cannot change"):
+        run.check_inputs({"model": "b", "train samples": "c"})
+
+
+def test_a_run_folder_that_a_ray_job_removes_is_refused(tmp_path: Path) -> None:
+    inside = tmp_path / "working_dir_files" / "_ray_pkg_0123" / "runs" / "one"
+    with pytest.raises(UserError, match="temporary package folder"):
+        RunFolder.create(inside, Config())
+    assert not inside.exists()
+
+
+def test_a_name_of_300_letters_is_one_short_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ([], ["--resume"]):
+        assert main(["train", "-p", "smoke", "--run-dir", str(tmp_path / ("x" * 300)), *more]) == 2
+        error = capsys.readouterr().err
+        assert "File name too long" in error
+        assert len(error) < 300
+        assert error.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_first(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        check_writable(tmp_path / "file")
+    with pytest.raises(UserError, match="cannot write"), locked(tmp_path / "file"):
+        pytest.fail("locked a file")
+    with (
+        pytest.raises(UserError, match=r"cannot write /full: No space left on device; free space"),
+        explained(Path("/full"), "free space"),
+    ):
+        raise OSError(28, os.strerror(28))
+
+
+def test_a_full_disk_leaves_no_half_made_run_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from ray_ctrl.commands import train
+
+    def full(*given: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("ray_ctrl.run_folder.write_json", full)
+    with pytest.raises(UserError, match="No space left"), train.open_run(tmp_path / "run", Config(), None, None):  # type: ignore[arg-type]
+        pytest.fail("opened")
+    assert not (tmp_path / "run").exists()

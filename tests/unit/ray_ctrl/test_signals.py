@@ -1,4 +1,4 @@
-"""Signals: at once, or after what is under way; with the exit status of the signal and a word on going on."""
+"""Signals: immediate, or deferred; with the exit status of the signal and a hint on how to continue."""
 
 import os
 import pickle
@@ -16,9 +16,9 @@ from ray_ctrl import cli
 from ray_ctrl.commands import evaluate, train
 from ray_ctrl.config import Config
 from ray_ctrl.run_folder import RunFolder
-from ray_ctrl.signals import Interrupted, Stopper
+from ray_ctrl.signals import Interrupted, Stopper, telling
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _status(work: Callable[[Stopper], None]) -> int:
@@ -28,13 +28,13 @@ def _status(work: Callable[[Stopper], None]) -> int:
         with Stopper() as stopper:
             work(stopper)
 
-    with pytest.raises(Interrupted) as told:
+    with pytest.raises(Interrupted) as caught:
         inside()
-    return told.value.exit_status
+    return caught.value.exit_status
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_signal_interrupts_at_once_where_nothing_must_end_whole(number: signal.Signals) -> None:
+def test_a_signal_interrupts_immediately_by_default(number: signal.Signals) -> None:
     def work(stopper: Stopper) -> None:
         os.kill(os.getpid(), number)
         pytest.fail("the signal was not heard")
@@ -43,14 +43,14 @@ def test_a_signal_interrupts_at_once_where_nothing_must_end_whole(number: signal
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_where_it_must_the_first_is_answered_and_the_second_interrupts(
+def test_a_deferred_signal_is_answered_and_the_second_interrupts(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def work(stopper: Stopper) -> None:
         with stopper.patient("finishing the page"):
             os.kill(os.getpid(), number)
             assert stopper.requested
-            assert capfd.readouterr().err == "\nfinishing the page; once more to leave at once\n"
+            assert capfd.readouterr().err == "\nfinishing the page; once more to leave immediately\n"
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
         stopper.obey()
@@ -58,7 +58,7 @@ def test_where_it_must_the_first_is_answered_and_the_second_interrupts(
     assert _status(work) == 128 + number
 
 
-def test_an_answer_that_nobody_can_read_does_not_fail_what_is_under_way() -> None:
+def test_an_answer_that_nobody_can_read_fails_nothing() -> None:
     """Ctrl-C ends a `tee` in the same pipeline as well."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -74,11 +74,22 @@ def test_an_answer_that_nobody_can_read_does_not_fail_what_is_under_way() -> Non
         os.close(writer)
 
 
-def test_handlers_are_given_back() -> None:
+def test_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in NUMBERS]
     with Stopper() as stopper:
         stopper.obey()
     assert [signal.getsignal(number) for number in NUMBERS] == before
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stopper() as stopper:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stopper.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_an_interruption_can_be_pickled() -> None:
@@ -106,50 +117,57 @@ def _signalled(*given: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ahead", "loop", "judging", "hint"),
+    ("ahead", "loop", "evaluation", "hint"),
     [
-        (_signalled, _nothing, _nothing, "go on with: ray-ctrl train --resume --run-dir RUN"),
-        (_nothing, _signalled, _nothing, "go on with: ray-ctrl train --resume --run-dir RUN"),
+        (_signalled, _nothing, _nothing, "continue with: ray-ctrl train --resume --run-dir RUN"),
+        (_nothing, _signalled, _nothing, "continue with: ray-ctrl train --resume --run-dir RUN"),
         (_nothing, _nothing, _signalled, "the controller is ready; evaluate it with: ray-ctrl evaluate RUN"),
         (_nothing, _nothing, _nothing, None),
     ],
 )
 @pytest.mark.parametrize("last", [False, True])
-def test_wherever_training_is_interrupted_it_says_how_to_go_on(
+def test_wherever_training_is_interrupted_it_says_how_to_continue(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     ahead: Callable[..., None],
     loop: Callable[..., None],
-    judging: Callable[..., None],
+    evaluation: Callable[..., None],
     hint: str | None,
     last: bool,
+    tmp_path: Path,
 ) -> None:
-    """`last`: whether a signal in the loop finds its last iteration under way."""
-    folder = SimpleNamespace(root=Path("RUN"), controller=Path("RUN/controller"))
+    """`last`: whether a signal in the loop finds its last iteration in progress."""
+    folder = SimpleNamespace(root=tmp_path, controller=tmp_path / "controller")
+    context = SimpleNamespace(budgets=SimpleNamespace(high_ms=80.0))
+    hint = hint and hint.replace("RUN", str(tmp_path))
 
-    def loop_patiently(stopper: Stopper) -> bool:
+    def train_loop(stopper: Stopper) -> bool:
         with stopper.patient("finishing the iteration"):
             loop()
         return last or not stopper.requested
 
-    trainer = SimpleNamespace(setting=None, train=loop_patiently, stop=lambda: None)
+    trainer = SimpleNamespace(train=train_loop, stop=lambda: None)
     monkeypatch.setattr("ray_ctrl.run_context.open_setting", lambda config: None)
     monkeypatch.setattr("cluster.connect.connect", lambda *given, **more: nullcontext())
-    monkeypatch.setattr(train, "_begin", lambda *given: (folder, trainer))
-    monkeypatch.setattr(train, "_run_ahead", ahead)
+    monkeypatch.setattr(train, "open_run", lambda *given: nullcontext((folder, context)))
+    monkeypatch.setattr(train, "Trainer", lambda *given: trainer)
+    monkeypatch.setattr("ray_ctrl.lookup.precompute", ahead)
     monkeypatch.setattr(train, "export_controller", lambda folder: SimpleNamespace(iteration=3))
-    monkeypatch.setattr(train, "free_folder", lambda path: path)
-    monkeypatch.setattr("ray_ctrl.commands.evaluate.evaluate_setting", judging)
+    monkeypatch.setattr("ray_ctrl.commands.evaluate.evaluate_setting", evaluation)
+    (tmp_path / "config.yaml").touch()
     layout: Any = SimpleNamespace(resources=None)
     if hint is None:
-        train._train(Config(), layout, Path("RUN"), None)
-        assert "stopped" not in capsys.readouterr().out
+        train._train(Config(), layout, tmp_path, None)
+        out = capsys.readouterr().out
+        assert "stopped" not in out
+        assert f"next: ray-ctrl answer IMAGE QUESTION --budget-ms 80 --controller {tmp_path}" in out.replace("\n", "")
         return
     with pytest.raises(Interrupted):
-        train._train(Config(), layout, Path("RUN"), None)
+        train._train(Config(), layout, tmp_path, None)
     if loop is _signalled and last:
-        hint = "the controller is ready; evaluate it with: ray-ctrl evaluate RUN"
-    assert f"stopped; {hint}" in capsys.readouterr().out
+        hint = f"the controller is ready; evaluate it with: ray-ctrl evaluate {tmp_path}"
+    assert f"stopped; {hint}" in capsys.readouterr().out.replace("\n", "")
+    assert not (tmp_path / "evaluation").exists()
 
 
 @pytest.mark.parametrize("resumed", [False, True])
@@ -172,17 +190,22 @@ def test_a_new_run_folder_stays_once_the_device_is_profiled(
     hint: bool,
     resumed: bool,
 ) -> None:
-    """One that is resumed stays whatever happens."""
+    """A resumed one stays whatever happens."""
 
     def fail(*given: Any) -> Any:
         raise error
 
     monkeypatch.setattr(train, "Trainer", fail)
-    setting = SimpleNamespace(with_clock=(lambda folder: setting) if profiled else fail)
+    context: Any = SimpleNamespace(with_clock=(lambda folder: context) if profiled else fail)
     root = tmp_path / "run"
     folder = RunFolder.create(root, Config()) if resumed else None
     layout: Any = None
+
+    def begin() -> None:
+        with train.open_run(root, Config(), context, folder) as (opened, known), telling("continue"):
+            train.train(Config(), layout, opened, known, Stopper(), new=not resumed)
+
     with pytest.raises(type(error)):
-        train._begin(Config(), layout, root, folder, setting)
+        begin()
     assert root.exists() == (stays or resumed)
-    assert ("go on with" in capsys.readouterr().out) == hint
+    assert ("stopped; continue" in capsys.readouterr().out) == hint
