@@ -3,7 +3,6 @@
 import logging
 import math
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,10 +78,7 @@ def trial_resources(config: Config) -> PlacementGroupFactory:
 
 def totals(group: PlacementGroupFactory) -> dict[str, float]:
     """CPUs and GPUs of one trial."""
-    found: Counter[str] = Counter({"CPU": 0.0, "GPU": 0.0})  # type: ignore[dict-item]
-    for bundle in group.bundles:
-        found.update(bundle)
-    return {name: float(amount) for name, amount in found.items()}
+    return {name: float(sum(bundle.get(name, 0) for bundle in group.bundles)) for name in ("CPU", "GPU")}
 
 
 def concurrent_trials(sweep: Sweep, trial: Mapping[str, float], available: Mapping[str, float]) -> int:

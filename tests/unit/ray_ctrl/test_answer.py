@@ -47,11 +47,9 @@ def test_budgets_that_cannot_be_read_are_a_users_mistake(budgets: Any) -> None:
         clamped_budget_ms(3.0, {"budgets": budgets, "reference_ms": 80.0}, 80.0)
 
 
-@pytest.mark.parametrize(("budget_ms", "clamped_ms"), [(3.0, 20.0), (30.0, 30.0), (1e5, 60.0)])
-def test_an_answer_uses_the_clamped_budget(
-    monkeypatch: pytest.MonkeyPatch, budget_ms: float, clamped_ms: float
-) -> None:
-    """The answer keeps the budget asked for; one that is too small is warned of."""
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Budgets, ms, that the controller observes in `answer`, with an engine that answers "red"."""
     seen: list[float] = []
 
     def run_steered(sample: Sample, serving: RequestController) -> Any:
@@ -65,9 +63,25 @@ def test_an_answer_uses_the_clamped_budget(
     monkeypatch.setattr(answer, "env_config", lambda *given: SimpleNamespace(build_engine=lambda: engine))
     monkeypatch.setattr(answer, "_check_model", lambda *given: None)
     monkeypatch.setattr(answer, "_reference_ms", lambda *given: 80.0)
+    return seen
+
+
+@pytest.mark.parametrize(("budget_ms", "clamped_ms"), [(3.0, 20.0), (30.0, 30.0), (1e5, 60.0)])
+def test_an_answer_uses_the_clamped_budget(served: list[float], budget_ms: float, clamped_ms: float) -> None:
+    """The answer keeps the requested budget; one that is too small is warned of."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         given = answer.answer(Config(), METADATA, Controller(8, 8), Sample("s", None, "what?", ()), budget_ms)
-    assert seen == pytest.approx([clamped_ms])
+    assert served == pytest.approx([clamped_ms])
     assert (given.budget_ms, given.to_dict()["clamped_budget_ms"]) == (budget_ms, clamped_ms)
     assert bool(warned) == (budget_ms < clamped_ms)
+
+
+def test_a_request_too_large_for_its_budget_is_warned_of(served: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its sizes alone, with what makes it large: a photo's pixels, a long question."""
+    monkeypatch.setattr(answer, "plans_within", lambda *given: np.zeros((3, 5, 5, 5), dtype=bool))
+    image: Any = SimpleNamespace(size=(5000, 3000))
+    with pytest.warns(UserWarning, match=r"no plan is predicted to meet 30 ms .*3 words, image 5000 x 3000"):
+        given = answer.answer(Config(), METADATA, Controller(8, 8), Sample("s", image, "what is it?", ()), 30.0)
+    assert not given.feasible
+    assert not given.to_dict()["feasible"]
