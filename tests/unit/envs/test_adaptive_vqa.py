@@ -343,7 +343,7 @@ def test_a_profiled_world_runs():
 
 
 def test_noise_multiplies_latencies_and_leaves_everything_else_alone():
-    world = make_world()
+    world = make_world(budgets=BudgetDistribution.over(12.0, 25.0))
     noise = LatencyNoise((0.9, 1.0, 1.3), 0)
     *_, rewards, quiet = episode(vector(world))
     *_, noisy_rewards, noisy = episode(vector(replace(world, noise=noise)))
