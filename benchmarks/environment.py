@@ -68,7 +68,7 @@ class FreeEngine:
         return 1.0
 
     def run_measured(self, sample: Sample, plan: ExecutionPlan, controller: Any) -> Any:
-        record = RooflineClock(CONFIG).latency(self.shape(sample, plan.tier), plan, 2)
+        record = RooflineClock(CONFIG, "laptop-2-core").latency(self.shape(sample, plan.tier), plan, 2)
         return self.answer, LatencyRecord(**{**record.to_dict(), "controller": 0.0})
 
 
@@ -105,7 +105,7 @@ def main() -> None:
     samples = [Sample(str(i), None, "what?", ("yes",)) for i in range(512)]
     table: ProfileTable = profile(engine, samples[:20], repeats=1, per_tiling=16)
     print(f"{'clock':<10}{'environments':>14}{'ms per rollout':>16}{'rollouts / s':>14}")
-    for clock in (RooflineClock(CONFIG), ProfiledClock(table)):
+    for clock in (RooflineClock(CONFIG, "laptop-2-core"), ProfiledClock(table)):
         world = World(
             engine,
             [dataclasses.replace(s, image=object()) for s in samples],

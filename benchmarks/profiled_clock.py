@@ -32,7 +32,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = AdaptiveMolmoE.from_pretrained(args.model, device=args.device)
     processor = MolmoEProcessor.from_pretrained(args.model)
-    engine = RolloutEngine(model, processor, importance=read_importance(args.model))
+    engine = RolloutEngine(model, processor, importance=read_importance(args.model), max_new_tokens=64)
     clock = ProfiledClock(profile(engine, load_task(args.task, "train", 200, 0), repeats=args.repeats))
     held_out = load_task(args.task, "test", 2 * args.requests, 0)
     errors = hold_out(clock, engine, held_out, requests=args.requests, repeats=args.repeats)

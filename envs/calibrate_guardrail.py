@@ -27,7 +27,7 @@ DRAWN_PLANS: Final = 2
 
 
 def fit_guardrail(
-    train: World, validation: World, confidence: float, profile: ProfiledClock | None = None, seed: int = 0
+    train: World, validation: World, confidence: float, profile: ProfiledClock | None, seed: int
 ) -> Guardrail:
     """The guardrail of a device and task.
 

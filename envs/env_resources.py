@@ -138,7 +138,7 @@ class EnvConfig(Section):
 
     def _noise(self, clock: Clock | MeasuringClock) -> LatencyNoise | None:
         on = self.latency.noise == "always" or (self.latency.noise == "evaluation" and self.split != "train")
-        return LatencyNoise(clock.repeat_ratios) if on and isinstance(clock, ProfiledClock) else None
+        return LatencyNoise(clock.repeat_ratios, self.task.seed) if on and isinstance(clock, ProfiledClock) else None
 
     def _budgets(
         self, engine: Engine, clock: Clock | MeasuringClock, space: KnobSpace, samples: Sequence[Sample]

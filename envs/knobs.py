@@ -31,6 +31,15 @@ PAIRS: Final = STAGE1_PAIRS + len(TOP_KS) * len(BLOCK_COUNTS)
 BoolArray = npt.NDArray[np.bool_]
 
 
+def _check_options(tier: str, insertion: int, top_k: int) -> None:
+    if tier not in TIERS:
+        raise UserError(f"tier {tier!r} is not allowed: choose one of {', '.join(TIERS)}")
+    if insertion not in INSERTIONS:
+        raise UserError(f"insertion position {insertion!r} is not allowed: choose one of 1 to 5")
+    if top_k not in TOP_KS:
+        raise UserError(f"top-k {top_k!r} is not allowed: choose 4 to 8 experts per token")
+
+
 def block_options(insertion: int) -> tuple[int, ...]:
     """Legal totals of executed blocks at insertion position p: p + 11 to p + min(15, 16 - p)."""
     if insertion not in INSERTIONS:
@@ -52,10 +61,7 @@ class Knobs:
     blocks: int
 
     def __post_init__(self) -> None:
-        if self.tier not in TIERS:
-            raise UserError(f"tier {self.tier!r} is not allowed: choose one of {', '.join(TIERS)}")
-        if self.top_k not in TOP_KS:
-            raise UserError(f"top-k {self.top_k!r} is not allowed: choose 4 to 8 experts per token")
+        _check_options(self.tier, self.insertion, self.top_k)
         options = block_options(self.insertion)
         if self.blocks not in options:
             raise UserError(
@@ -81,12 +87,7 @@ class ExecutionPlan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
-        if self.tier not in TIERS:
-            raise UserError(f"tier {self.tier!r} is not allowed: choose one of {', '.join(TIERS)}")
-        if self.insertion not in INSERTIONS:
-            raise UserError(f"insertion position {self.insertion!r} is not allowed: choose one of 1 to 5")
-        if self.top_k not in TOP_KS:
-            raise UserError(f"top-k {self.top_k!r} is not allowed: choose 4 to 8 experts per token")
+        _check_options(self.tier, self.insertion, self.top_k)
         if list(self.blocks) != sorted(set(self.blocks)) or not set(self.blocks) <= set(range(MODEL_BLOCKS)):
             raise UserError(f"kept blocks {self.blocks} are not allowed: give distinct indices 0 to 15 in rising order")
         if self.blocks[: self.insertion] != tuple(range(self.insertion)):
@@ -146,12 +147,8 @@ class KnobSpace:
 
     def encode(self, knobs: Knobs) -> tuple[int, int, int, int]:
         """Action indices of `knobs`."""
-        return (
-            TIERS.index(knobs.tier),
-            INSERTIONS.index(knobs.insertion),
-            TOP_KS.index(knobs.top_k),
-            BLOCK_COUNTS.index(knobs.blocks),
-        )
+        places = (TIERS.index(knobs.tier), INSERTIONS.index(knobs.insertion))
+        return (*places, TOP_KS.index(knobs.top_k), BLOCK_COUNTS.index(knobs.blocks))
 
     def decode(self, action: Sequence[int]) -> Knobs:
         """Knobs of four action indices.

@@ -24,7 +24,7 @@ def reward(
     latency_ms: npt.ArrayLike,
     budget_ms: npt.ArrayLike,
     multiplier: npt.ArrayLike,
-    budget_use_bonus: float = 0.0,
+    budget_use_bonus: float,
 ) -> Array:
     """Reward (B,) of B rollouts.
 

@@ -68,7 +68,7 @@ def score(
 
 def run_plans(
     resources: World, samples: Sequence[Sample], plans: Sequence[ExecutionPlan]
-) -> tuple[Sequence[Any], npt.NDArray[np.float64]]:
+) -> tuple[list[Any], npt.NDArray[np.float64]]:
     """Outcomes, and latencies in ms (B,): one batched call, or one measured request after another."""
     if is_measuring(resources.clock):
         pairs = [resources.clock.measure(s, plan) for s, plan in zip(samples, plans, strict=True)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from envs.errors import UserError, first_line
 from envs.files import atomic_folder
 from policies.distribution import KnobDistribution, mask_logits, pair_logits
-from policies.networks import HIDDEN, Stage1, Stage2, budget_feature
+from policies.networks import Stage1, Stage2, budget_feature
 
 FORMAT_VERSION: Final = 1
 WEIGHTS_FILE: Final = "controller.safetensors"
@@ -31,7 +31,7 @@ class Controller(nn.Module):
         hidden: width of the MLPs.
     """
 
-    def __init__(self, d_model: int, hidden: int = HIDDEN) -> None:
+    def __init__(self, d_model: int, hidden: int) -> None:
         super().__init__()
         if d_model < 1 or hidden < 1:
             raise UserError(f"controller of d_model {d_model} and hidden {hidden} is not allowed: give positive widths")

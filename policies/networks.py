@@ -39,7 +39,6 @@ def budget_feature(log_ratio: Tensor) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
-HIDDEN: Final = 256
 # Small head weights make the first policy near uniform, so that early groups try every choice.
 HEAD_STD: Final = 0.01
 
@@ -84,7 +83,7 @@ class Stage1(nn.Module):
         hidden: width of the MLP.
     """
 
-    def __init__(self, d_model: int, hidden: int = HIDDEN) -> None:
+    def __init__(self, d_model: int, hidden: int) -> None:
         super().__init__()
         self.trunk = Projections((d_model, BUDGET_WIDTH), hidden)
         self.tier = _head(hidden, len(TIERS))
@@ -106,7 +105,7 @@ class Stage2(nn.Module):
 
     legal_BN: Tensor
 
-    def __init__(self, d_model: int, hidden: int = HIDDEN) -> None:
+    def __init__(self, d_model: int, hidden: int) -> None:
         super().__init__()
         self.trunk = Projections((d_model, BUDGET_WIDTH), hidden)
         # Row 0 stands for "no position yet": stage-1 rows of a mixed batch pass through and are masked later.

@@ -79,7 +79,7 @@ class RolloutEngine:
         store: OutcomeStore | str | Path | None = None,
         importance: Sequence[float] | None = None,
         encoder_seed: int = 0,
-        max_new_tokens: int = 64,
+        max_new_tokens: int,
         batch_tokens: int | None = None,
         device: str | torch.device | None = None,
     ) -> None:

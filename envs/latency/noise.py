@@ -19,10 +19,10 @@ class LatencyNoise:
     """
 
     ratios: tuple[float, ...]
-    seed: int = 0
+    seed: int
 
     def factor(self, sample_id: str, plan: "ExecutionPlan") -> float:
         """A measured ratio drawn for (sample, plan): the same in every process; equal executions share it."""
-        key = f"{self.seed}|{sample_id}|{plan.tier}|{plan.insertion}|{plan.top_k_per_block}".encode()
+        key = f"{self.seed}|{sample_id}|{plan.tier}|{plan.insertion}|".encode() + bytes(plan.top_k_per_block)
         draw = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
         return self.ratios[draw % len(self.ratios)]

@@ -29,7 +29,7 @@ class ProfiledClock:
     """Latency interpolated from a profile of this device.
 
     Args:
-        table: the profile.
+        profile: the profile.
         identity: of this process; None accepts a profile of any device.
 
     Raises:
@@ -39,25 +39,25 @@ class ProfiledClock:
     name: Final = "profiled"
     deterministic: Final = True
 
-    def __init__(self, table: ProfileTable, identity: Identity | None = None) -> None:
+    def __init__(self, profile: ProfileTable, identity: Identity | None = None) -> None:
         if identity is not None:
-            table.check(identity)
-        if len(table.cells) < FEWEST_CELLS:
+            profile.check(identity)
+        if len(profile.cells) < FEWEST_CELLS:
             raise UserError(
-                f"the profile has {len(table.cells)} cells: measure {FEWEST_CELLS} or more with `ray-ctrl profile`"
+                f"the profile has {len(profile.cells)} cells: measure {FEWEST_CELLS} or more with `ray-ctrl profile`"
             )
-        self.table = table
-        self._costs = {stage: _fit(stage, table.cells) for stage in STAGES}
+        self.profile = profile
+        self._costs = {stage: _fit(stage, profile.cells) for stage in STAGES}
 
     @classmethod
-    def for_engine(cls, table: ProfileTable, engine: "Engine") -> "ProfiledClock":
-        """The source of `table`, refused if `engine` has another identity."""
-        return cls(table, Identity.of(engine))
+    def for_engine(cls, profile: ProfileTable, engine: "Engine") -> "ProfiledClock":
+        """The source of `profile`, refused if `engine` has another identity."""
+        return cls(profile, Identity.of(engine))
 
     @cached_property
     def reference_ms(self) -> float:
         """Latency of the full plan on the reference request, ms."""
-        return self.latency(self.table.reference, FULL_PLAN, REFERENCE_NEW_TOKENS).total
+        return self.latency(self.profile.reference, FULL_PLAN, REFERENCE_NEW_TOKENS).total
 
     def latency(self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> LatencyRecord:
         """Median stage times of one request at batch 1, ms."""
@@ -73,18 +73,18 @@ class ProfiledClock:
 
     def quantile(self, share: float) -> float:
         """Quantile of measured over predicted latency in the profile: noise of the device and misfit of the model."""
-        ratios = [ms / self._predict(cell) for cell in self.table.cells for ms in cell.totals_ms]
+        ratios = [ms / self._predict(cell) for cell in self.profile.cells for ms in cell.totals_ms]
         return float(np.quantile(ratios, share))
 
     @cached_property
     def repeat_ratios(self) -> tuple[float, ...]:
         """Latency of every repeat over the median of its cell, rising: noise of the device alone."""
-        return tuple(sorted(float(ms / np.median(c.totals_ms)) for c in self.table.cells for ms in c.totals_ms))
+        return tuple(sorted(float(ms / np.median(c.totals_ms)) for c in self.profile.cells for ms in c.totals_ms))
 
     @cached_property
     def median_error(self) -> float:
         """Median absolute relative error on the profile's own cells."""
-        errors = [abs(self._predict(c) / float(np.median(c.totals_ms)) - 1.0) for c in self.table.cells]
+        errors = [abs(self._predict(c) / float(np.median(c.totals_ms)) - 1.0) for c in self.profile.cells]
         return float(np.median(errors))
 
     def _predict(self, cell: Cell) -> float:

@@ -61,10 +61,10 @@ def profile(
     measurement = _Measurement(engine, requests, controller)
     for _ in range(_MAX_PASSES):
         measurement.run(repeats, rng, progress)
-        table = ProfileTable(identity, reference, measurement.cells())
-        if len(requests) < FEWEST_CELLS or ProfiledClock(table).median_error <= GOOD_FIT:
+        measured = ProfileTable(identity, reference, measurement.cells())
+        if len(requests) < FEWEST_CELLS or ProfiledClock(measured).median_error <= GOOD_FIT:
             break
-    return table
+    return measured
 
 
 def hold_out(

@@ -79,7 +79,7 @@ class RooflineClock:
     name: Final = "roofline"
     deterministic: Final = True
 
-    def __init__(self, config: "MolmoEConfig", device: str = "laptop-2-core") -> None:
+    def __init__(self, config: "MolmoEConfig", device: str) -> None:
         check_device(device)
         self.config = config
         self.device_name = device

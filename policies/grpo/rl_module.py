@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from policies.baselines import Baseline
 from policies.controller import Controller
 from policies.distribution import LOGITS_WIDTH, KnobDistribution
-from policies.networks import BUDGET_WIDTH, HIDDEN, Projections, budget_feature
+from policies.grpo.config import ControllerSettings
+from policies.networks import BUDGET_WIDTH, Projections, budget_feature
 
 REFERENCE_LOGITS = "reference_logits"
 
@@ -67,7 +68,7 @@ class ControllerModule(TorchRLModule, InferenceOnlyAPI):
         super().setup()
         config = dict(self.model_config or {})
         d_model = int(self.observation_space["language_feature"].shape[0])
-        self.controller = Controller(d_model, int(config.get("hidden", HIDDEN)))
+        self.controller = Controller(d_model, int(config.get("hidden", ControllerSettings().hidden)))
         self.reference: Controller | None = None
         if config.get("reference") and not self.inference_only:
             self.reference = Controller(d_model, self.controller.hidden)

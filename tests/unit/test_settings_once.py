@@ -1,23 +1,113 @@
-"""Every setting has one declaration: no function, class or command declares a second default."""
+"""Every setting has one declaration: no function or class declares a second default for it."""
 
+import ast
 from pathlib import Path
 
-from pydantic import BaseModel
+import pytest
 
 from ray_ctrl.config import Config
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("envs", "policies", "ray_ctrl", "cluster")
+OTHER_MEANING = {
+    "name": "of a latency source, a baseline or an image in a message",
+    "path": "of a data source",
+    "revision": "of a data source",
+    "source": "the file that a message names",
+    "seed": "of one draw, profile or baseline; callers in a run pass `run.seed` or `task.seed`",
+    "device": "torch's, of a library function that loads a model",
+    "dtype": "torch's, of a library function that loads a model",
+    "iterations": "boosting steps of a baseline",
+    "cpus": "of the entrypoint of a Ray job, not of an env runner",
+    "gpus": "of the entrypoint of a Ray job, not of an env runner",
+    "address": "of a job server",
+}
+"""Parameters that share a setting's name and mean something else."""
+EXCEPTIONS = {
+    "policies/baselines/rules.py Neural.hidden": "width of a baseline, not of the controller",
+    "envs/latency/guardrail.py Guardrail.noise": "factor for the wall clock, not `latency.noise`",
+    "envs/adaptive_vqa.py get.group_size": "environments outside GRPO need no groups",
+    "envs/model/config.py MolmoEConfig.blank_crops": "published checkpoints say nothing about it",
+    "envs/model/molmoe.py generate.max_new_tokens": "length of a direct call, which no run makes",
+}
+"""Single places where a setting's name means something else."""
 
 
-def sections():
-    """Name of every section of the configuration and its class."""
-    return {name: field.annotation for name, field in Config.model_fields.items() if is_section(field.annotation)}
+def setting_names():
+    return {key for section in Config.model_fields.values() for key in section.annotation.model_fields}
 
 
-def is_section(kind):
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+def second_defaults(source, names):
+    """`owner.parameter` for each default of a parameter or class attribute that bears a setting's name.
+
+    None is no default: it says that the value comes from elsewhere.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        pairs = []
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            positional = [*node.args.posonlyargs, *node.args.args]
+            pairs = [*zip(positional[::-1], node.args.defaults[::-1], strict=False)]
+            pairs += zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+            pairs = [(argument.arg, default) for argument, default in pairs]
+        elif isinstance(node, ast.ClassDef) and not any("Section" in ast.unparse(b) for b in node.bases):
+            statements = [s for s in node.body if isinstance(s, ast.AnnAssign)]
+            pairs = [(ast.unparse(s.target), s.value) for s in statements if not _is_field(s.value)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".get") and len(node.args) == 2:
+            pairs = (
+                [(getattr(node.args[0], "value", None), node.args[1])] if isinstance(node.args[1], ast.Constant) else []
+            )
+        for name, default in pairs:
+            if name in names and default is not None and not _is_none(default):
+                found.append(f"{getattr(node, 'name', 'get')}.{name}")
+    return found
 
 
-if __name__ == "__main__":
-    print(sections())
+def _is_none(node):
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+def _is_field(node):
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "Field"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_setting_has_a_second_default(package):
+    names = setting_names() - set(OTHER_MEANING)
+    paths = sorted((ROOT / package).rglob("*.py"))
+    assert paths
+    found = [
+        f"{path.relative_to(ROOT).as_posix()} {place}"
+        for path in paths
+        for place in second_defaults(path.read_text("utf-8"), names)
+    ]
+    assert sorted(set(found) - set(EXCEPTIONS)) == []
+
+
+def test_the_exceptions_still_exist():
+    for place in EXCEPTIONS:
+        path, _, name = place.partition(" ")
+        assert name in second_defaults((ROOT / path).read_text("utf-8"), setting_names()), place
+    assert set(OTHER_MEANING) <= setting_names()
+
+
+def test_sections_do_not_declare_the_same_setting_twice():
+    seen = {}
+    for name, section in Config.model_fields.items():
+        for key in section.annotation.model_fields:
+            seen.setdefault(key, []).append(name)
+    assert {key: where for key, where in seen.items() if len(where) > 1 and key not in OTHER_MEANING} == {}
+
+
+def test_the_walk_sees_every_form_of_default():
+    source = """
+def f(a, lr=1e-3, *, hidden: int = 3, kl_coef=None): ...
+a.get("epochs", 4), a.get("epochs"), a.get("epochs", other)
+class Loss:
+    clip_low: float = 0.2
+    entropy_coef: float | None = None
+class Settings(Section):
+    epochs: int = Field(default=4)
+"""
+    names = {"lr", "hidden", "kl_coef", "clip_low", "entropy_coef", "epochs"}
+    assert sorted(second_defaults(source, names)) == sorted(["f.lr", "f.hidden", "Loss.clip_low", "get.epochs"])

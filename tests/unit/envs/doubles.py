@@ -138,7 +138,7 @@ def make_samples(count: int = 20, text_only: bool = False) -> list[Sample]:
     for i in range(count):
         width, height = ((640, 480), (480, 640), (64, 64))[i % 3]
         image = None if text_only else Picture(f"{i:064x}", width, height)
-        question = "what is " + "very " * (i % 7) + "red?"
+        question = "what is " + "very " * (i % 7) + f"red{i}?"  # no two samples share their text
         samples.append(Sample(f"s{i}", image, question, ("yes",)))
     return samples
 

@@ -102,7 +102,7 @@ def test_rewards_and_infos_are_those_of_the_chosen_plans():
         latency = world.clock.latency(shape, plan, answer.n_tokens).total
         assert infos["latency_ms"][row] == pytest.approx(latency)
         assert infos["accuracy"][row] == world.engine.accuracy(sample, answer)
-        expected = reward(infos["accuracy"][row], latency, infos["budget_ms"][row], world.reward.penalty)
+        expected = reward(infos["accuracy"][row], latency, infos["budget_ms"][row], world.reward.penalty, 0.0)
         assert rewards[row] == pytest.approx(float(expected))
         cheapest = world.space.plan(world.space.cheapest)
         least = world.clock.latency(world.engine.shape(sample, "low"), cheapest, answer.n_tokens).total
@@ -343,8 +343,8 @@ def test_a_profiled_world_runs():
 
 
 def test_noise_multiplies_latencies_and_leaves_everything_else_alone():
-    world = make_world()
-    noise = LatencyNoise((0.9, 1.0, 1.3))
+    world = make_world(budgets=BudgetDistribution.over(12.0, 25.0))
+    noise = LatencyNoise((0.9, 1.0, 1.3), 0)
     *_, rewards, quiet = episode(vector(world))
     *_, noisy_rewards, noisy = episode(vector(replace(world, noise=noise)))
     plans = [world.space.plan(Knobs(TIERS[t], p, k, n)) for t, p, k, n in zip(*map(quiet.get, KNOBS), strict=True)]

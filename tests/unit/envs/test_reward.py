@@ -23,7 +23,7 @@ def test_a_missed_budget_costs_more_the_more_it_is_missed() -> None:
 
 
 def test_rewards_by_hand() -> None:
-    assert reward([1.0, 1.0, 0.5], [80.0, 150.0, 300.0], 100.0, [2.0, 2.0, 0.5]).tolist() == [1.0, -2.0, -0.5]
+    assert reward([1.0, 1.0, 0.5], [80.0, 150.0, 300.0], 100.0, [2.0, 2.0, 0.5], 0.0).tolist() == [1.0, -2.0, -0.5]
 
 
 def test_of_equal_answers_the_bonus_prefers_the_one_that_uses_the_budget() -> None:
@@ -34,21 +34,22 @@ def test_of_equal_answers_the_bonus_prefers_the_one_that_uses_the_budget() -> No
 @given(batches)
 def test_rows_do_not_influence_one_another(rows) -> None:
     columns = [np.array(column) for column in zip(*rows, strict=True)]
-    together = reward(*columns)
+    together = reward(*columns, 0.0)
     assert np.isfinite(together).all()
     for row, value in zip(rows, together, strict=True):
-        assert float(reward(*row)) == value
+        assert float(reward(*row, 0.0)) == value
 
 
 @given(shares, times, times, multipliers, st.floats(1.0, 10.0))
 def test_slower_is_never_better(accuracy, latency, budget, multiplier, factor) -> None:
-    assert reward(accuracy, latency * factor, budget, multiplier) <= reward(accuracy, latency, budget, multiplier)
+    slower, faster = (reward(accuracy, ms, budget, multiplier, 0.0) for ms in (latency * factor, latency))
+    assert slower <= faster
 
 
 @given(shares, times, st.floats(1.001, 1e3), multipliers, st.floats(0.01, 100))
 def test_only_the_ratio_to_the_budget_counts(accuracy, budget, factor, multiplier, scale) -> None:
-    scaled = reward(accuracy, budget * factor * scale, budget * scale, multiplier)
-    np.testing.assert_allclose(scaled, reward(accuracy, budget * factor, budget, multiplier), rtol=1e-6, atol=1e-6)
+    one, scaled = (reward(accuracy, budget * factor * by, budget * by, multiplier, 0.0) for by in (1.0, scale))
+    np.testing.assert_allclose(scaled, one, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

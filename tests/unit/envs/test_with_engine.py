@@ -48,7 +48,7 @@ def engine(model_folder):
 @pytest.fixture
 def world(engine, samples):
     text_only = replace(samples[0], id="text-only", image=None)
-    clock = RooflineClock(engine.model.config)
+    clock = RooflineClock(engine.model.config, "laptop-2-core")
     budgets = BudgetDistribution.over(5.0, 50.0)
     return World(engine, (*samples, text_only), clock, budgets, RewardSettings(), KnobSpace(PUBLISHED_IMPORTANCE))
 

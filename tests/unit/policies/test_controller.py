@@ -29,7 +29,7 @@ def observation(stage: int, rows: int = 5, d_model: int = 6, insertion: int = 2)
 def test_actions_are_legal(stage: int, insertion: int) -> None:
     torch.manual_seed(0)
     obs = observation(stage, insertion=insertion)
-    actions = Controller(6).act(obs).numpy()
+    actions = Controller(6, 256).act(obs).numpy()
     mask = obs["action_mask"][0].numpy()
     assert actions.shape == (5, 4)
     assert mask[actions[:, 0] * 5 + actions[:, 1]].all()
@@ -37,14 +37,14 @@ def test_actions_are_legal(stage: int, insertion: int) -> None:
 
 
 def test_both_stages_may_be_mixed_in_a_batch() -> None:
-    controller = Controller(6)
+    controller = Controller(6, 256)
     first, second = observation(0), observation(1)
     mixed = {key: torch.cat((first[key], second[key])) for key in first}
     torch.testing.assert_close(controller(mixed), torch.cat((controller(first), controller(second))))
 
 
 def test_the_fraction_of_a_float_position_does_not_matter() -> None:
-    controller, obs = Controller(6), observation(1, insertion=3)
+    controller, obs = Controller(6, 256), observation(1, insertion=3)
     torch.testing.assert_close(controller(obs), controller(obs | {"insertion": obs["insertion"] - 1e-6}))
 
 
@@ -59,11 +59,11 @@ def test_export_round_trip(tmp_path: Path) -> None:
 
 
 def test_an_export_is_replaced_only_when_asked(tmp_path: Path) -> None:
-    folder = Controller(6).save(tmp_path / "best", {"iteration": 1})
+    folder = Controller(6, 256).save(tmp_path / "best", {"iteration": 1})
     with pytest.raises(UserError, match="exists already"):
-        Controller(6).save(folder, {"iteration": 2})
+        Controller(6, 256).save(folder, {"iteration": 2})
     assert Controller.load(folder)[1] == {"iteration": 1}
-    Controller(6).save(folder, {"iteration": 2}, overwrite=True)
+    Controller(6, 256).save(folder, {"iteration": 2}, overwrite=True)
     assert Controller.load(folder)[1] == {"iteration": 2}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best"]
 
@@ -71,14 +71,14 @@ def test_an_export_is_replaced_only_when_asked(tmp_path: Path) -> None:
 def test_an_export_to_an_impossible_place_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not be written"):
-        Controller(6).save(tmp_path / "file" / "best", {})
+        Controller(6, 256).save(tmp_path / "file" / "best", {})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("file", [WEIGHTS_FILE, CARD_FILE])
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "flipped"])
 def test_damaged_exports_are_refused(tmp_path: Path, file: str, damage: str) -> None:
-    path = Controller(6).save(tmp_path / "best", {"fingerprint": "abc"}) / file
+    path = Controller(6, 256).save(tmp_path / "best", {"fingerprint": "abc"}) / file
     content = path.read_bytes()
     flipped = bytes([*content[:100], content[100] ^ 0x55, *content[101:]])
     if damage == "missing":
@@ -103,14 +103,14 @@ def test_damaged_exports_are_refused(tmp_path: Path, file: str, damage: str) -> 
     ],
 )
 def test_cards_that_do_not_fit_are_refused(tmp_path: Path, change: dict, words: str) -> None:
-    path = Controller(6).save(tmp_path / "best", {}) / CARD_FILE
+    path = Controller(6, 256).save(tmp_path / "best", {}) / CARD_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=words):
         Controller.load(tmp_path / "best")
 
 
 def test_controllers_for_another_model_are_refused(tmp_path: Path) -> None:
-    folder = Controller(6).save(tmp_path / "best", {"fingerprint": "abc"})
+    folder = Controller(6, 256).save(tmp_path / "best", {"fingerprint": "abc"})
     with pytest.raises(UserError, match="width 6, not 2048"):
         Controller.load(folder, d_model=2048)
     with pytest.raises(UserError, match="another model"):
@@ -118,11 +118,11 @@ def test_controllers_for_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_full_size_is_small() -> None:
-    controller = Controller(2048)
+    controller = Controller(2048, 256)
     assert controller(observation(0, d_model=2048)).shape == (5, 40)
     assert sum(parameter.numel() for parameter in controller.parameters()) < 2_000_000
 
 
 def test_widths_must_be_positive() -> None:
     with pytest.raises(UserError, match="positive"):
-        Controller(0)
+        Controller(0, 256)

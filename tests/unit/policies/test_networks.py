@@ -13,7 +13,7 @@ from policies.networks import BUDGET_WIDTH, SHORTEST_WAVE, Stage1, Stage2, budge
 @pytest.mark.parametrize("d_model", [8, 2048])
 def test_stage_1_starts_near_uniform(d_model: int) -> None:
     torch.manual_seed(0)
-    out = Stage1(d_model)(torch.randn(64, d_model) * 30, budget_feature(torch.linspace(-4, 1, 64)))
+    out = Stage1(d_model, 256)(torch.randn(64, d_model) * 30, budget_feature(torch.linspace(-4, 1, 64)))
     assert out["tier_logits"].shape == (64, 3)
     assert out["insertion_logits"].shape == (64, 5)
     for logits in out.values():
@@ -24,7 +24,7 @@ def test_stage_1_starts_near_uniform(d_model: int) -> None:
 def test_stage_2_starts_near_uniform_over_legal_totals(d_model: int) -> None:
     torch.manual_seed(0)
     position = torch.arange(1, 6).repeat(8)
-    out = Stage2(d_model)(torch.randn(40, d_model), budget_feature(torch.zeros(40)), position)
+    out = Stage2(d_model, 256)(torch.randn(40, d_model), budget_feature(torch.zeros(40)), position)
     assert out["top_k_logits"].shape == (40, 5)
     assert out["block_logits"].shape == (40, 5)
     for row, probabilities in zip(position.tolist(), out["block_logits"].softmax(-1), strict=True):
@@ -46,12 +46,12 @@ def test_block_options_follow_the_position() -> None:
 @pytest.mark.parametrize("position", [-1, 6])
 def test_positions_outside_the_model_are_refused(position: int) -> None:
     with pytest.raises(UserError, match="not allowed"):
-        Stage2(4)(torch.zeros(1, 4), torch.zeros(1, BUDGET_WIDTH), torch.tensor([position]))
+        Stage2(4, 256)(torch.zeros(1, 4), torch.zeros(1, BUDGET_WIDTH), torch.tensor([position]))
 
 
 def test_every_input_reaches_every_output() -> None:
     torch.manual_seed(0)
-    stage1, stage2 = Stage1(6), Stage2(6)
+    stage1, stage2 = Stage1(6, 256), Stage2(6, 256)
     x, feature = torch.randn(2, 6, requires_grad=True), torch.randn(2, BUDGET_WIDTH, requires_grad=True)
     outputs = [*stage1(x, feature).values(), *stage2(x, feature, torch.tensor([1, 1])).values()]
     for logits in outputs:

@@ -9,9 +9,6 @@ import pytest
 from envs.errors import UserError
 from envs.model.block_importance import PUBLISHED_IMPORTANCE, Importance
 from envs.model.config import MolmoEConfig, VisionConfig
-from ray_ctrl import run_context as settings
-from ray_ctrl.commands import importance as room
-from envs.model.block_importance import PUBLISHED_IMPORTANCE, Importance
 from ray_ctrl import run_context
 from ray_ctrl.commands import importance
 from ray_ctrl.commands import inspect as inspection

@@ -254,7 +254,7 @@ def test_accuracy_and_text(engine, samples, processor):
 )
 def test_bad_settings(small_model, processor, settings, match):
     with pytest.raises(UserError, match=match):
-        RolloutEngine(small_model, processor, **settings)
+        RolloutEngine(small_model, processor, **{"max_new_tokens": 8, **settings})
 
 
 def test_bad_level(engine, samples):
@@ -265,7 +265,7 @@ def test_bad_level(engine, samples):
 def test_processor_of_another_model(small_model, processor):
     other = MolmoEProcessor(replace(processor.geometry, patch=14), processor.tokenizer)
     with pytest.raises(UserError, match="processor of the same model"):
-        RolloutEngine(small_model, other)
+        RolloutEngine(small_model, other, max_new_tokens=8)
 
 
 def test_images_prepared_by_threads_give_the_same_embeddings(small_model, processor, samples, space):

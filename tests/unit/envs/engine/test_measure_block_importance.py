@@ -52,8 +52,8 @@ def test_scores_by_cross_entropy_are_the_plain_rises(engine, samples):
 
 
 def test_a_small_token_budget_gives_the_same(small_model, processor, samples):
-    wide = RolloutEngine(small_model, processor)
-    narrow = RolloutEngine(small_model, processor, batch_tokens=1)
+    wide = RolloutEngine(small_model, processor, max_new_tokens=8)
+    narrow = RolloutEngine(small_model, processor, max_new_tokens=8, batch_tokens=1)
     ours, theirs = (measure_importance(engine, samples[:2]).scores for engine in (wide, narrow))
     assert ours == pytest.approx(theirs, abs=1e-4)
 
@@ -75,7 +75,7 @@ def test_a_block_that_does_nothing_goes_first(small_model, processor, samples):
         idle = model.language.blocks[9]
         idle.attn_out.zero_()
         idle.down.zero_()
-    engine = RolloutEngine(model.eval().requires_grad_(False), processor)
+    engine = RolloutEngine(model.eval().requires_grad_(False), processor, max_new_tokens=8)
     found = measure_importance(engine, samples[:3])
     assert found.scores[9] == pytest.approx(0, abs=1e-6)
     assert abs(found.scores[9]) == min(map(abs, found.scores))

@@ -148,7 +148,7 @@ def test_an_unknown_device_is_named():
 
 @pytest.mark.parametrize("clock", ["roofline", "profiled"])
 def test_negative_answers_are_refused(clock, table):
-    made = RooflineClock(CONFIG) if clock == "roofline" else ProfiledClock(table)
+    made = RooflineClock(CONFIG, "laptop-2-core") if clock == "roofline" else ProfiledClock(table)
     with pytest.raises(UserError, match="-1"):
         made.latency(reference_shape(CONFIG), ExecutionPlan(), -1)
 
@@ -303,14 +303,14 @@ def test_a_disturbed_device_is_measured_longer(world):
 
 def test_noise_is_the_profiles_own_and_the_same_for_equal_executions(table, world):
     clock = ProfiledClock(table)
-    noise = LatencyNoise(clock.repeat_ratios)
+    noise = LatencyNoise(clock.repeat_ratios, 0)
     drawn = [noise.factor(f"s{i}", ExecutionPlan()) for i in range(4000)]
-    assert drawn == [LatencyNoise(clock.repeat_ratios).factor(f"s{i}", ExecutionPlan()) for i in range(4000)]
+    assert drawn == [LatencyNoise(clock.repeat_ratios, 0).factor(f"s{i}", ExecutionPlan()) for i in range(4000)]
     assert set(drawn) <= set(clock.repeat_ratios)
     quantiles = (0.1, 0.5, 0.9)
     np.testing.assert_allclose(np.quantile(drawn, quantiles), np.quantile(clock.repeat_ratios, quantiles), rtol=0.02)
     assert 0.005 < np.std(drawn) < 0.1  # the device under test has 3 % noise in every stage
-    assert drawn != [LatencyNoise(clock.repeat_ratios, seed=1).factor(f"s{i}", ExecutionPlan()) for i in range(4000)]
+    assert drawn != [LatencyNoise(clock.repeat_ratios, 1).factor(f"s{i}", ExecutionPlan()) for i in range(4000)]
     # Blocks before the insertion position use 8 experts whatever top-k is.
     prefix = [ExecutionPlan("low", 5, k, tuple(range(5))) for k in (4, 8)]
     assert len({noise.factor("s0", plan) for plan in prefix}) == 1
@@ -337,7 +337,11 @@ def test_measured_clock_runs_the_request_and_the_reference():
 
 
 def test_clocks_say_what_they_are(table):
-    roofline, profiled, measured = RooflineClock(CONFIG), ProfiledClock(table), MeasuredClock(EngineDouble(CONFIG))
+    roofline, profiled, measured = (
+        RooflineClock(CONFIG, "laptop-2-core"),
+        ProfiledClock(table),
+        MeasuredClock(EngineDouble(CONFIG)),
+    )
     assert [clock.name for clock in (roofline, profiled, measured)] == ["roofline", "profiled", "measured"]
     assert [clock.deterministic for clock in (roofline, profiled, measured)] == [True, True, False]
     assert [is_measuring(clock) for clock in (roofline, profiled, measured)] == [False, False, True]
