@@ -168,7 +168,7 @@ class GRPOConfig(AlgorithmConfig):
             raise UserError(f"group size {group} does not divide the {envs} environments of a runner")
         if groups * group % envs:
             raise UserError(
-                f"{groups} groups of {group} rollouts an iteration do not fill complete runners of {envs} environments: "
+                f"{groups} groups of {group} rollouts an iteration do not fill runners of {envs} environments: "
                 f"give a multiple of {envs // group} groups"
             )
         if self.grpo.max_policy_lag and not self.num_env_runners:

@@ -56,7 +56,7 @@ ORDINARY = {
     r"early stopping": "the term of hyperparameter search",
     r"\.?chunk\(|chunked": "torch's function, HTTP's transfer encoding",
     r"hold(s|ing)?[ -]out": "data that training never sees",
-    r"for chunk in|chunks? of (the )?(body|file|response|log)": "pieces of a stream, as HTTP and the standard library call them",
+    r"for chunk in|chunks? of (the )?(body|file|log)": "pieces of a stream, as the standard library calls them",
 }
 
 
