@@ -1,13 +1,17 @@
 """Environment resources from their configuration."""
 
+import inspect
 import pickle
 
 import pytest
 import torch
 from doubles import EngineDouble, make_world
 
+from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution
 from envs.config import BudgetSettings, LatencySettings, RewardSettings, TaskSettings
+from envs.contracts import Engine, VectorEnvironment
+from envs.engine import RolloutEngine
 from envs.env_resources import EnvConfig
 from envs.errors import UserError
 from envs.latency import ProfiledClock, profile
@@ -58,6 +62,19 @@ def test_noise_is_for_evaluation_unless_configured_otherwise(noise, noisy):
     assert {split for split in splits if configs[split]._noise(clock)} == (splits if noisy is None else noisy)
     assert LatencySettings().noise == "evaluation"
     assert configs["test"]._noise(world.clock) is None  # the roofline source has none
+
+
+@pytest.mark.parametrize(
+    ("protocol", "kinds"),
+    [(Engine, (RolloutEngine, EngineDouble)), (VectorEnvironment, (AdaptiveVQAVectorEnv,))],
+)
+def test_contracts_are_kept_by_what_stands_behind_them(protocol, kinds):
+    methods = {name: value for name, value in vars(protocol).items() if inspect.isfunction(value) and name[0] != "_"}
+    assert len(methods) >= 6
+    for kind in kinds:
+        for name, method in methods.items():
+            wanted = list(inspect.signature(method).parameters)
+            assert list(inspect.signature(getattr(kind, name)).parameters)[: len(wanted)] == wanted, (kind, name)
 
 
 def test_the_number_format_follows_the_device():
