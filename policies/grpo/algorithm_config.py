@@ -161,13 +161,13 @@ class GRPOConfig(AlgorithmConfig):
             self._validate_unsupported()
 
     def _validate_sampling(self) -> None:
-        """Refuse groups that do not fill complete runners, and policy lag without remote runners."""
+        """Refuse groups that do not fill runners, and policy lag without remote runners."""
         envs, group, groups = self.num_envs_per_env_runner, self.grpo.group_size, self.grpo.groups_per_iteration
         if envs % group:
             raise UserError(f"group size {group} does not divide the {envs} environments of a runner")
         if groups * group % envs:
             raise UserError(
-                f"{groups} groups of {group} rollouts an iteration do not fill complete runners of {envs} environments: "
+                f"{groups} groups of {group} rollouts an iteration do not fill runners of {envs} environments: "
                 f"give a multiple of {envs // group} groups"
             )
         if self.grpo.max_policy_lag and not self.num_env_runners:

@@ -69,7 +69,7 @@ class GRPOSettings(Section):
     minibatch_size: Int | None = Field(
         default=1024,
         ge=1,
-        description="Decisions (two per rollout) in a minibatch, over all learners; `null` takes the complete iteration.",
+        description="Decisions (two per rollout) in a minibatch, over all learners; `null` takes all of an iteration.",
     )
     clip_low: float = Field(default=0.2, gt=0, lt=1, description="Lower clip bound of the probability ratio, below 1.")
     clip_high: float = Field(default=0.28, gt=0, le=10, description="Upper clip bound of the ratio, above 1.")
