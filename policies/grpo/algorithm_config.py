@@ -162,7 +162,7 @@ class GRPOConfig(AlgorithmConfig):
             self._validate_unsupported()
 
     def _validate_sampling(self) -> None:
-        """Refuse groups that do not fill complete runners, and policy lag without remote runners."""
+        """Refuse groups that do not fill runners, and policy lag without remote runners."""
         envs, group, groups = self.num_envs_per_env_runner, self.grpo.group_size, self.grpo.groups_per_iteration
         if envs % group:
             raise UserError(f"group size {group} does not divide the {envs} environments of a runner")

@@ -31,7 +31,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import ray
 
-from envs.errors import UserError
+from envs.errors import UserError, first_line
 from policies.grpo.env_runner import Rollouts
 from policies.grpo.rllib_adapter import RunnerPool
 
@@ -165,7 +165,7 @@ class Dispatcher:
         try:
             value = ray.get(answer)
         except ray.exceptions.RayError as error:
-            self._lost(runner, f"runner {runner} died: {_first_line(error)}")
+            self._lost(runner, f"runner {runner} died: {first_line(error)}")
             return
         queue = self.queues[runner]
         task = queue.popleft()
@@ -214,12 +214,7 @@ def _guarded(runner: Any, method: str, job: Mapping[str, Any]) -> Any:
     except UserError as error:
         return Failure(error, str(error), "")
     except Exception as error:
-        return Failure(None, f"{type(error).__name__}: {_first_line(error)}", traceback.format_exc())
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+        return Failure(None, f"{type(error).__name__}: {first_line(error)}", traceback.format_exc())
 
 
 class BehaviorPolicy(NamedTuple):
