@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs, so that `--help` and mistakes answer at once.
+"""The command line. Each command imports what it needs, so that `--help` and mistakes answer immediately.
 
 A user's mistake is one line on stderr and exit status 2; `RAY_CTRL_DEBUG=1` shows where it came from.
 """
@@ -20,8 +20,8 @@ from typer.core import TyperGroup
 from envs.errors import UserError
 from ray_ctrl.signals import Interrupted, Stopper
 
+# What a file system refuses for reasons outside the program.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
-"""What a file system refuses for reasons outside the program."""
 
 
 class Commands(TyperGroup):
@@ -341,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # no sign that a terminal lacks may cost a result
+            stream.reconfigure(errors="replace")  # a terminal without ± costs no result
     problem = wrong_origin()
     if problem is not None:
         return _complain(problem)
