@@ -24,8 +24,8 @@ import ray_ctrl
 from envs.errors import UserError
 from ray_ctrl.signals import Interrupted, Stopper
 
+# What a file system refuses for reasons outside the program.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
-"""What a file system refuses for reasons outside the program."""
 
 
 class Commands(TyperGroup):
