@@ -55,7 +55,7 @@ class FreeEnv(gym.vector.VectorEnv):
     def set_worker(self, index: int, count: int) -> None:
         self.worker = index
 
-    def set_round(self, number: int) -> None:
+    def set_iteration(self, number: int) -> None:
         self.round = number
 
     def set_multipliers(self, values: object) -> None:

@@ -1,6 +1,6 @@
 """What the environment itself costs per rollout: everything but the model, which is replaced by constants.
 
-Run: python benchmarks/environment.py [--envs 256] [--group 8] [--rounds 20]
+Run: python benchmarks/environment.py [--envs 256] [--group 8] [--repeats 20]
 """
 
 import argparse
@@ -19,7 +19,7 @@ from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution
 from envs.config import RewardSettings
 from envs.data.sample import Sample
-from envs.env_resources import World
+from envs.env_resources import EnvResources
 from envs.knobs import TIER_CROPS, ExecutionPlan, KnobSpace
 from envs.latency import LatencyRecord, ProfiledClock, ProfileTable, RequestShape, RooflineClock
 from envs.latency.profiler import profile
@@ -38,7 +38,7 @@ class Constant:
 
 
 class FreeEngine:
-    """Answers at once: what is left to measure is the environment."""
+    """Answers immediately: what is left to measure is the environment."""
 
     def __init__(self, count: int) -> None:
         self.model = SimpleNamespace(config=CONFIG, fingerprint="free", parameters=lambda: iter([torch.zeros(1)]))
@@ -78,10 +78,10 @@ def legal_actions(masks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.stack([part.argmax(1) for part in np.split(noise, [3, 8, 13], axis=1)], axis=1)
 
 
-def episodes(env: AdaptiveVQAVectorEnv, rounds: int) -> list[float]:
-    """Seconds of every round: reset and both steps."""
+def episodes(env: AdaptiveVQAVectorEnv, repeats: int) -> list[float]:
+    """Seconds of every repeat: reset and both steps."""
     rng, times = np.random.default_rng(0), []
-    for _ in range(rounds):
+    for _ in range(repeats):
         spent = -time.perf_counter()
         observation, _ = env.reset()
         spent += time.perf_counter()
@@ -99,14 +99,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--envs", type=int, default=256)
     parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     engine = FreeEngine(512)
     samples = [Sample(str(i), None, "what?", ("yes",)) for i in range(512)]
     table: ProfileTable = profile(engine, samples[:20], repeats=1, per_tiling=16)
     print(f"{'clock':<10}{'environments':>14}{'ms per rollout':>16}{'rollouts / s':>14}")
     for clock in (RooflineClock(CONFIG, "laptop-2-core"), ProfiledClock(table)):
-        world = World(
+        resources = EnvResources(
             engine,
             [dataclasses.replace(s, image=object()) for s in samples],
             clock,
@@ -115,8 +115,8 @@ def main() -> None:
             KnobSpace(PUBLISHED_IMPORTANCE),
         )
         for count, group in ((options.envs, options.group), (1, 1)):
-            env = AdaptiveVQAVectorEnv({"world": world, "num_envs": count, "group_size": group})
-            seconds = median(episodes(env, options.rounds)) / count
+            env = AdaptiveVQAVectorEnv({"resources": resources, "num_envs": count, "group_size": group})
+            seconds = median(episodes(env, options.iterations)) / count
             print(f"{clock.name:<10}{count:>14}{seconds * 1e3:>16.3f}{1 / seconds:>14.0f}")
 
 

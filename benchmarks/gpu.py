@@ -176,7 +176,7 @@ def run(bench: Bench, chosen: Sequence[str], total: float) -> None:
 
 
 def write(bench: Bench) -> None:
-    """Results so far, whole or not at all."""
+    """Results so far, complete or not at all."""
     part = bench.out / "gpu.json.part"
     part.write_text(json.dumps(bench.results, indent=1) + "\n", encoding="utf-8")
     part.replace(bench.out / "gpu.json")

@@ -242,7 +242,7 @@ def check(results: Results, language: Language) -> None:
 
 
 def measure(results: Results, language: Language) -> None:
-    """Speed: whole steps first, then a sweep over tile sizes, then whole steps with the best of them."""
+    """Speed: complete steps first, then a sweep over tile sizes, then complete steps with the best of them."""
     results.part("copy TB/s", copy_bandwidth)
     torch.cuda.empty_cache()
     decoder = StaticDecoder(language)

@@ -119,7 +119,7 @@ def decode(bench: "Bench") -> dict[str, Any]:
 
 
 def prefill(bench: "Bench") -> dict[str, Any]:
-    """Vision and prefill, stage by stage: milliseconds beside what arithmetic and weights leave at the ceilings."""
+    """Vision and prefill, stage by stage: milliseconds and what arithmetic and weights take at the ceilings."""
     card = bench.results.get("ceilings", {})
     rate, bandwidth = card.get("gemm_tflop_s", 750.0) * 1e9, card.get("copy_tb_s", 3.0) * 1e9
     sizes = ((2, 3), (40, 50, 60)) if bench.tiny else ((4, 13), (600, 1500, 2000))

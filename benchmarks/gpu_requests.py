@@ -1,4 +1,4 @@
-"""Part of `benchmarks/gpu.py`: whole requests at batch 1, stage by stage, and with a loop over experts."""
+"""Part of `benchmarks/gpu.py`: complete requests at batch 1, stage by stage, and with a loop over experts."""
 
 import hashlib
 import statistics
@@ -58,7 +58,7 @@ def padded(bench: "Bench", tokens: int, tier: str, size: tuple[int, int]) -> Sam
 
 
 def request(bench: "Bench") -> dict[str, Any]:
-    """Whole requests, ten answer tokens, stage by stage; the first after load; and with a loop over experts."""
+    """Complete requests, ten answer tokens, stage by stage; the first after load; and with a loop over experts."""
     engine = RolloutEngine(bench.model, bench.processor, max_new_tokens=NEW_TOKENS)
     found: dict[str, Any] = {}
     usual = SingleRow(bench.model, static=False)

@@ -101,13 +101,13 @@ def _shards(config: MolmoEConfig, shard_bytes: int) -> Iterator[list[str]]:
 
 
 def held_bytes(pid: int) -> int:
-    """RssAnon + RssShmem of a process: what it holds itself, mapped files left out, which the kernel may drop."""
+    """RssAnon + RssShmem of a process: its own memory, mapped files left out, which the kernel may drop."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(HELD))
 
 
 def watch_loading(folder: Path, dtype: str) -> dict[str, float]:
-    """Peak of what a process holds while it reads the checkpoint, and before; bytes and seconds."""
+    """Peak of what a process uses while it reads the checkpoint, and before; bytes and seconds."""
     command = [sys.executable, "-c", READER, str(folder), dtype]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
         assert reader.stdin is not None
@@ -115,20 +115,20 @@ def watch_loading(folder: Path, dtype: str) -> dict[str, float]:
         _expect(reader.stdout.readline(), "ready")
         before = held_bytes(reader.pid)
         answer = _Line(reader.stdout)
-        _go_on(reader.stdin)
+        _continue(reader.stdin)
         peak = before
         while not answer.there:
             peak = max(peak, held_bytes(reader.pid))
             time.sleep(WATCH_S)
         _expect(answer.text, "loaded")
         peak = max(peak, held_bytes(reader.pid))
-        _go_on(reader.stdin)
+        _continue(reader.stdin)
         resident, seconds = reader.stdout.readline().split()
     return {"before": before, "peak": peak, "resident": int(resident), "seconds": float(seconds)}
 
 
 class _Line:
-    """The next line of a stream, read aside."""
+    """The next line of a stream, read in a thread."""
 
     def __init__(self, stream: Any) -> None:
         self.text, self.there = "", False
@@ -138,7 +138,7 @@ class _Line:
         self.text, self.there = stream.readline(), True
 
 
-def _go_on(stdin: Any) -> None:
+def _continue(stdin: Any) -> None:
     stdin.write("\n")
     stdin.flush()
 

@@ -2,10 +2,10 @@
 
     python benchmarks/rollout_engine.py [--model embedded] [--groups 16] [--plans 8] [--pairs 2000] [--threads 2]
 
-Prints: cold ratio beside the ratio of operations that sharing alone gives (no bound: larger batches also run closer to
+Prints: cold ratio next to the ratio of operations that sharing alone gives (no bound: larger batches also run closer to
 the processor's peak), and what share of that peak each way reaches; the ratio for the same samples under new
 budgets, observations of both stages included; disagreements with the naive way and their logit gaps; peak memory of a
-large batch beside the stated bound. `--fresh` runs untrained weights of the embedded shape.
+large batch next to the stated bound. `--fresh` runs untrained weights of the embedded shape.
 """
 
 import argparse
@@ -230,7 +230,7 @@ def main() -> None:
 
 
 def compare(engine, model, processor, samples, space, args) -> dict[str, object]:
-    """Outcomes of random pairs beside naive ones; each mismatch with its logit gap."""
+    """Outcomes of random pairs next to naive ones; each mismatch with its logit gap."""
     rng = random.Random(args.seed + 1)
     pairs = [(rng.choice(samples), space.plan(rng.choice(space.all))) for _ in range(args.pairs)]
     found = engine.outcomes([s for s, _ in pairs], [p for _, p in pairs])
@@ -249,7 +249,7 @@ def compare(engine, model, processor, samples, space, args) -> dict[str, object]
 
 
 def memory(model, processor, samples, space, args) -> dict[str, float]:
-    """Peak memory of one large call beside what the token budget promises."""
+    """Peak memory of one large call next to what the token budget promises."""
     engine = RolloutEngine(model, processor, max_new_tokens=args.limit)
     pairs = draw(samples, space, min(128, len(samples)), args.plans, args.seed + 2)
     with PeakMemory() as peak:

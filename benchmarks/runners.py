@@ -21,7 +21,7 @@ from ray_ctrl.load_config import load_config
 from ray_ctrl.preflight import plan_layout
 from ray_ctrl.provenance import hardware
 from ray_ctrl.rllib_setup import build_algorithm
-from ray_ctrl.run_context import open_setting
+from ray_ctrl.run_context import open_context
 
 CONTEXTS = 4  # of the evaluation runners, which stay idle
 
@@ -29,8 +29,8 @@ CONTEXTS = 4  # of the evaluation runners, which stay idle
 def build(overrides: Sequence[str]) -> Any:
     """The training algorithm of the shipped preset, on the roofline clock (which measures nothing by itself)."""
     config = load_config("laptop", None, ["latency.source=roofline", "store.path=null", "runners.cpus=0.5", *overrides])
-    setting = open_setting(config).with_clock(Path(tempfile.mkdtemp()))
-    return build_algorithm(setting, plan_layout(config).envs, CONTEXTS)
+    context = open_context(config).with_clock(Path(tempfile.mkdtemp()))
+    return build_algorithm(context, plan_layout(config).envs, CONTEXTS)
 
 
 def sampling(algorithm: Any, repeats: int) -> list[float]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from envs.env_resources import EnvConfig, World
+from envs.env_resources import EnvConfig, EnvResources
 from envs.errors import UserError
 from envs.knobs import BLOCK_COUNTS, HEAD_SIZES, INSERTIONS, STAGE1_PAIRS, TIERS, TOP_KS, head_masks, nearest_legal
 from envs.observation import Observation, observation_bounds, observe_latency_token, observe_question, plans_that_fit
@@ -24,7 +24,7 @@ from envs.scoring_step import score
 
 Array = npt.NDArray[Any]
 Step = tuple[Observation, Array, Array, Array, dict[str, Any]]
-_CONFIG_KEYS: Final = ("world", "num_envs", "group_size", "seed", "contexts", "illegal_actions")
+_CONFIG_KEYS: Final = ("resources", "num_envs", "group_size", "seed", "contexts", "illegal_actions")
 ILLEGAL_ACTIONS: Final = ("error", "project")
 _HEADS: Final = ("tier", "insertion", "top-k", "blocks")
 _OPTIONS: Final[tuple[Sequence[Any], ...]] = (TIERS, INSERTIONS, TOP_KS, BLOCK_COUNTS)
@@ -39,7 +39,7 @@ class AdaptiveVQAVectorEnv(VectorEnv):
 
     Args:
         config: a plain mapping with
-            `world`: a `World`, an `EnvConfig`, or a function that returns a `World`;
+            `resources`: a `EnvResources`, an `EnvConfig`, or a function that returns a `EnvResources`;
             `num_envs`: 1 or more (default 1);
             `group_size`: environments per context, a divisor of `num_envs` (default 1);
             `seed`: of the training schedule (default 0);
@@ -55,21 +55,21 @@ class AdaptiveVQAVectorEnv(VectorEnv):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         unknown = sorted(set(config) - set(_CONFIG_KEYS))
-        if unknown or "world" not in config:
-            wrong = f"unknown environment config key {unknown[0]!r}" if unknown else "no `world` given"
+        if unknown or "resources" not in config:
+            wrong = f"unknown environment config key {unknown[0]!r}" if unknown else "no `resources` given"
             raise UserError(f"{wrong}: an environment takes {', '.join(_CONFIG_KEYS)}")
-        self.world = _world(config["world"])
+        self.resources = _resources(config["resources"])
         self.num_envs = int(config.get("num_envs", 1))
         self.group_size = int(config.get("group_size", 1))
         self.seed = int(config.get("seed", 0))
         self.illegal_actions = str(config.get("illegal_actions", "error"))
         self._check_sizes()
         self.set_multipliers(None)
-        self.single_observation_space = observation_space(self.world.d_model)
+        self.single_observation_space = observation_space(self.resources.d_model)
         self.single_action_space = gym.spaces.MultiDiscrete(HEAD_SIZES)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self._worker, self._workers, self._round = 0, 1, 0
+        self._worker, self._workers, self._iteration = 0, 1, 0
         self._stage: int | None = None
         self._contexts: list[Context] = []
         self._choices = np.zeros((self.num_envs, len(HEAD_SIZES)), np.int64)
@@ -80,33 +80,33 @@ class AdaptiveVQAVectorEnv(VectorEnv):
     # Interface to the env runner (`envs.contracts.VectorEnvironment`).
 
     def set_worker(self, index: int, count: int) -> None:
-        """Run share `index` of `count` equal shares of every round."""
+        """Run share `index` of `count` equal shares of every iteration."""
         if not 0 <= index < count:
             raise UserError(f"worker {index} of {count} is not allowed: workers count from 0 to {count - 1}")
         self._worker, self._workers = index, count
 
-    def set_round(self, round_index: int) -> None:
-        """Make the next reset run round `round_index`; later resets continue from it."""
-        if round_index < 0:
-            raise UserError(f"round {round_index} is not allowed: rounds count from 0")
-        self._round = int(round_index)
+    def set_iteration(self, iteration: int) -> None:
+        """Make the next reset run iteration `iteration`; later resets continue from it."""
+        if iteration < 0:
+            raise UserError(f"iteration {iteration} is not allowed: iterations count from 0")
+        self._iteration = int(iteration)
 
     def set_contexts(self, contexts: Sequence[ContextTuple] | None) -> None:
-        """Run explicit contexts, one environment each, from round 0; None returns to training.
+        """Run explicit contexts, one environment each, from iteration 0; None returns to training.
 
         Raises:
             UserError: an empty list, an unknown sample or an impossible budget.
         """
-        self._round = 0
+        self._iteration = 0
         if contexts is None:
             self.schedule = self._training_schedule()
         else:
-            self.schedule = listed(contexts, len(self.world.samples))
+            self.schedule = listed(contexts, len(self.resources.samples))
 
     def set_multipliers(self, values: npt.ArrayLike | None) -> None:
         """Penalty multipliers of the next rewards, one per budget bin; None takes the constant `reward.penalty`."""
-        bins = self.world.budgets.bins
-        given = np.full(bins, self.world.reward.penalty) if values is None else np.array(values, np.float64)
+        bins = self.resources.budgets.bins
+        given = np.full(bins, self.resources.reward.penalty) if values is None else np.array(values, np.float64)
         if given.shape != (bins,):
             raise UserError(
                 f"{given.size} penalty multipliers are not allowed: give one for each of {bins} budget bins"
@@ -114,23 +114,23 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         self.multipliers = given
 
     def restart(self, seed: int) -> None:
-        """Start the training schedule of another seed at round 0."""
+        """Start the training schedule of another seed at iteration 0."""
         self.seed = seed
-        self._round = 0
+        self._iteration = 0
         if not isinstance(self.schedule, ListedSchedule):
             self.schedule = self._training_schedule()
 
     @property
-    def rounds(self) -> int | None:
-        """Rounds that cover all explicit contexts; None when training."""
+    def iterations(self) -> int | None:
+        """Iterations that cover all explicit contexts; None when training."""
         if isinstance(self.schedule, ListedSchedule):
-            return self.schedule.rounds(self.num_envs * self._workers)
+            return self.schedule.iterations(self.num_envs * self._workers)
         return None
 
     # Gymnasium's interface.
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
-        """Start the next round.
+        """Start the next iteration.
 
         Args:
             seed: seeds `np_random` alone; contexts follow the schedule, as RLlib passes the same seed every time.
@@ -139,16 +139,16 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         super().reset(seed=seed)
         given = (options or {}).get("contexts")
         if given is None:
-            self._contexts = self._draw(self.schedule, self._round)
-            self._round += 1
+            self._contexts = self._draw(self.schedule, self._iteration)
+            self._iteration += 1
         else:
-            self._contexts = self._draw(listed(given, len(self.world.samples)), 0)
+            self._contexts = self._draw(listed(given, len(self.resources.samples)), 0)
         self._stage = 0
         self._choices[:] = 0
-        reference = self.world.clock.reference_ms
+        reference = self.resources.clock.reference_ms
         self._log_ratios = [math.log(context.clamped_budget_ms / reference) for context in self._contexts]
-        self._fits = plans_that_fit(self.world, self._contexts)
-        self._observation = observe_question(self.world, self._contexts, self._log_ratios, self._fits)
+        self._fits = plans_that_fit(self.resources, self._contexts)
+        self._observation = observe_question(self.resources, self._contexts, self._log_ratios, self._fits)
         return self._observation, {}
 
     def step(self, actions: Any) -> Step:
@@ -168,11 +168,11 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         self._stage += 1
         if self._stage == 1:
             self._observation = observe_latency_token(
-                self.world, self._contexts, self._log_ratios, self._fits, self._choices
+                self.resources, self._contexts, self._log_ratios, self._fits, self._choices
             )
             return self._observation, np.zeros(self.num_envs), running, running.copy(), {}
         feasible = np.array([fits is None or bool(fits.any()) for fits in self._fits])
-        rewards, infos = score(self.world, self._contexts, self._choices, self.multipliers, feasible)
+        rewards, infos = score(self.resources, self._contexts, self._choices, self.multipliers, feasible)
         ended = np.ones(self.num_envs, np.bool_)
         # Gymnasium's vector infos: under `_key`, which environments have the value `key`.
         infos |= {f"_{key}": ended.copy() for key in infos}
@@ -193,7 +193,7 @@ class AdaptiveVQAVectorEnv(VectorEnv):
 
     def stats(self) -> dict[str, float]:
         """The engine's cumulative counters."""
-        return dict(self.world.engine.stats())
+        return dict(self.resources.engine.stats())
 
     # Contexts.
 
@@ -214,14 +214,14 @@ class AdaptiveVQAVectorEnv(VectorEnv):
             )
 
     def _training_schedule(self) -> TrainingSchedule:
-        return TrainingSchedule(self.seed, len(self.world.samples), self.world.budgets)
+        return TrainingSchedule(self.seed, len(self.resources.samples), self.resources.budgets)
 
-    def _draw(self, schedule: Schedule, round_index: int) -> list[Context]:
-        """This worker's contexts of a round, one per environment."""
+    def _draw(self, schedule: Schedule, iteration: int) -> list[Context]:
+        """This worker's contexts of an iteration, one per environment."""
         size = 1 if isinstance(schedule, ListedSchedule) else self.group_size
         count = self.num_envs // size
         groups = range(self._worker * count, (self._worker + 1) * count)
-        drawn = schedule.draw(round_index, groups, count * self._workers)
+        drawn = schedule.draw(iteration, groups, count * self._workers)
         return [context for context in drawn for _ in range(size)]
 
     # Actions.
@@ -322,7 +322,7 @@ class AdaptiveVQAEnv(gym.Env[Observation, Array]):
             return None
         from envs.rendering import draw_episode
 
-        return draw_episode(self.vector.world, self.vector.current(), self._info)
+        return draw_episode(self.vector.resources, self.vector.current(), self._info)
 
 
 def observation_space(d_model: int) -> gym.spaces.Dict:
@@ -335,8 +335,8 @@ def observation_space(d_model: int) -> gym.spaces.Dict:
     )
 
 
-def _world(given: World | EnvConfig | Callable[[], World]) -> World:
-    if isinstance(given, World):
+def _resources(given: EnvResources | EnvConfig | Callable[[], EnvResources]) -> EnvResources:
+    if isinstance(given, EnvResources):
         return given
     return given.build() if isinstance(given, EnvConfig) else given()
 

@@ -75,7 +75,7 @@ class BudgetDistribution:
                 f"{self.low_ms} to {self.high_ms} ms"
             )
         if self._widths.sum() <= 0:
-            raise UserError(f"held-out bands {self.bands} cover the whole range: leave budgets to train on")
+            raise UserError(f"held-out bands {self.bands} cover the entire range: leave budgets to train on")
         if self.bins < 1:
             raise UserError(f"{self.bins} penalty bins are not allowed: give 1 or more")
 
@@ -111,7 +111,7 @@ class BudgetDistribution:
         piece = np.minimum(np.searchsorted(ends, mass, side="right"), len(ends) - 1)
         offset = mass - (ends[piece] - self._widths[piece])
         budgets = np.exp(self._starts[piece] + offset)
-        # exp may round past an edge.
+        # exp may overshoot an edge by rounding.
         return np.clip(budgets, np.exp(self._starts[piece]), np.exp(self._starts[piece] + self._widths[piece]))
 
     def held_out(self) -> tuple[float, ...]:

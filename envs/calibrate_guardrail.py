@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from envs.env_resources import World
+from envs.env_resources import EnvResources
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan, KnobSpace
 from envs.latency import ProfiledClock, is_measuring
@@ -27,14 +27,14 @@ DRAWN_PLANS: Final = 2
 
 
 def fit_guardrail(
-    train: World, validation: World, confidence: float, profile: ProfiledClock | None, seed: int
+    train: EnvResources, validation: EnvResources, confidence: float, profile: ProfiledClock | None, seed: int
 ) -> Guardrail:
     """The guardrail of a device and task.
 
     Args:
         train: answer lengths are learned from its samples.
         validation: the factor is calibrated on its samples, latency source and noise. The largest ratio over a sample's
-            plans counts, so that the guarantee holds for any choice among plans.
+            plans counts, so that the guarantee is valid for any choice among plans.
         confidence: above 0, below 1.
         profile: predicts latencies; None takes the latency source, which then must not be `measured`.
         seed: of the random plans.
@@ -55,7 +55,7 @@ def fit_guardrail(
     return Guardrail(confidence, lengths, factor, wall, costs)
 
 
-def _lengths(resources: World, confidence: float, seed: int) -> AnswerLengths:
+def _lengths(resources: EnvResources, confidence: float, seed: int) -> AnswerLengths:
     samples = list(resources.samples[:SAMPLES])
     plans = [plan for index in range(len(samples)) for plan in _plans(resources.space, seed, index)]
     each = len(plans) // max(len(samples), 1)
@@ -64,7 +64,7 @@ def _lengths(resources: World, confidence: float, seed: int) -> AnswerLengths:
     return AnswerLengths.fit(resources.engine.language_features(samples).numpy(), tokens, confidence)
 
 
-def _ratios(resources: World, raw: Guardrail, seed: int) -> npt.NDArray[np.float64]:
+def _ratios(resources: EnvResources, raw: Guardrail, seed: int) -> npt.NDArray[np.float64]:
     """Largest ratio of actual to predicted latency over the plans of each validation sample."""
     measuring = is_measuring(resources.clock)
     samples = list(resources.samples[: MEASURED_SAMPLES if measuring else SAMPLES])

@@ -1,7 +1,7 @@
 """What environments of one process share: engine, samples, latency source, budgets, reward, knobs.
 
-A `World` contains a live model and stays in its process. An `EnvConfig` is small and picklable: env runners receive it
-and build the `World`.
+`EnvResources` contain a live model and stay in their process. An `EnvConfig` is small and picklable: env runners
+receive it and build the `EnvResources`.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class World:
+class EnvResources:
     """What environments of one process share.
 
     Attributes:
@@ -79,7 +79,7 @@ class World:
 
 
 class EnvConfig(Section):
-    """Settings of an env runner's `World`.
+    """Settings of an env runner's `EnvResources`.
 
     Attributes:
         split: train, validation or test.
@@ -104,7 +104,7 @@ class EnvConfig(Section):
                 "latency.source=roofline or measured"
             )
 
-    def build(self) -> World:
+    def build(self) -> EnvResources:
         """Load model (cached per process) and samples.
 
         Raises:
@@ -120,7 +120,7 @@ class EnvConfig(Section):
         space = KnobSpace(engine.importance)
         clock = self.build_clock(engine)
         budgets = self.distribution or self._budgets(engine, clock, space, samples)
-        return World(engine, samples, clock, budgets, self.reward, space, self.guardrail, self._noise(clock))
+        return EnvResources(engine, samples, clock, budgets, self.reward, space, self.guardrail, self._noise(clock))
 
     def build_engine(self) -> "RolloutEngine":
         """The engine alone; equal settings share one engine in a process."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from envs.env_resources import World
+from envs.env_resources import EnvResources
 from envs.knobs import INSERTIONS, PAIRS, TIERS, BoolArray
 from envs.latency_token import budget_level
 from envs.schedule import Context
@@ -33,7 +33,7 @@ def observation_bounds(d_model: int) -> dict[str, tuple[float, float, int]]:
     }
 
 
-def plans_that_fit(resources: World, contexts: Sequence[Context]) -> Fits:
+def plans_that_fit(resources: EnvResources, contexts: Sequence[Context]) -> Fits:
     """Which plans (3, 5, 5, 5) are predicted to meet each request's budget; None each without a guardrail."""
     predictor = resources.predictor
     if predictor is None:
@@ -47,7 +47,7 @@ def plans_that_fit(resources: World, contexts: Sequence[Context]) -> Fits:
 
 
 def observe_question(
-    resources: World, contexts: Sequence[Context], log_ratios: Sequence[float], fits: Fits
+    resources: EnvResources, contexts: Sequence[Context], log_ratios: Sequence[float], fits: Fits
 ) -> Observation:
     """Stage 1: the question's language feature, the budget, and the legal (tier, insertion) pairs."""
     observation = _blank(resources, 0, log_ratios)
@@ -65,7 +65,7 @@ def observe_question(
 
 
 def observe_latency_token(
-    resources: World,
+    resources: EnvResources,
     contexts: Sequence[Context],
     log_ratios: Sequence[float],
     fits: Fits,
@@ -100,7 +100,7 @@ def observe_latency_token(
     return observation
 
 
-def _blank(resources: World, stage: int, log_ratios: Sequence[float]) -> Observation:
+def _blank(resources: EnvResources, stage: int, log_ratios: Sequence[float]) -> Observation:
     count = len(log_ratios)
     observation = {
         name: np.zeros((count, width), np.float32)

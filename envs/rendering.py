@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from envs.env_resources import World
+from envs.env_resources import EnvResources
 from envs.knobs import BLOCK_COUNTS, TIERS, TOP_KS
 from envs.schedule import Context
 
@@ -15,7 +15,7 @@ SIZE: Final = 384
 LINE: Final = 16
 
 
-def draw_episode(resources: World, context: Context, info: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
+def draw_episode(resources: EnvResources, context: Context, info: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
     """The episode about `context` as pixels (480, 384, 3).
 
     Args:

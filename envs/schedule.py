@@ -1,7 +1,7 @@
 """The (sample, budget) context of every group of rollouts.
 
-Training draws are a pure function of (seed, round, global group index) through counter-based generators, so any share
-of a round can be run again by any process.
+Training draws are a pure function of (seed, iteration, global group index) through counter-based generators, so any share
+of an iteration can be run again by any process.
 """
 
 from collections.abc import Iterable, Sequence
@@ -41,10 +41,10 @@ class Context:
 
 
 class Schedule(Protocol):
-    """Contexts by round and group."""
+    """Contexts by iteration and group."""
 
-    def draw(self, round_index: int, groups: Sequence[int], total: int) -> list[Context]:
-        """Contexts of the global groups `groups` out of `total` in a round."""
+    def draw(self, iteration: int, groups: Sequence[int], total: int) -> list[Context]:
+        """Contexts of the global groups `groups` out of `total` in an iteration."""
         ...
 
 
@@ -68,32 +68,32 @@ class TrainingSchedule:
         if self.seed < 0:
             raise UserError(f"seed {self.seed} is not allowed: give 0 or more")
 
-    def draw(self, round_index: int, groups: Sequence[int], total: int) -> list[Context]:
-        """Contexts of the global groups `groups` out of `total` in a round."""
-        return [self._one(round_index, group, total) for group in groups]
+    def draw(self, iteration: int, groups: Sequence[int], total: int) -> list[Context]:
+        """Contexts of the global groups `groups` out of `total` in an iteration."""
+        return [self._one(iteration, group, total) for group in groups]
 
-    def _one(self, round_index: int, group: int, total: int) -> Context:
-        visit = round_index * total + group
+    def _one(self, iteration: int, group: int, total: int) -> Context:
+        visit = iteration * total + group
         epoch, place = divmod(visit, self.samples)
-        share = _generator(self.seed, _BUDGET_STREAM, round_index, group).random()
+        share = _generator(self.seed, _BUDGET_STREAM, iteration, group).random()
         budget_ms = float(self.budgets.at(share))
         return Context(visit, int(_order(self.seed, epoch, self.samples)[place]), budget_ms, budget_ms)
 
 
 @dataclass(frozen=True)
 class ListedSchedule:
-    """Explicit contexts, each once, in order over rounds and groups; `listed` checks them."""
+    """Explicit contexts, each once, in order over iterations and groups; `listed` checks them."""
 
     contexts: tuple[Context, ...]
 
-    def draw(self, round_index: int, groups: Sequence[int], total: int) -> list[Context]:
+    def draw(self, iteration: int, groups: Sequence[int], total: int) -> list[Context]:
         """The next contexts; surplus groups get padding, the first context under the id -1."""
         padding = replace(self.contexts[0], id=PADDING)
-        places = (round_index * total + group for group in groups)
+        places = (iteration * total + group for group in groups)
         return [self.contexts[place] if place < len(self.contexts) else padding for place in places]
 
-    def rounds(self, total: int) -> int:
-        """Rounds of `total` groups that cover all contexts."""
+    def iterations(self, total: int) -> int:
+        """Iterations of `total` groups that cover all contexts."""
         return -(-len(self.contexts) // total)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from envs.data.sample import Sample
-from envs.env_resources import World
+from envs.env_resources import EnvResources
 from envs.knobs import BLOCK_COUNTS, INSERTIONS, TOP_KS, ExecutionPlan
 from envs.latency import RequestShape, is_measuring
 from envs.reward import reward
@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 
 def score(
-    resources: World,
+    resources: EnvResources,
     contexts: Sequence[Context],
     choices: Array,
     multipliers: npt.NDArray[np.float64],
@@ -67,7 +67,7 @@ def score(
 
 
 def run_plans(
-    resources: World, samples: Sequence[Sample], plans: Sequence[ExecutionPlan]
+    resources: EnvResources, samples: Sequence[Sample], plans: Sequence[ExecutionPlan]
 ) -> tuple[list[Any], npt.NDArray[np.float64]]:
     """Outcomes, and latencies in ms (B,): one batched call, or one measured request after another."""
     if is_measuring(resources.clock):
@@ -77,7 +77,7 @@ def run_plans(
     return outcomes, _latencies(resources, samples, plans, [outcome.n_tokens for outcome in outcomes])
 
 
-def _lowest_ms(resources: World, samples: Sequence[Sample], new_tokens: Array) -> npt.NDArray[np.float64]:
+def _lowest_ms(resources: EnvResources, samples: Sequence[Sample], new_tokens: Array) -> npt.NDArray[np.float64]:
     """Latency of the cheapest plan with answers of these lengths, ms (B,); 0 under a measuring clock."""
     if is_measuring(resources.clock):
         return np.zeros(len(samples))
@@ -86,7 +86,7 @@ def _lowest_ms(resources: World, samples: Sequence[Sample], new_tokens: Array) -
 
 
 def _latencies(
-    resources: World, samples: Sequence[Sample], plans: Sequence[ExecutionPlan], new_tokens: Sequence[int]
+    resources: EnvResources, samples: Sequence[Sample], plans: Sequence[ExecutionPlan], new_tokens: Sequence[int]
 ) -> npt.NDArray[np.float64]:
     clock: Any = resources.clock
     known: dict[tuple[RequestShape, ExecutionPlan, int], float] = {}

@@ -1,4 +1,4 @@
-"""Every setting of a run, with its one default, its unit, its range and what it is for.
+"""Every configuration key of a run, with its one default, its unit, its range and what it is for.
 
 Each section is declared where it is used; here they are composed. `ray_ctrl.load_config` reads presets, files and
 overrides into `Config`; `ray_ctrl.preflight` checks what spans several fields. `docs/config.md` is generated.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from envs.engine import Outcome
-from envs.env_resources import World
+from envs.env_resources import EnvResources
 from envs.latency import is_measuring
 from policies.baselines import Baseline, FixedKnobs, LookupKnobs, RandomKnobs
 from ray_ctrl import report
@@ -20,7 +20,7 @@ LOOKUP_BATCH = 1024  # larger ones are no faster, and progress is reported only 
 STATIC_SHARE = 0.9  # of the budget, for plans chosen from a profile and then measured: a margin for the device's noise
 
 
-def baselines(context: RunContext, resources: World, budgets: Sequence[float]) -> dict[str, Baseline | None]:
+def baselines(context: RunContext, resources: EnvResources, budgets: Sequence[float]) -> dict[str, Baseline | None]:
     """By name, the most informative first."""
     space = resources.space
     found: dict[str, Baseline | None] = {}
@@ -63,7 +63,7 @@ def lookup_samples(config: Config, samples: Sequence[Any]) -> list[Any]:
     return [samples[index] for index in sorted(drawn.tolist())]
 
 
-def all_plan_outcomes(resources: World, samples: Sequence[Any], clock: Any) -> tuple[report.Array, report.Array]:
+def all_plan_outcomes(resources: EnvResources, samples: Sequence[Any], clock: Any) -> tuple[report.Array, report.Array]:
     """Accuracy and latency by `clock`, ms, of every distinct plan on every sample, both (plans, samples)."""
     plans = [resources.space.plan(knobs) for knobs in resources.space.distinct]
     accuracy = np.zeros((len(plans), len(samples)))
@@ -76,7 +76,7 @@ def all_plan_outcomes(resources: World, samples: Sequence[Any], clock: Any) -> t
     return accuracy, latency
 
 
-def run_all_plans(resources: World, samples: Sequence[Any]) -> Iterator[list[Outcome]]:
+def run_all_plans(resources: EnvResources, samples: Sequence[Any]) -> Iterator[list[Outcome]]:
     """Outcomes of every distinct plan, sample by sample, run in batches of many samples' plans."""
     plans = [resources.space.plan(knobs) for knobs in resources.space.distinct]
     step = max(1, LOOKUP_BATCH // len(plans))

@@ -123,7 +123,7 @@ def _check_devices(config: Config) -> None:
     runners, model = config.runners, config.model
     for key, gpus in (("runners.gpus", runners.gpus), ("runners.learner_gpus", runners.learner_gpus)):
         if gpus > 1 and gpus != int(gpus):
-            raise UserError(f"{key} = {gpus:g} is not allowed: whole GPUs above one, or a fraction")
+            raise UserError(f"{key} = {gpus:g} is not allowed: a whole number of GPUs above one, or a fraction")
     if runners.count and model.device.startswith("cuda") and runners.gpus == 0:
         raise UserError(
             f"model.device = {model.device!r} needs a GPU in each runner, but runners.gpus = 0: "

@@ -72,7 +72,7 @@ def _common(context: RunContext, split: str, contexts: int) -> GRPOConfig:
     settings.environment(
         ENVIRONMENT,
         env_config={
-            "world": context.env_config("train"),
+            "resources": context.env_config("train"),
             "group_size": config.grpo.group_size,
             "seed": config.run.seed,
         },
@@ -85,7 +85,7 @@ def _common(context: RunContext, split: str, contexts: int) -> GRPOConfig:
         evaluation_num_env_runners=runners.eval_runners,
         evaluation_sample_timeout_s=runners.sample_timeout_s,
         evaluation_config={
-            "env_config": {"world": context.env_config(split), "group_size": 1, "seed": config.run.seed},
+            "env_config": {"resources": context.env_config(split), "group_size": 1, "seed": config.run.seed},
             "num_envs_per_env_runner": min(EVALUATION_ENVS, max(2, contexts)),
             "num_cpus_per_env_runner": _ray_cpus(runners.cpus),
             "num_gpus_per_env_runner": runners.gpus,
@@ -99,10 +99,10 @@ def _common(context: RunContext, split: str, contexts: int) -> GRPOConfig:
 def make_environment(env_config: Mapping[str, Any]) -> AdaptiveVQAVectorEnv:
     """RLlib's entry point: the environment's own settings plus `num_envs`, on the device that Ray gave this process."""
     settings, device = dict(env_config), worker_device()
-    described = settings["world"]
+    described = settings["resources"]
     if device is not None and isinstance(described, EnvConfig) and described.model.device in ("auto", "cuda"):
         model = described.model.model_copy(update={"device": device})
-        settings["world"] = described.model_copy(update={"model": model})
+        settings["resources"] = described.model_copy(update={"model": model})
     return AdaptiveVQAVectorEnv(settings)
 
 

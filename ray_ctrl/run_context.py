@@ -14,7 +14,7 @@ from typing import Any
 from envs.budgets import BudgetDistribution, budget_range
 from envs.calibrate_guardrail import fit_guardrail
 from envs.data import load_task
-from envs.env_resources import EnvConfig, World
+from envs.env_resources import EnvConfig, EnvResources
 from envs.errors import UserError
 from envs.files import write_json
 from envs.knobs import MAX_DROPPED, ExecutionPlan, KnobSpace
@@ -27,7 +27,7 @@ from ray_ctrl.profiles import TABLE_FILE, Measure, Use, find_profile, measure_ta
 from ray_ctrl.provenance import hardware, versions
 from ray_ctrl.run_folder import check_writable
 
-__all__ = ["BUDGETS_FILE", "TABLE_FILE", "RunContext", "check_importance", "env_config", "open_setting"]
+__all__ = ["BUDGETS_FILE", "TABLE_FILE", "RunContext", "check_importance", "env_config", "open_context"]
 BUDGETS_FILE = "budgets.json"
 GUARDRAIL_FILE = "guardrail-{clock}.json"
 SPLITS = ("train", "validation", "test")
@@ -54,7 +54,7 @@ class RunContext:
         """The picklable description of one split's environments; equal models share one engine in a process."""
         return env_config(self.config, split, self.table, self.given_budgets, self.guardrail)
 
-    def build(self, split: str) -> World:
+    def build(self, split: str) -> EnvResources:
         """What environments of one split share, built in this process."""
         return self.env_config(split).build()
 
@@ -178,7 +178,7 @@ def env_config(
     return EnvConfig(**sections, latency=latency, split=split, distribution=distribution, guardrail=guardrail)
 
 
-def open_setting(config: Config) -> RunContext:
+def open_context(config: Config) -> RunContext:
     """Loads the model and the first sample of each split.
 
     Raises:
@@ -228,7 +228,7 @@ def _stored(path: Path, restore: Callable[[Any], Any]) -> Any:
         raise UserError(f"{path} is damaged ({error}): start in a new run folder") from None
 
 
-def _compare_with_device(resources: World) -> None:
+def _compare_with_device(resources: EnvResources) -> None:
     """Budgets given in ms must leave a choice on this device.
 
     Raises:

@@ -227,7 +227,7 @@ class RunFolder:
             )
         return None
 
-    def set_aside_after(self, iteration: int) -> None:
+    def discard_after(self, iteration: int) -> None:
         """Renames checkpoints after `iteration` (damaged ones) to `.damaged_*`, out of the way."""
         folder = self.root / "checkpoints"
         for path in folder.glob("iteration_*"):

@@ -73,7 +73,7 @@ class Trainer:
         """Runs to the last iteration; False if a signal ended it before."""
         total = self.config.run.iterations
         started, first = time.monotonic(), self.done
-        with progress_bar() as bar, stopper.patient("stopping after this iteration, with a checkpoint"):
+        with progress_bar() as bar, stopper.patient("the run stops after this iteration, with a checkpoint"):
             task = bar.add_task("training", total=total, completed=self.done)
             while self.done < total and not stopper.requested:
                 row = self._iterate_or_recover(stopper)
@@ -151,7 +151,7 @@ class Trainer:
         if latest is not None:
             restore_checkpoint(self.algorithm, latest.path)
             console.print(f"resumed after iteration {done}")
-        self.folder.set_aside_after(done)
+        self.folder.discard_after(done)
         self.folder.cut_metrics(done)
         return done
 

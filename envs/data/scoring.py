@@ -37,7 +37,7 @@ def _misspelt(word: str) -> list[str]:
 
 
 _CONTRACTIONS: Final = {wrong: right for right in _CONTRACTED for wrong in _misspelt(right)} | {
-    "somebody'd": "somebodyd"  # written this way round in the official table
+    "somebody'd": "somebodyd"  # in this order in the official table
 }
 
 

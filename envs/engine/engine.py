@@ -18,11 +18,11 @@ from envs.data.sample import Sample
 from envs.data.scoring import score
 from envs.engine.caches import keep, tensor_bytes
 from envs.engine.executor import Executor, Job
-from envs.engine.keys import ExecutionKey, PromptKey, Setting, latency_key, outcome_key
+from envs.engine.keys import EngineFingerprint, ExecutionKey, PromptKey, latency_key, outcome_key
 from envs.engine.memory import plan_memory
 from envs.engine.prefix_cache import prefix_cache
 from envs.engine.prompts import Prompt, Prompts, Tiling
-from envs.engine.single_request import Steering, measure
+from envs.engine.single_request import Decider, measure
 from envs.engine.store import OutcomeStore, StoredOutcome, StoredStates
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
@@ -33,7 +33,7 @@ from envs.model.language import MAX_INSERTION
 from envs.model.molmoe import AdaptiveMolmoE
 from envs.processing.processor import MolmoEProcessor
 
-# Answers are short and latency tokens few; these hold a large training set before the store is asked again.
+# Answers are short and latency tokens few; these cover a large training set before the store is asked again.
 _OUTCOMES_KEPT = 1 << 20
 _STATES_BYTES = 256 * 2**20
 _FEATURES_BYTES = 64 * 2**20
@@ -98,7 +98,7 @@ class RolloutEngine:
         self.prompts = Prompts(model, processor, self.memory.feature_bytes, self.memory.crops)
         self.prefixes = prefix_cache(self.memory.prefix_bytes)
         self.executor = Executor(model, self.prompts, self.prefixes, self.memory, max_new_tokens)
-        self.setting = Setting.of(model, processor, max_new_tokens).to_json()
+        self.fingerprint = EngineFingerprint.of(model, processor, max_new_tokens).to_json()
         self._tokens_LD = self._level_tokens()
         norm = float(self._tokens_LD[0].norm())
         self._encoder = {"seed": encoder_seed, "levels": LEVELS, "norm": round(norm, 4)}
@@ -165,7 +165,7 @@ class RolloutEngine:
         return self._accuracy(sample.metric, sample.answers, outcome.token_ids)
 
     def run_measured(
-        self, sample: Sample, plan: ExecutionPlan, controller: Steering | None = None
+        self, sample: Sample, plan: ExecutionPlan, controller: Decider | None = None
     ) -> tuple[Outcome, LatencyRecord]:
         """Run one request at batch 1 under `plan`, stages timed, nothing reused; `controller` only costs its time."""
         done = measure(
@@ -173,7 +173,7 @@ class RolloutEngine:
         )  # fmt: skip
         return Outcome(done.token_ids, done.finished), done.record
 
-    def run_steered(self, sample: Sample, controller: Steering) -> tuple[Outcome, LatencyRecord, ExecutionPlan]:
+    def run_decided(self, sample: Sample, controller: Decider) -> tuple[Outcome, LatencyRecord, ExecutionPlan]:
         """Serve one request as `controller` decides, stages timed."""
         done = measure(
             self.model, self.processor, sample, None, controller, self._tokens_LD, self.max_new_tokens
@@ -212,7 +212,7 @@ class RolloutEngine:
         """Every job's outcome from memory, else from the store, else by running it; and which were run."""
         found = {key: value for key in jobs if (value := self._known.get(key)) is not None}
         if self.store is not None:
-            digests = {outcome_key(self.setting, *key): key for key in jobs if key not in found}
+            digests = {outcome_key(self.fingerprint, *key): key for key in jobs if key not in found}
             found |= {digests[digest]: value for digest, value in self.store.get_outcomes(list(digests)).items()}
         missing = [job for key, job in jobs.items() if key not in found]
         missing.sort(key=lambda job: (job.prompt.key in self.prefixes, job.prompt.tokens))
@@ -233,20 +233,20 @@ class RolloutEngine:
         results = {done.job.key: StoredOutcome(done.token_ids, done.complete, each) for done in finished}
         if self.store is None:
             return results
-        digests = {outcome_key(self.setting, *key): key for key in results}
+        digests = {outcome_key(self.fingerprint, *key): key for key in results}
         entries = {
             digest: (json.dumps(asdict(key.prompt)), json.dumps(key.top_k), results[key])
             for digest, key in digests.items()
         }
-        canonical = self.store.put_outcomes(self.setting, entries)
+        canonical = self.store.put_outcomes(self.fingerprint, entries)
         return {key: canonical.get(digest, results[key]) for digest, key in digests.items()}
 
     def _load_states(self, keys: set[PromptKey]) -> dict[PromptKey, Tensor]:
-        """Latency tokens (5, 16, D) of the prompts that memory or store hold."""
+        """Latency tokens (5, 16, D) of the prompts in memory or in the store."""
         held = {key: state for key in keys if (state := self._states.get(key)) is not None}
         if self.store is None or len(held) == len(keys):
             return held
-        digests = {latency_key(self.setting, key, self._encoder): key for key in keys if key not in held}
+        digests = {latency_key(self.fingerprint, key, self._encoder): key for key in keys if key not in held}
         for digest, value in self.store.get_states(list(digests)).items():
             held[digests[digest]] = self._from_bytes(value.states)
             keep(self._states, digests[digest], held[digests[digest]])
@@ -263,13 +263,13 @@ class RolloutEngine:
         spent = time.perf_counter() - began
         self._count("seconds", spent)
         if self.store is not None:
-            digests = {latency_key(self.setting, key, self._encoder): key for key in states}
+            digests = {latency_key(self.fingerprint, key, self._encoder): key for key in states}
             encoder, each = json.dumps(self._encoder, sort_keys=True), spent / len(states)
             entries = {
                 digest: (json.dumps(asdict(key)), encoder, StoredStates(_to_bytes(states[key]), each))
                 for digest, key in digests.items()
             }
-            for digest, stored in self.store.put_states(self.setting, entries).items():
+            for digest, stored in self.store.put_states(self.fingerprint, entries).items():
                 states[digests[digest]] = self._from_bytes(stored.states)
         for key, state in states.items():
             keep(self._states, key, state)

@@ -1,8 +1,8 @@
 """Runs many (prompt, plan) pairs: shared beginnings, mixed plans, one decode batch that rows leave and join.
 
 A *job* is one execution: a prompt and its experts per token in each block. Jobs of one prompt stay together in a wave,
-so that they share all they have in common; waves hold prompts of similar length and stay under the token budget.
-`Executor.run` is a loop over a `Session`: prefill while there is room, otherwise decode one token for every row.
+so that they share all they have in common; waves consist of prompts of similar length and stay under the token budget.
+`Executor.run` is a loop over a `Session`: prefill while memory allows, otherwise decode one token for every row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from envs.model.language import MAX_INSERTION
 from envs.model.molmoe import AdaptiveMolmoE
 from envs.model.prefill import Prefilled
 
-# A decode batch that has shrunk to this share of its size takes waiting rows in before it goes on.
+# A decode batch that has shrunk to this share of its size takes waiting rows in before it continues.
 _REFILL = 0.5
 # Rows that have ended stay in the decode batch as dead weight until no more than this share of it is alive.
 _COMPACT = 0.875
@@ -57,7 +57,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A wave after prefill: which of its rows still go on."""
+    """A wave after prefill: which of its rows continue."""
 
     prefilled: Prefilled
     places: list[int]
@@ -177,7 +177,7 @@ class Executor:
         )
 
     def prefill(self, wave: Sequence[Job]) -> tuple[Prefilled, list[int]]:
-        """Run a wave's prompts; each job's first token besides."""
+        """Run a wave's prompts; with each job's first token."""
         places = _prompt_indices(wave)
         prompts = list({job.prompt.key: job.prompt for job in wave}.values())
         kept = [self.prefixes.get(prompt.key) for prompt in prompts]
@@ -218,7 +218,7 @@ class Session:
         return bool(self.waves or self.waiting or self.rows)
 
     def can_prefill(self) -> bool:
-        """Whether the next wave may run before decoding goes on."""
+        """Whether the next wave may run before decoding continues."""
         if not self.waves:
             return False
         if not (self.rows or self.waiting):
@@ -232,7 +232,7 @@ class Session:
         return count * (max(lengths) + self.executor.max_new_tokens) <= self.executor.memory.decode_tokens
 
     def prefill(self) -> None:
-        """Run the next wave. Rows that end at once are finished, the others wait to decode."""
+        """Run the next wave. Rows that end immediately are finished, the others wait to decode."""
         wave = self.waves.pop()
         prefilled, tokens = self.executor.prefill(wave)
         rows = [self._take_token(_Row(job, []), token) for job, token in zip(wave, tokens, strict=True)]

@@ -1,7 +1,7 @@
 """What an outcome depends on, and the content hashes that name it.
 
-`Setting` holds everything that is fixed for an engine; a sample's image, prompt and tiling and the plan come on top.
-Whatever changes an answer must be in here: a stored outcome is served under its key for ever.
+`EngineFingerprint` is all that is fixed for an engine; a sample's image, prompt and tiling and the plan come on top.
+Whatever changes an answer must be in here: a stored outcome is served under its key indefinitely.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ KEY_VERSION: Final = 1
 
 
 @dataclass(frozen=True)
-class Setting:
+class EngineFingerprint:
     """What all outcomes of one engine share.
 
     Attributes:
@@ -48,8 +48,8 @@ class Setting:
     stop: str
 
     @classmethod
-    def of(cls, model: AdaptiveMolmoE, processor: MolmoEProcessor, max_new_tokens: int) -> "Setting":
-        """The setting of an engine over `model` and `processor`."""
+    def of(cls, model: AdaptiveMolmoE, processor: MolmoEProcessor, max_new_tokens: int) -> "EngineFingerprint":
+        """The fingerprint of an engine over `model` and `processor`."""
         return cls(
             version=KEY_VERSION,
             weights=model.fingerprint,
@@ -64,7 +64,7 @@ class Setting:
         )
 
     def to_json(self) -> str:
-        """One line of JSON, the same for equal settings."""
+        """One line of JSON, the same for equal engines."""
         return json.dumps(asdict(self), sort_keys=True)
 
 
@@ -90,14 +90,14 @@ def processor_fingerprint(processor: MolmoEProcessor) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def outcome_key(setting: str, prompt: PromptKey, top_k: tuple[int, ...]) -> bytes:
-    """Key of one execution; `setting` is `Setting.to_json()`, `top_k` the experts per token in each block."""
-    return _digest("outcome", setting, asdict(prompt), top_k)
+def outcome_key(fingerprint: str, prompt: PromptKey, top_k: tuple[int, ...]) -> bytes:
+    """Key of one execution; `fingerprint` is the engine's as JSON, `top_k` the experts per token and block."""
+    return _digest("outcome", fingerprint, asdict(prompt), top_k)
 
 
-def latency_key(setting: str, prompt: PromptKey, encoder: dict[str, Any]) -> bytes:
+def latency_key(fingerprint: str, prompt: PromptKey, encoder: dict[str, Any]) -> bytes:
     """Key of the latency tokens of one prompt, all levels and positions together."""
-    return _digest("latency", setting, asdict(prompt), encoder)
+    return _digest("latency", fingerprint, asdict(prompt), encoder)
 
 
 def _digest(*parts: Any) -> bytes:

@@ -32,7 +32,7 @@ class MemoryPlan:
         crops: image crops encoded in one pass.
         prefix_bytes: kept prefixes.
         feature_bytes: kept image features.
-        working_bytes: what encoding, prefill and decoding take at most together, kept things aside; a single prompt
+        working_bytes: most that encoding, prefill and decoding take together, without what is kept; a single prompt
             longer than `batch_tokens` may exceed it.
     """
 

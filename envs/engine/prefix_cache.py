@@ -48,7 +48,7 @@ def pad_rows(rows: Sequence[Tensor]) -> Tensor:
 
 
 def prefix_size(prefix: Prefix) -> int:
-    """Bytes a prefix holds."""
+    """Bytes of a prefix."""
     return sum(tensor_bytes(tensor) for tensor in (*prefix.hidden, *prefix.keys, *prefix.values))
 
 

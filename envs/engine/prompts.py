@@ -24,9 +24,9 @@ from envs.processing.processor import MolmoEProcessor
 Tiling = tuple[int, int]
 _ImageKey = tuple[str, Tiling]
 _VIEWS = 1  # the global view comes before the crops
-# Samples whose sizes and prompts are remembered; a long-lived server sees more than memory should hold.
+# Samples whose sizes and prompts are remembered; a long-lived server sees more than memory should keep.
 _ENTRIES = 1 << 16
-# Crops that threads may hold ready, most of a megabyte each.
+# Crops that threads may keep ready, most of a megabyte each.
 _CROPS_AHEAD = 256
 
 

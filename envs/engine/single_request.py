@@ -15,7 +15,7 @@ from envs.model.prefill import Prefix
 from envs.processing.processor import MolmoEProcessor
 
 
-class Steering(Protocol):
+class Decider(Protocol):
     """A controller at work on one request under one budget. `policies` has none of this; whoever serves writes it.
 
     `level` is the budget's level of the latency token.
@@ -72,23 +72,23 @@ def measure(
     processor: MolmoEProcessor,
     sample: Sample,
     plan: ExecutionPlan | None,
-    steering: Steering | None,
+    decider: Decider | None,
     latency_tokens_LD: Tensor,
     max_new_tokens: int,
 ) -> Measured:
     """Run and time one request from decoded image to answer text.
 
-    With a plan, `steering` only costs its time; without one, it decides. The latency token always runs along with the
+    With a plan, `decider` only costs its time; without one, it decides. The latency token always runs along with the
     prefix, as it does in serving.
 
     Args:
         latency_tokens_LD: the token of every budget level, on the model's device.
     """
     captured = model.single_row.captured
-    done = _measure(model, processor, sample, plan, steering, latency_tokens_LD, max_new_tokens)
+    done = _measure(model, processor, sample, plan, decider, latency_tokens_LD, max_new_tokens)
     if plan is not None and model.single_row.captured > captured:
         # The first request of its size captured CUDA graphs; how long that took is not asked.
-        done = _measure(model, processor, sample, plan, steering, latency_tokens_LD, max_new_tokens)
+        done = _measure(model, processor, sample, plan, decider, latency_tokens_LD, max_new_tokens)
     return done
 
 
@@ -97,7 +97,7 @@ def _measure(
     processor: MolmoEProcessor,
     sample: Sample,
     plan: ExecutionPlan | None,
-    steering: Steering | None,
+    decider: Decider | None,
     latency_tokens_LD: Tensor,
     max_new_tokens: int,
 ) -> Measured:
@@ -105,21 +105,21 @@ def _measure(
     watch = _Stopwatch(model.device)
     image = None if sample.image is None else sample.image.load()
     watch.start()
-    tier, insertion = _decide_first(model, processor, sample, plan, steering)
+    tier, insertion = _decide_first(model, processor, sample, plan, decider)
     watch.lap("controller")
     inputs = processor(image, sample.question, tier, sample.style)
     watch.lap("processor")
     features = single.encode_images(inputs["images"], inputs["image_masks"]) if "images" in inputs else None
     watch.lap("vision")
-    token_D = latency_tokens_LD[len(latency_tokens_LD) // 2 if steering is None else steering.level]
+    token_D = latency_tokens_LD[len(latency_tokens_LD) // 2 if decider is None else decider.level]
     x = torch.cat((model.embed(inputs, features), token_D[None, None].to(model.dtype)), 1)
     # As the last token of a causal sequence it sees the prompt and itself, and cutting it off leaves no trace.
     run = single.run_prefix(x, insertion)
     state_D = run.hidden[-1][0, -1].float()
     prefix = _without_last(run)
     watch.lap("prefix")
-    if steering is not None:
-        top_k, blocks = steering.decide_stage2(state_D, insertion)
+    if decider is not None:
+        top_k, blocks = decider.decide_stage2(state_D, insertion)
         chosen = plan or ExecutionPlan(tier, insertion, top_k, blocks)
         watch.lap("controller")
     else:
@@ -138,13 +138,13 @@ def _decide_first(
     processor: MolmoEProcessor,
     sample: Sample,
     plan: ExecutionPlan | None,
-    steering: Steering | None,
+    decider: Decider | None,
 ) -> tuple[str, int]:
-    if steering is None:
+    if decider is None:
         assert plan is not None
         return plan.tier, plan.insertion
     feature = model.language_feature(processor.question_ids(sample.question)).float()
-    tier, insertion = steering.decide_stage1(feature, sample.image is not None)
+    tier, insertion = decider.decide_stage1(feature, sample.image is not None)
     return (tier, insertion) if plan is None else (plan.tier, plan.insertion)
 
 

@@ -1,6 +1,6 @@
 """Outcomes and latency tokens on disk: one SQLite file a node, shared by all processes on it.
 
-Every entry lies under a content hash of all it depends on (see `keys`). The first writer of a key is canonical: a later
+The key of an entry is a content hash of all it depends on (see `keys`). The first writer of a key is canonical: a later
 result under the same key is dropped, and counted where it differs. Writes are transactions in write-ahead mode, so a
 killed process leaves the entries of finished transactions and nothing else.
 """
@@ -25,7 +25,7 @@ BUSY_SECONDS: Final = 60.0
 DEFAULT_MAX_BYTES: Final = 4 * 2**30
 # The day an entry was last used decides what is pruned; finer times would turn every read into a write.
 _DAY: Final = 86_400
-_CHUNK: Final = 500
+_BATCH: Final = 500
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS settings (hash TEXT PRIMARY KEY, setting TEXT NOT NULL) WITHOUT ROWID;
@@ -40,7 +40,7 @@ CREATE TABLE IF NOT EXISTS latency_tokens (
 CREATE INDEX IF NOT EXISTS outcomes_used ON outcomes (used, key, seconds);
 CREATE INDEX IF NOT EXISTS latency_tokens_used ON latency_tokens (used, key, seconds);
 """
-# The indices hold all that pruning and counting read: in the tables it lies behind gigabytes of states.
+# The indices contain all that pruning and counting read: in the tables it comes after gigabytes of states.
 TABLES: Final = ("outcomes", "latency_tokens")
 # What goes first when space runs out: a latency token takes a thousand times the bytes and a tenth of the computing.
 _PRUNED: Final = ("latency_tokens", "outcomes")
@@ -74,7 +74,7 @@ class StoredStates:
 
 
 class OutcomeStore:
-    """A store file. Safe to use from several processes and threads at once; each process opens its own connection.
+    """A store file. Safe to use from several processes and threads; each process opens its own connection.
 
     Args:
         path: the file, made with its folder where missing.
@@ -105,14 +105,14 @@ class OutcomeStore:
         return {row[0]: StoredOutcome(_ids(row[1]), bool(row[2]), row[3]) for row in rows}
 
     def put_outcomes(
-        self, setting: str, entries: Mapping[bytes, tuple[str, str, StoredOutcome]]
+        self, fingerprint: str, entries: Mapping[bytes, tuple[str, str, StoredOutcome]]
     ) -> dict[bytes, StoredOutcome]:
-        """Store outcomes by key, each with prompt and top-k as JSON; returns what the store now holds."""
+        """Store outcomes by key, each with prompt and top-k as JSON; returns what the store now contains."""
         rows = [
             (key, prompt, top_k, json.dumps(value.token_ids), int(value.finished), value.seconds)
             for key, (prompt, top_k, value) in entries.items()
         ]
-        self._insert("outcomes", "key, prompt, top_k, token_ids, finished, seconds", setting, rows)
+        self._insert("outcomes", "key, prompt, top_k, token_ids, finished, seconds", fingerprint, rows)
         canonical = self.get_outcomes(list(entries))
         self.disagreements += sum(
             key in canonical and canonical[key].token_ids != value.token_ids for key, (_, _, value) in entries.items()
@@ -125,17 +125,17 @@ class OutcomeStore:
         return {row[0]: StoredStates(row[1], row[2]) for row in rows}
 
     def put_states(
-        self, setting: str, entries: Mapping[bytes, tuple[str, str, StoredStates]]
+        self, fingerprint: str, entries: Mapping[bytes, tuple[str, str, StoredStates]]
     ) -> dict[bytes, StoredStates]:
-        """Store latency tokens by key, each with prompt and encoder as JSON; returns what the store now holds."""
+        """Store latency tokens by key, each with prompt and encoder as JSON; returns what the store now contains."""
         rows = [
             (key, prompt, encoder, value.states, value.seconds) for key, (prompt, encoder, value) in entries.items()
         ]
-        self._insert("latency_tokens", "key, prompt, encoder, states, seconds", setting, rows)
+        self._insert("latency_tokens", "key, prompt, encoder, states, seconds", fingerprint, rows)
         return self.get_states(list(entries))
 
     def inspect(self) -> dict[str, Any]:
-        """Counts, bytes, seconds of computing held, and the settings the entries were computed under."""
+        """Counts, bytes, seconds of computing stored, and the engines the entries were computed under."""
         with self._read() as db:
             found: dict[str, Any] = {"path": str(self.path), "bytes": self._bytes(db), "max_bytes": self.max_bytes}
             for table in TABLES:
@@ -144,7 +144,7 @@ class OutcomeStore:
             rows = db.execute(
                 "SELECT setting, (SELECT COUNT(*) FROM outcomes WHERE outcomes.setting = settings.hash) FROM settings"
             )
-            found["settings"] = [{**json.loads(setting), "outcomes": count} for setting, count in rows]
+            found["settings"] = [{**json.loads(text), "outcomes": count} for text, count in rows]
         return found
 
     def prune(self, max_bytes: int | None = None, *, unused_days: float | None = None) -> int:
@@ -167,7 +167,7 @@ class OutcomeStore:
         return gone
 
     def rows(self, table: str = "outcomes") -> Iterator[dict[str, Any]]:
-        """Every entry of a table as a plain dict (setting, prompt and plan or encoder decoded), for export."""
+        """Every entry of a table as a plain dict (engine, prompt and plan or encoder decoded), for export."""
         if table not in TABLES:
             raise UserError(f"store table {table!r} does not exist: choose one of {', '.join(TABLES)}")
         with self._read() as db:
@@ -244,10 +244,10 @@ class OutcomeStore:
         now = int(time.time())
         stale: list[bytes] = []
         with self._read() as db:
-            for start in range(0, len(keys), _CHUNK):
-                chunk = list(keys[start : start + _CHUNK])
-                marks = ",".join("?" * len(chunk))
-                for row in db.execute(f"SELECT used, {columns} FROM {table} WHERE key IN ({marks})", chunk):
+            for start in range(0, len(keys), _BATCH):
+                batch = list(keys[start : start + _BATCH])
+                marks = ",".join("?" * len(batch))
+                for row in db.execute(f"SELECT used, {columns} FROM {table} WHERE key IN ({marks})", batch):
                     rows.append(row[1:])
                     if row[0] < now - _DAY:
                         stale.append(row[1])
@@ -256,13 +256,13 @@ class OutcomeStore:
                 db.executemany(f"UPDATE {table} SET used = ? WHERE key = ?", [(now, key) for key in stale])
         return rows
 
-    def _insert(self, table: str, columns: str, setting: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    def _insert(self, table: str, columns: str, fingerprint: str, rows: Sequence[tuple[Any, ...]]) -> None:
         if not rows:
             return
-        name = hashlib.sha256(setting.encode()).hexdigest()
+        name = hashlib.sha256(fingerprint.encode()).hexdigest()
         marks = ",".join("?" * (len(rows[0]) + 2))
         with self._write() as db:
-            db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (name, setting))
+            db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (name, fingerprint))
             db.executemany(
                 f"INSERT OR IGNORE INTO {table} ({columns}, setting, used) VALUES ({marks})",
                 [(*row, name, int(time.time())) for row in rows],

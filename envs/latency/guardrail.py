@@ -186,7 +186,7 @@ def plan_latencies(clock: Costs, space: KnobSpace, shapes: Sequence[RequestShape
 
 
 def conformal_factor(ratios: npt.ArrayLike, confidence: float) -> float:
-    """Factor f such that measured <= f x predicted holds for a new request with probability >= `confidence`.
+    """Factor f such that measured <= f x predicted for a new request with probability >= `confidence`.
 
     Split conformal prediction (Papadopoulos et al. 2002; Lei et al. 2018): the ceil((n + 1) confidence)-th smallest of
     n exchangeable ratios. With too few ratios for that rank the largest is taken, and the guarantee is n / (n + 1).

@@ -14,14 +14,14 @@ from envs.model.experts import TopK
 from envs.model.language import Block, Language, attend
 from envs.model.prefill import Prefilled
 
-ROOM_STEP = 16
+CAPACITY_STEP = 16
 
 
 @dataclass
 class _BlockRows:
     """One block's cache (R, capacity, H, d) and the rows of the batch that keep the block, in order.
 
-    `on_device` holds `members` on the device, None where they are the whole batch.
+    `on_device` is `members` on the device, None where they are the complete batch.
     """
 
     members: list[int]
@@ -32,7 +32,7 @@ class _BlockRows:
 
 
 class DecodeBatch:
-    """Rows being decoded. Dropped blocks hold no cache. Rows may be cut out (`keep`) and others appended (`extend`).
+    """Rows being decoded. Dropped blocks have no cache. Rows may be cut out (`keep`) and others appended (`extend`).
 
     Nothing here waits for the device: a step, `keep` and the start each send their indices in one copy.
 
@@ -47,7 +47,7 @@ class DecodeBatch:
         self.lengths = [prefilled.lengths[prefilled.prompts[row]] for prefilled, row in rows]
         self.top_k = [prefilled.top_k[row] for prefilled, row in rows]
         # Grown in steps, as most answers are far shorter than the limit.
-        self.capacity = max(self.lengths) + ROOM_STEP
+        self.capacity = max(self.lengths) + CAPACITY_STEP
         kept = [[i for i, ks in enumerate(self.top_k) if ks[block]] for block in range(len(language.blocks))]
         sources = [_sources([rows[i] for i in members], block) for block, members in enumerate(kept)]
         indices = DeviceIndices(self.device)
@@ -69,19 +69,19 @@ class DecodeBatch:
 
     @property
     def device(self) -> torch.device:
-        """Where the caches lie."""
+        """Device of the caches."""
         return self.language.wte.device
 
     @property
     def cached_blocks(self) -> list[int]:
-        """For each row, how many blocks hold a cache."""
+        """For each row, how many blocks have a cache."""
         return [sum(block is not None and row in block.members for block in self.blocks) for row in range(len(self))]
 
     def _gather(self, copies: Sequence[tuple[Tensor, Tensor, Tensor]], rows: int) -> Tensor:
         """Keys or values (R, capacity, H, d): of each source tensor, the rows at the given places to the targets."""
         first = copies[0][0]
         out = first.new_empty(rows, self.capacity, *first.shape[2:])
-        # Zeros where nothing is copied, as a masked slot still counts if it holds NaN.
+        # Zeros where nothing is copied, as a masked slot still counts if it is NaN.
         out[:, min(tensor.shape[1] for tensor, _, _ in copies) :] = 0
         for tensor, targets, places in copies:
             tokens = min(tensor.shape[1], self.capacity)
@@ -107,7 +107,7 @@ class DecodeBatch:
         """Feed one token per row; logits (B, vocabulary) of the next."""
         language, longest = self.language, max(self.lengths)
         if longest >= self.capacity:
-            self._grow(self.capacity + ROOM_STEP + self.capacity // 8)
+            self._grow(self.capacity + CAPACITY_STEP + self.capacity // 8)
         indices = DeviceIndices(self.device)
         tokens, lengths, rows = indices.add(token_ids), indices.add(self.lengths), indices.add(range(len(self)))
         indices.send()
@@ -190,7 +190,7 @@ class _Source:
 
 
 def _sources(rows: Sequence[tuple[Prefilled, int]], block: int) -> list[_Source]:
-    """Each row's cache in one block, grouped by the tensors that hold it."""
+    """Each row's cache in one block, grouped by the tensors that contain it."""
     found: dict[int, _Source] = {}
     for i, (prefilled, row) in enumerate(rows):
         cache, prefix = prefilled.caches[block], prefilled.prefix

@@ -7,7 +7,7 @@ it, on all of them together. Everything here is arithmetic on small tuples; the 
 Example: two rows of prompt 0 in a model cut to three blocks, top-k (8, 4, 4) and (8, 0, 8). Before block 0 there is one
 state, the embeddings `(0, ())`. The levels are:
 
-    block 0   run (0, (8,))                           both rows go on from it
+    block 0   run (0, (8,))                           both rows continue from it
     block 1   run (0, (8, 4)), pass (0, (8, 0))       the second row drops this block: its node passes unchanged
     block 2   finish (0, (8, 4, 4)), (0, (8, 0, 8))   nothing follows, so only the last token is computed
 
@@ -31,7 +31,7 @@ Node = tuple[int, tuple[int, ...]]
 class Level:
     """What happens at one block.
 
-    Its input holds one state per node: those of the level before (`run`, then `skip`), then those that enter.
+    Its input has one state per node: those of the level before (`run`, then `skip`), then those that enter.
 
     Attributes:
         enter: prompts whose state before this block, at full top-k, joins the input.
@@ -84,11 +84,11 @@ def build_execution_tree(
         states += [(prompt, (FULL_TOP_K,) * block) for prompt in enter]
         place = {node: i for i, node in enumerate(states)}
         nodes = {row: (prompts[row], top_k[row][: block + 1]) for row in rows if entry[row] <= block <= last[row]}
-        # Children of one state lie next to each other.
+        # Children of one state are next to each other.
         children = sorted(dict.fromkeys(nodes.values()), key=lambda node: place[_parent(node)])
-        going_on = {node for row, node in nodes.items() if last[row] > block}
-        run = [node for node in children if node[1][block] and node in going_on]
-        final = [node for node in children if node[1][block] and node not in going_on]
+        continuing = {node for row, node in nodes.items() if last[row] > block}
+        run = [node for node in children if node[1][block] and node in continuing]
+        final = [node for node in children if node[1][block] and node not in continuing]
         skip = [node for node in children if not node[1][block]]
         computed = {node: i for i, node in enumerate([*run, *final])}
         levels.append(

@@ -22,8 +22,8 @@ KERNELS = ("auto", "dense", "grouped")
 # Up to these sizes two wide products are over before the pairs are even sorted (measured, one CPU thread).
 _DENSE_TOKENS = 32
 _DENSE_WEIGHTS = 2**19
-# On a CPU, chunks of this many tokens keep their pairs in the caches: two to three times as fast as all at once.
-_CHUNK_TOKENS = 1024
+# On a CPU, slices of this many tokens keep their pairs in the caches: two to three times as fast as all together.
+_SLICE_TOKENS = 1024
 # What grouped products ask of every row.
 _ALIGNMENT = 16
 
@@ -32,7 +32,7 @@ _ALIGNMENT = 16
 class TopK:
     """How many experts each token gets, where tokens differ.
 
-    `per_token` (N,) may hold 0, for padding. `maximum` and `pairs` (its sum) come from the host, not the device.
+    `per_token` (N,) may be 0, for padding. `maximum` and `pairs` (its sum) come from the host, not the device.
     """
 
     per_token: Tensor
@@ -40,7 +40,7 @@ class TopK:
     pairs: int
 
 
-def spread_top_k(
+def expand_top_k(
     top_k_R: Sequence[int],
     lengths_R: Sequence[int] | None,
     tokens: int,
@@ -49,7 +49,7 @@ def spread_top_k(
 ) -> int | TopK:
     """Experts per token of R rows padded to `tokens`: an int where all agree, and nothing spent on padding.
 
-    `on_device` holds `top_k_R` and `lengths_R` where they are on the device already.
+    `on_device` is `top_k_R` and `lengths_R` where they are on the device already.
     """
     padded = lengths_R is not None and any(length != tokens for length in lengths_R)
     if not padded and len(set(top_k_R)) == 1:
@@ -120,9 +120,9 @@ def _by_torch(
     if kernel == "dense":
         return _dense(x_ND, *route(logits_NE, top_k), gate_up_EGD, down_EHD)
     weights = (gate_up_EGD, down_EHD)
-    if x_ND.device.type != "cpu" or len(x_ND) <= _CHUNK_TOKENS:
+    if x_ND.device.type != "cpu" or len(x_ND) <= _SLICE_TOKENS:
         return _grouped(x_ND, logits_NE, *weights, top_k)
-    parts = zip(x_ND.split(_CHUNK_TOKENS), logits_NE.split(_CHUNK_TOKENS), _split(top_k, len(x_ND)), strict=True)
+    parts = zip(x_ND.split(_SLICE_TOKENS), logits_NE.split(_SLICE_TOKENS), _split(top_k, len(x_ND)), strict=True)
     return torch.cat([_grouped(x, logits, *weights, k) for x, logits, k in parts])
 
 
@@ -149,11 +149,11 @@ def _aligned(x_ND: Tensor, down_EHD: Tensor) -> bool:
 
 
 def _split(top_k: int | TopK, tokens: int) -> Sequence[int | TopK]:
-    """Experts per token, chunk by chunk."""
+    """Experts per token, slice by slice."""
     if isinstance(top_k, int):
-        return [top_k] * -(-tokens // _CHUNK_TOKENS)
-    chunks = top_k.per_token.split(_CHUNK_TOKENS)
-    return [TopK(chunk, top_k.maximum, int(chunk.sum())) for chunk in chunks]
+        return [top_k] * -(-tokens // _SLICE_TOKENS)
+    slices = top_k.per_token.split(_SLICE_TOKENS)
+    return [TopK(part, top_k.maximum, int(part.sum())) for part in slices]
 
 
 def _dense(x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor) -> Tensor:

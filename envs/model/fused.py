@@ -169,7 +169,7 @@ route = register(
 )
 """Weights (N, K) float32 and experts (N, K) int32: softmax over all, then top-k; of equal logits the first expert.
 
-Slots beyond a token's own top-k hold weight 0 and expert E.
+Slots beyond a token's own top-k have weight 0 and expert E.
 """
 sort_pairs = register(
     "sort_pairs",
@@ -204,7 +204,7 @@ norm_rope = register(
 )
 """RMS norm of each part of (N, parts, D) over D, times weight (parts, D), heads rotated by rope (S, d/2, 2) float32.
 
-Row n stands at position n modulo S. The input may be strided along N; its parts lie side by side.
+Row n stands at position n modulo S. The input may be strided along N; its parts are side by side.
 """
 quick_gelu = register(
     "quick_gelu", "(Tensor x) -> Tensor", kernel=_launch("quick_gelu"), reference=_quick_gelu, meta=_empty_like

@@ -14,7 +14,7 @@ from envs.model import fused
 from envs.model.config import MolmoEConfig
 from envs.model.device_indices import on_device
 from envs.model.execution_tree import FULL_TOP_K, per_row
-from envs.model.experts import TopK, mixture, spread_top_k
+from envs.model.experts import TopK, expand_top_k, mixture
 from envs.model.prefill import Prefilled, PrefillRun, Prefix
 
 MAX_INSERTION = max(INSERTIONS)
@@ -24,7 +24,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class Block(nn.Module):
-    """One pre-norm block. Rotary pairs lie side by side (see `checkpoint`), so that rotating is one complex product."""
+    """One pre-norm block. Rotary pairs are side by side (see `checkpoint`), so that rotating is one complex product."""
 
     def __init__(self, config: MolmoEConfig) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class Language(nn.Module):
             mask_R = mask if mask is None or len(mask) == 1 else _take(mask, places)
             rope_R = rope if rope.dim() == 4 or len(rope) == 1 else _take(rope, places)
             kept_lengths = [all_lengths[row] for row in kept]
-            top_k = spread_top_k([row_top_k[row][index] for row in kept], kept_lengths, tokens, x.device)
+            top_k = expand_top_k([row_top_k[row][index] for row in kept], kept_lengths, tokens, x.device)
             out = block(_take(x, places), rope_R, mask_R, top_k, experts)[0]
             x = out if places is None else x.index_copy(0, places, out)
         return self.final_norm(x)
@@ -207,7 +207,7 @@ class Language(nn.Module):
         """Blocks 1..depth at full top-k on right-padded prompts, everything kept."""
         tokens = x_BTD.shape[1]
         rope = self.rope(tokens)[:tokens]
-        top_k = spread_top_k((FULL_TOP_K,) * len(x_BTD), lengths, tokens, x_BTD.device)
+        top_k = expand_top_k((FULL_TOP_K,) * len(x_BTD), lengths, tokens, x_BTD.device)
         hidden, keys, values = [x_BTD], [], []
         for block in self.blocks[:depth]:
             out, key, value = block(hidden[-1], rope, None, top_k, experts)
@@ -252,7 +252,7 @@ class Language(nn.Module):
         """Run prompts under plans up to the state that gives the first new token.
 
         Args:
-            x_BTD: embeddings of B right-padded prompts; not needed with a `prefix`, which holds them.
+            x_BTD: embeddings of B right-padded prompts; not needed with a `prefix`, which contains them.
             lengths: their true lengths.
             prompts: for each row to run, the index of its prompt. Rows share all they have in common.
             top_k: for each row, experts per token in each block (`ExecutionPlan.top_k_per_block`).

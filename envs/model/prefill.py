@@ -13,7 +13,7 @@ from torch import Tensor
 
 from envs.model.device_indices import DeviceIndices
 from envs.model.execution_tree import Level, Node, build_execution_tree, entry_block, last_block
-from envs.model.experts import TopK, spread_top_k
+from envs.model.experts import TopK, expand_top_k
 
 if TYPE_CHECKING:
     from envs.model.language import Language
@@ -85,7 +85,7 @@ class _Handles:
 class PrefillRun:
     """One prefill: the tree, its indices on the device, and what has been computed so far.
 
-    `states` (nodes, T, D) holds the input of the next block, in the order that `Level` states; `last` (rows, D) fills
+    `states` (nodes, T, D) is the input of the next block, in the order that `Level` states; `last` (rows, D) fills
     up as rows reach the last block they keep.
     """
 
@@ -150,11 +150,11 @@ class PrefillRun:
         return BlockCache(keys, values, level.row_nodes)
 
     def _run(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Output (R, T, D), keys and values of the nodes that go on."""
+        """Output (R, T, D), keys and values of the nodes that continue."""
         level, at = self.levels[index], self.handles[index]
         assert self.states is not None
         on_device = (self.indices[at.run_top_k], self.indices[at.run_lengths])
-        top_k = spread_top_k(
+        top_k = expand_top_k(
             _last_top_k(level.run), self._lengths(level.run), self.tokens, self.states.device, on_device
         )
         rope = self.language.rope(self.tokens)[: self.tokens]

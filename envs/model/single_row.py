@@ -37,14 +37,14 @@ class SingleRow:
     def __init__(self, model: "AdaptiveMolmoE", static: bool | None = None, capacity: int = CAPACITY) -> None:
         self.model, self.language = model, model.language
         self.static = kernels_usable(model.language) if static is None else static
-        # What the buffers and graphs hold on to; `fits_model` notices when it has moved.
+        # What the buffers and graphs refer to; `fits_model` notices when it has moved.
         self._weights = (model.language.wte.data_ptr(), model.dtype, model.device)
         if self.static:
             self.decoder = StaticDecoder(model.language, capacity)
             self._vision, self._blocks = self._vision_graphs(), self._block_graphs(capacity)
 
     def fits_model(self, model: "AdaptiveMolmoE") -> bool:
-        """Whether the model's weights still lie where they lay."""
+        """Whether the model's weights are still where they were."""
         return self._weights == (model.language.wte.data_ptr(), model.dtype, model.device)
 
     @property
@@ -73,7 +73,7 @@ class SingleRow:
         return Prefix(tuple(hidden), tuple(keys), tuple(values), (length,))
 
     def prefill(self, x_1TD: Tensor, top_k: Sequence[int], prefix: Prefix | None = None) -> Prefilled:
-        """The prompt `x_1TD` under one plan's experts per token in each block, going on from `prefix` where given."""
+        """The prompt `x_1TD` under one plan's experts per token in each block, continuing from `prefix` where given."""
         length, top_k = x_1TD.shape[1], tuple(top_k)
         if not self._serves(length):
             return self.language.prefill(x_1TD, [length], [0], [top_k], prefix=prefix, experts=self.model.experts)

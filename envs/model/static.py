@@ -1,6 +1,6 @@
-"""Greedy decoding of one row at a fixed size: nothing in a step depends on the host, so that a CUDA graph can hold it.
+"""Greedy decoding of one row at a fixed size: nothing in a step depends on the host, as CUDA graphs require.
 
-Position, token and experts per block lie on the device. A graph is captured for each set of kept blocks, whatever the
+Position, token and experts per block are on the device. A graph is captured for each set of kept blocks, whatever the
 experts per block: five serve every plan of one importance. The same step in torch operators runs anywhere.
 Letters: C slots of the cache, D model width, H heads, d head width.
 """
@@ -31,24 +31,24 @@ CAPACITY = 2176
 class Cell:
     """What a step reads and changes: caches (blocks, C, D), this token and its position, what came out so far."""
 
-    def __init__(self, language: Language, capacity: int, room: int) -> None:
+    def __init__(self, language: Language, capacity: int, max_tokens: int) -> None:
         config, device, dtype = language.config, language.wte.device, language.wte.dtype
 
-        def whole(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        # Zeros, as a masked slot still counts if it holds NaN.
-        self.keys = whole(config.n_layers, capacity, config.d_model, dtype=dtype)
+        # Zeros, as a masked slot still counts if it is NaN.
+        self.keys = zeros(config.n_layers, capacity, config.d_model, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.rotations = language.rope(capacity)[:capacity]
         self.rope = torch.view_as_real(self.rotations).reshape(capacity, -1, 2).contiguous()
         self.places = torch.arange(capacity, device=device)
-        self.top_k = whole(config.n_layers, dtype=torch.int32)
-        self.token, self.position, self.count = whole(1), whole(1), whole(1)
-        self.finished = whole(1, dtype=torch.int32)
+        self.top_k = zeros(config.n_layers, dtype=torch.int32)
+        self.token, self.position, self.count = zeros(1), zeros(1), zeros(1)
+        self.finished = zeros(1, dtype=torch.int32)
         # One id more than asked for, as the end is seen one step late.
-        self.ids = whole(room + 2)
-        self.logits = whole(config.embedding_size, dtype=torch.float32)
+        self.ids = zeros(max_tokens + 2)
+        self.logits = zeros(config.embedding_size, dtype=torch.float32)
 
 
 def plain_step(language: Language, cell: Cell, kept: Sequence[int]) -> None:
@@ -88,7 +88,7 @@ class StaticDecoder:
     Args:
         language: the model's language part; its weights must stay where they are.
         capacity: tokens of prompt and answer together.
-        room: tokens of an answer at most.
+        max_tokens: tokens of an answer at most.
         kernels: use the fused kernels; where they run, if not said.
         graphs: sets of kept blocks whose CUDA graph is held; 0 launches each step anew.
         tuning: tile sizes of the kernels.
@@ -98,14 +98,14 @@ class StaticDecoder:
         self,
         language: Language,
         capacity: int = CAPACITY,
-        room: int = CAPACITY,
+        max_tokens: int = CAPACITY,
         kernels: bool | None = None,
         graphs: int = 8,
         tuning: "Tuning | None" = None,
     ) -> None:
-        self.language, self.capacity, self.room = language, capacity, room
+        self.language, self.capacity, self.max_tokens = language, capacity, max_tokens
         cuda = language.wte.is_cuda
-        self.cell = Cell(language, capacity, room)
+        self.cell = Cell(language, capacity, max_tokens)
         self._step = None
         if kernels_usable(language) if kernels is None else kernels:
             from envs.model.kernels.decode_step import KernelStep  # Needs Triton.
@@ -124,13 +124,13 @@ class StaticDecoder:
         """Take over a prefilled row; `token` is the first of its answer, to be fed next.
 
         Raises:
-            UserError: the prompt leaves no room in the cache.
+            UserError: the prompt does not fit the cache.
         """
         prompt = prefilled.prompts[row]
         length, top_k = prefilled.lengths[prompt], prefilled.top_k[row]
         if length >= self.capacity:
             raise UserError(
-                f"a prompt of {length} tokens leaves no room in a cache of {self.capacity}: give a shorter prompt"
+                f"a prompt of {length} tokens does not fit a cache of {self.capacity}: give a shorter prompt"
             )
         self.prepare(top_k)
         sources = [part[:length].flatten(1) for index in self._kept for part in _source(prefilled, row, index)]
@@ -180,9 +180,9 @@ class StaticDecoder:
         The host looks for the end one step late, so that the device never waits for it.
         """
         length = prefilled.lengths[prefilled.prompts[row]]
-        if not 0 <= limit <= self.room or length + limit + 1 > self.capacity:
+        if not 0 <= limit <= self.max_tokens or length + limit + 1 > self.capacity:
             raise UserError(
-                f"{limit} new tokens behind {length} do not fit: allowed are {self.room} tokens, {self.capacity} in all"
+                f"{limit} new tokens behind {length} do not fit: allowed are {self.max_tokens}, {self.capacity} in all"
             )
         self.start(prefilled, row, token)
         for index in range(limit):

@@ -82,7 +82,7 @@ class AttentionPooling(nn.Module):
         m, s, _ = windows_MSF.shape
         query_MH = self.query(windows_MSF.mean(1)).view(m, 1, self.heads, -1)
         key, value = self.key_value(windows_MSF).view(m, s, 2, self.heads, -1).unbind(2)
-        # Windows hold four patches: products and sums beat the attention kernel's fixed cost per window.
+        # Windows have four patches: products and sums beat the attention kernel's fixed cost per window.
         scores_MSH = (key * query_MH).sum(-1, dtype=torch.float32) * key.shape[-1] ** -0.5
         weights_MSH = scores_MSH.softmax(1).to(value.dtype)
         return self.out((weights_MSH.unsqueeze(-1) * value).sum(1).view(m, -1))
@@ -104,7 +104,7 @@ class VisionBackbone(nn.Module):
     def stage(self, crops_NPX: Tensor) -> "Staged":
         """Crops (N, P, pixels) as they cross to the device, and which of them are blank.
 
-        Published rule: a crop holding an exact -1.0 anywhere is blank. Trainer's rule: one that holds nothing else.
+        Published rule: a crop with an exact -1.0 anywhere is blank. Trainer's rule: one with nothing else.
         """
         # Before any cast: in bfloat16 a pixel close to the mark would round to it.
         marked_N = (crops_NPX == PADDED_PIXEL).flatten(1)
@@ -116,7 +116,7 @@ class VisionBackbone(nn.Module):
         return Staged(crops_NPX.to(dtype), blank_N)
 
     def vit_features(self, crops_NPX: Tensor) -> Tensor:
-        """Layer features (N, P, F) of crops (N, P, pixels), zeros for blank ones; crops may still lie on the host."""
+        """Layer features (N, P, F) of crops (N, P, pixels), zeros for blank ones; crops may still be on the host."""
         return self._features(self.stage(crops_NPX))
 
     def _features(self, staged: "Staged") -> Tensor:
@@ -149,7 +149,7 @@ class VisionBackbone(nn.Module):
     def forward(self, images_NCPX: Tensor, image_masks_NCP: Tensor | None = None) -> Tensor:
         """Image tokens (N, C, tokens, D) of crops (N, C, P, pixels).
 
-        `image_masks` (N, C, P) holds the share of each patch that is image: 0 adds the learned embedding of padding,
+        `image_masks` (N, C, P) is the share of each patch that is image: 0 adds the learned embedding of padding,
         anything else below 1 that of partial padding. Without masks every patch counts as image.
         """
         staged = self.stage(images_NCPX.flatten(0, 1))
@@ -173,7 +173,7 @@ class VisionBackbone(nn.Module):
 
 
 class Staged(NamedTuple):
-    """Crops (N, P, pixels) in the weights' dtype, pinned where those lie on a GPU, and which are blank (N,), bool."""
+    """Crops (N, P, pixels) in the weights' dtype, pinned where those are on a GPU, and which are blank (N,), bool."""
 
     crops: Tensor
     blank: Tensor

@@ -1,4 +1,4 @@
-"""GRPO on RLlib, the whole loop in one file.
+"""GRPO on RLlib, the complete loop in one file.
 
 One iteration: sample shards of complete groups -> advantages within groups -> epochs of minibatches on the
 learners -> moving average of the weights -> penalty multipliers -> reference. Everything random is derived from (seed,

@@ -110,7 +110,7 @@ class GRPOConfig(AlgorithmConfig):
         """
         for name in list(settings):
             if name in OLD_KEYS:
-                raise UserError(f"unknown setting {name!r}: it is {OLD_KEYS[name]!r} now")
+                raise UserError(f"unknown key {name!r}: it is {OLD_KEYS[name]!r} now")
             if name in OWN_NAMES or isinstance(getattr(type(self), name, None), property):
                 setattr(self, name, settings.pop(name))
         super().training(**settings)

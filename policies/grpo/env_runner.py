@@ -107,7 +107,7 @@ class RolloutRunner(EnvRunnerBase):
         self.load_weights(weights)
         environment = self.env.unwrapped
         environment.set_worker(shard, shards)
-        environment.set_round(iteration)
+        environment.set_iteration(iteration)
         uniforms = None
         if self.config.explore:
             size = self.config.grpo.group_size
@@ -131,7 +131,7 @@ class RolloutRunner(EnvRunnerBase):
         environment = self.env.unwrapped
         environment.set_contexts(list(contexts))
         environment.set_worker(0, 1)
-        environment.set_round(0)
+        environment.set_iteration(0)
         if baseline is None:
             self.load_weights(weights)
             module = self.module

@@ -37,7 +37,7 @@ LEARNER_KEYS: Final = (
 def rollout_metrics(
     rollouts: Rollouts, groups: GroupAdvantages, multipliers: PenaltyMultipliers | None
 ) -> dict[str, float]:
-    """Means over this iteration's sampled rollouts: reward, outcome, knobs, feasibility; and the multipliers."""
+    """Means over this iteration's sampled rollouts: reward, outcome, knobs, feasible share; and the multipliers."""
     infos = rollouts.infos
     row = {
         "rollouts": float(len(rollouts)),

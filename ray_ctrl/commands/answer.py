@@ -163,7 +163,7 @@ def answer(
             stacklevel=2,
         )
     for _ in range(max(1, repeats)):
-        outcome, record, _ = engine.run_steered(sample, deciding)
+        outcome, record, _ = engine.run_decided(sample, deciding)
     assert deciding.knobs is not None  # decided in stage 2 of every run
     text = engine.text(outcome)
     return Answer(

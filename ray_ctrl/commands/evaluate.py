@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from envs.config import GuardrailSettings
-from envs.env_resources import World
+from envs.env_resources import EnvResources
 from envs.errors import UserError
 from envs.files import atomic_write, write_json
 from policies.controller import Controller
@@ -22,7 +22,7 @@ from ray_ctrl.lookup import baselines
 from ray_ctrl.plots import accuracy_over_budget, latency_over_budget
 from ray_ctrl.preflight import plan_layout
 from ray_ctrl.provenance import provenance
-from ray_ctrl.run_context import RunContext, check_importance, open_setting
+from ray_ctrl.run_context import RunContext, check_importance, open_context
 from ray_ctrl.run_folder import (
     RunFolder,
     check_writable,
@@ -58,11 +58,11 @@ def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
     if folder.parent != home and (home / "run.json").is_file() and path == home:
         console.print(f"the run has exported no controller yet: evaluating {folder}", markup=False)
     with new_folder(out, home) as place:
-        context = open_setting(config)
+        context = open_context(config)
         load_controller(folder, context)  # before anything takes time: does it fit this model?
         runners = config.runners
         with connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s):
-            evaluate_setting(_with_clock(context, stored, home, place), folder, place)
+            evaluate_context(_with_clock(context, stored, home, place), folder, place)
 
 
 @contextmanager
@@ -159,7 +159,7 @@ def export_rllib(checkpoint: Path, folder: Path) -> None:
 
     try:
         arguments = pickle.loads((checkpoint / "class_and_ctor_args.pkl").read_bytes())["ctor_args_and_kwargs"][0]
-        described = arguments[0]["env_config"]["world"]
+        described = arguments[0]["env_config"]["resources"]
         sections = {
             name: getattr(described, name) for name in ("model", "task", "latency", "store", "budgets", "reward")
         }
@@ -218,7 +218,7 @@ def load_controller(folder: Path, context: RunContext) -> tuple[Controller, dict
     return controller, metadata
 
 
-def evaluate_setting(context: RunContext, folder: Path, out: Path) -> dict[str, Any]:
+def evaluate_context(context: RunContext, folder: Path, out: Path) -> dict[str, Any]:
     """Evaluates inside a running Ray; writes tables and pictures to `out`, returns the summary."""
     from policies.grpo.evaluation import evaluate_contexts
     from ray_ctrl.rllib_setup import build_evaluator
@@ -247,7 +247,7 @@ def evaluate_setting(context: RunContext, folder: Path, out: Path) -> dict[str, 
     return write_report(with_predictions(pd.concat(frames, ignore_index=True), resources), out)
 
 
-def with_predictions(rollouts: pd.DataFrame, resources: World) -> pd.DataFrame:
+def with_predictions(rollouts: pd.DataFrame, resources: EnvResources) -> pd.DataFrame:
     """Adds question, family, answer and reference answers; the engine still has the outcomes of what just ran."""
     samples = [resources.samples[index] for index in rollouts["sample"]]
     first = (0, 1, 4, 12)  # of each knob

@@ -120,8 +120,8 @@ def _show(found: Importance, others: dict[str, tuple[float, ...]]) -> None:
     console.print(f"left out first: blocks {_first(found.scores)}")
     for name, scores in others.items():
         correlation = rank_correlation(found.scores, scores)
-        shown = "none, as one of them is constant" if math.isnan(correlation) else f"{correlation:.3f}"
-        console.print(f"{name}: blocks {_first(scores)} first; rank correlation over blocks 1 to 15 {shown}")
+        text = "none, as one of them is constant" if math.isnan(correlation) else f"{correlation:.3f}"
+        console.print(f"{name}: blocks {_first(scores)} first; rank correlation over blocks 1 to 15 {text}")
 
 
 def _first(scores: Sequence[float]) -> str:

@@ -77,7 +77,7 @@ def run(*, no_wait: bool = False, stop_on_interrupt: bool = False, dry_run: bool
     except KeyboardInterrupt:
         status = jobs.INTERRUPTED_STATUS
         if stop_on_interrupt:
-            console.print(f"stopping job {job_id}", markup=False)
+            console.print(f"asking job to stop: {job_id}", markup=False)
             console.print(f"job {job_id} is {jobs.stop(server, job_id)}", markup=False)
         else:
             console.print(f"job {job_id} is still running; follow: ray job logs --follow {job_id}", markup=False)

@@ -116,13 +116,13 @@ def _show_plan(config: Config, layout: Layout) -> None:
 def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None) -> None:
     """Open the run, train, export, evaluate."""
     from cluster.connect import connect
-    from ray_ctrl.commands.evaluate import evaluate_setting, new_folder
-    from ray_ctrl.run_context import open_setting
+    from ray_ctrl.commands.evaluate import evaluate_context, new_folder
+    from ray_ctrl.run_context import open_context
 
     started = time.monotonic()
     runners = config.runners
     with remove_if_empty(root), Stopper() as stopper:
-        context = open_setting(config)
+        context = open_context(config)
         with (
             connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s),
             open_run(root, config, context, resumed) as (folder, context),
@@ -135,7 +135,7 @@ def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None
             with telling(f"the controller is ready; evaluate it with: ray-ctrl evaluate {root}"):
                 stopper.obey()
                 with new_folder(None, folder.root) as out:
-                    evaluate_setting(context, folder.controller, out)
+                    evaluate_context(context, folder.controller, out)
     console.print(
         f"finished in {(time.monotonic() - started) / 60:.1f} minutes\n"
         f"next: ray-ctrl answer IMAGE QUESTION --budget-ms {context.budgets.high_ms:.0f} --controller {root}",

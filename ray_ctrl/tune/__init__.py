@@ -115,7 +115,7 @@ def _run(sweep: Sweep, root: Path, resume: bool) -> None:
     ):
         print_plan(sweep, available)
         with telling(f"continue with: {how}"):
-            with _tune_signal_kept(), stopper.patient("stopping the trials at their last checkpoints"):
+            with _tune_signal_kept(), stopper.patient("the trials stop at their last checkpoints"):
                 statuses = drive(sweep, root, concurrent_trials(sweep, each, available), resume, stopper)
                 results = summarize(sweep, root, statuses)
             ended = sum(status in ("TERMINATED", "ERROR") for status in statuses.values())
@@ -145,11 +145,11 @@ def prepare(sweep: Sweep, root: Path) -> Sweep:
 
     The sweep returned does not contain the folder's own path, so that the folder may be moved.
     """
-    from ray_ctrl.run_context import open_setting
+    from ray_ctrl.run_context import open_context
 
     base = sweep.base
     if sweep.shares_budgets:
-        profile = open_setting(with_shared_store(sweep, root).base).with_clock(root).table
+        profile = open_context(with_shared_store(sweep, root).base).with_clock(root).table
         if profile is not None and not profile.absolute().is_relative_to(root):
             base = with_overrides(base, [f"latency.profile={profile.absolute()}"])
     changing = [item.key for item in sweep.space if item.key.startswith("reward.")]

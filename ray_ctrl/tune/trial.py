@@ -16,7 +16,7 @@ from envs.files import atomic_write
 from envs.latency import ProfiledClock, ProfileTable
 from ray_ctrl.config import Config
 from ray_ctrl.load_config import to_yaml
-from ray_ctrl.run_context import BUDGETS_FILE, TABLE_FILE, open_setting
+from ray_ctrl.run_context import BUDGETS_FILE, TABLE_FILE, open_context
 from ray_ctrl.run_folder import RunFolder
 
 TRIALS = "trials"
@@ -44,11 +44,11 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
     folder = open_folder(Path(root), trial, config, share=sweep.shares_budgets)
     if folder.config != config:  # the resumed sweep changed it
         atomic_write(folder.root / "config.yaml", to_yaml(config))
-    setting = open_setting(config)
+    context = open_context(config)
     if (table := Path(root) / TABLE_FILE).is_file() and sweep.shares_budgets:
         # All trials use one profile: a node that it is not valid for is refused, not profiled again.
-        ProfiledClock.for_engine(ProfileTable.load(table), setting.engine)
-    trainer = Trainer(config, folder, setting.with_clock(folder.root), plan_layout(config))
+        ProfiledClock.for_engine(ProfileTable.load(table), context.engine)
+    trainer = Trainer(config, folder, context.with_clock(folder.root), plan_layout(config))
     try:
         # Tune may not have received the last iteration before a crash or an interruption; twice does no harm.
         row = next((found for found in folder.metrics() if found["iteration"] == trainer.done), {})

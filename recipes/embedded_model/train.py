@@ -165,7 +165,7 @@ def scenes_phase(recipe: Recipe, device: torch.device, warm: VisionBackbone) -> 
 
 
 def depth_phase(recipe: Recipe, model: AdaptiveMolmoE) -> Phase:
-    """`model` trained on, with families of questions told apart by the plans they are seen under."""
+    """`model` trained on, with families of questions distinguished by the plans they are seen under."""
     with torch.no_grad():
         for block in model.language.blocks:
             block.get_parameter("router").mul_(recipe.router_scale)

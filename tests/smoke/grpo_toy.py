@@ -73,7 +73,7 @@ class ToyVectorEnv(gym.vector.VectorEnv):
     def set_worker(self, index: int, count: int) -> None:
         self.worker, self.workers = index, count
 
-    def set_round(self, number: int) -> None:
+    def set_iteration(self, number: int) -> None:
         self.round = number
 
     def set_contexts(self, contexts: list[tuple[int, float]]) -> None:

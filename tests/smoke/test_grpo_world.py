@@ -14,19 +14,19 @@ from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from policies.baselines import FixedKnobs
 from policies.grpo.evaluation import evaluate_contexts
 
-sys.path.append(str(Path(__file__).parents[1] / "unit" / "world"))
+sys.path.append(str(Path(__file__).parents[1] / "unit" / "resources"))
 import doubles
 
-ENVIRONMENT = "grpo-world"
+ENVIRONMENT = "grpo-resources"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def world() -> Any:
+def resources() -> Any:
     grpo_toy.share_ray()
     ray.cloudpickle.register_pickle_by_value(doubles)
-    world = doubles.make_world(12)
-    register_env(ENVIRONMENT, lambda config: AdaptiveVQAVectorEnv({**config, "world": world}))
-    return world
+    resources = doubles.make_resources(12)
+    register_env(ENVIRONMENT, lambda config: AdaptiveVQAVectorEnv({**config, "resources": resources}))
+    return resources
 
 
 def test_ppo_trains_on_it() -> None:
@@ -58,7 +58,7 @@ def test_ppo_trains_on_it() -> None:
     algorithm.stop()
 
 
-def test_grpo_trains_and_evaluates_on_it(world: Any) -> None:
+def test_grpo_trains_and_evaluates_on_it(resources: Any) -> None:
     algorithm = (
         grpo_toy.configuration()
         .environment(ENVIRONMENT, env_config={"group_size": 4, "seed": 1}, clip_actions=False)
@@ -67,7 +67,7 @@ def test_grpo_trains_and_evaluates_on_it(world: Any) -> None:
     )
     row = algorithm.train()["grpo"]
     assert row["groups"] == 8.0
-    contexts = [(sample, budget) for sample in range(12) for budget in world.budgets.held_out()]
+    contexts = [(sample, budget) for sample in range(12) for budget in resources.budgets.held_out()]
     rows = evaluate_contexts(algorithm, contexts, baseline=FixedKnobs((2, 0, 4, 4)))
     assert [(row["sample"], row["budget_ms"]) for row in rows] == contexts
     assert {row["blocks"] for row in rows} == {16}

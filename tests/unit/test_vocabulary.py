@@ -54,8 +54,10 @@ ORDINARY = {
     r"\bround\(|\.round\b": "Python's, NumPy's and torch's function",
     r"rounds? (up|down|to|it|half|differently|off)\b|rounds off": "arithmetic",
     r"early stopping": "the term of hyperparameter search",
-    r"\.?chunk\(|chunked": "torch's function, HTTP's transfer encoding",
-    r"hold(s|ing)?[ -]out": "data that training never sees",
+    r"\.?chunk\(|chunked|\"chunk\"": "torch's function, HTTP's transfer encoding",
+    r"hold(s|ing)?[ _-]out": "data that training never sees",
+    r"price_(bins|initial|step|max|memory)|reward\.overrun|divide_by_spread": "keys of earlier versions",
+    r"(outcomes|s|t)\.setting\b|SELECT setting\b|\bsetting TEXT|, setting, used": "a column of the store's file format",
     r"for chunk in|chunks? of (the )?(body|file|log)": "pieces of a stream, as the standard library calls them",
 }
 

@@ -72,7 +72,7 @@ def norm_project(
 
 @triton.jit
 def _rotated(qkv, weight, start, lane, inside, scale, cos, sin):
-    """One head of a query or key, normed and rotated; its rotary pairs lie side by side."""
+    """One head of a query or key, normed and rotated; its rotary pairs are side by side."""
     pair = lane ^ 1
     own = tl.load(qkv + start + lane, mask=inside, other=0.0) * tl.load(weight + start + lane, mask=inside, other=0.0)
     other = tl.load(qkv + start + pair, mask=inside, other=0.0) * tl.load(weight + start + pair, mask=inside, other=0.0)
@@ -98,7 +98,7 @@ def attention(
 ):  # fmt: skip
     """Attention (D,) of one token over `position` cached ones and itself; its key and value join the cache.
 
-    Grid (heads, SPLITS). `squares` holds SUMS partial sums for the query, then as many for the key; `rope` (C, HEAD/2,
+    Grid (heads, SPLITS). `squares` has SUMS partial sums for the query, then as many for the key; `rope` (C, HEAD/2,
     2) cosines and sines; caches are (C, D); `partial` (heads, SPLITS, HEAD), `extremes` (heads, SPLITS, 2).
     """
     head, split = tl.program_id(0), tl.program_id(1)
@@ -219,7 +219,7 @@ def gate_up(
     where = rows[:, None] * D + cols[None, :]
     inside = (rows < HIDDEN)[:, None] & (cols < D)[None, :]
     if PDL:
-        # In this order, so that `down` starts when `route` is done for certain and may read `chosen` at once.
+        # In this order, so that `down` starts when `route` is done for certain and may read `chosen` immediately.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     base = weight + tl.load(chosen + slot, cache_modifier=".cg").to(tl.int64) * (2 * HIDDEN * D)
@@ -276,7 +276,7 @@ def choose(
 ):  # fmt: skip
     """Logits (N,) of the next token; its id becomes `token` and joins `ids`, `position` and `count` go up by one.
 
-    Of equal logits the lowest id wins. `best` (2, PROGRAMS) holds each program's highest logit and its id, as float32
+    Of equal logits the lowest id wins. `best` (2, PROGRAMS) is each program's highest logit and its id, as float32
     (exact below 2**24).
     """
     cols = tl.arange(0, BLOCK)

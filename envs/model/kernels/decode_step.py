@@ -38,7 +38,7 @@ def _above(size: int) -> int:
 class KernelStep:
     """Launches the kernels of a step on preallocated buffers; nothing is allocated and nothing waits for the device.
 
-    `cell` is the `static.Cell` that holds caches, token and position.
+    `cell` is the `static.Cell` with caches, token and position.
     """
 
     def __init__(self, language: Language, cell: "Cell", tuning: Tuning | None = None) -> None:  # type: ignore[name-defined]  # noqa: F821

@@ -127,7 +127,7 @@ def _grouped_mm(
         right = k[:, None] * stride_k + (wide % width)[None, :] * stride_n
         total = tl.zeros((BM, BN), tl.float32)
         for start in range(0, depth, BK):
-            # Rows and columns beyond the tile hold others' numbers, and are not stored.
+            # Rows and columns beyond the tile have others' numbers, and are not stored.
             deep = start + k < depth
             a = tl.load(x + start + left, mask=deep[None, :], other=0.0)
             b = tl.load(matrix + start * stride_k + right, mask=deep[:, None], other=0.0)

@@ -14,7 +14,7 @@ from PIL import Image
 from envs.budgets import BudgetDistribution
 from envs.config import RewardSettings
 from envs.data.sample import ImageRef, Sample
-from envs.env_resources import World
+from envs.env_resources import EnvResources
 from envs.knobs import TIER_CROPS, TIERS, ExecutionPlan, KnobSpace
 from envs.latency import LatencyRecord, RequestShape, RooflineClock
 from envs.latency.clock import image_tokens
@@ -143,9 +143,9 @@ def make_samples(count: int = 20, text_only: bool = False) -> list[Sample]:
     return samples
 
 
-def make_world(count: int = 20, *, text_only: bool = False, **changes: Any) -> World:
+def make_resources(count: int = 20, *, text_only: bool = False, **changes: Any) -> EnvResources:
     config = MolmoEConfig.from_pretrained(GOLDEN)
-    world = World(
+    resources = EnvResources(
         engine=EngineDouble(config),
         samples=make_samples(count, text_only),
         clock=RooflineClock(config, "laptop-2-core"),
@@ -153,4 +153,4 @@ def make_world(count: int = 20, *, text_only: bool = False, **changes: Any) -> W
         reward=RewardSettings(),
         space=KnobSpace(PUBLISHED_IMPORTANCE),
     )
-    return replace(world, **changes)
+    return replace(resources, **changes)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import gymnasium as gym
 import numpy as np
 import pytest
-from doubles import EngineDouble, make_world
+from doubles import EngineDouble, make_resources
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,9 +26,9 @@ from envs.reward import reward
 KNOBS = ("tier", "insertion", "top_k", "blocks")
 
 
-def vector(world=None, num_envs=12, group_size=4, **settings):
-    world = world or make_world()
-    return AdaptiveVQAVectorEnv({"world": world, "num_envs": num_envs, "group_size": group_size, **settings})
+def vector(resources=None, num_envs=12, group_size=4, **settings):
+    resources = resources or make_resources()
+    return AdaptiveVQAVectorEnv({"resources": resources, "num_envs": num_envs, "group_size": group_size, **settings})
 
 
 def act(observation, rng):
@@ -57,36 +57,36 @@ def episode(env, seed=0):
 
 
 def test_observations_are_what_they_say():
-    world = make_world()
-    env = vector(world)
+    resources = make_resources()
+    env = vector(resources)
     (first, second, _), (stage1, stage2), _, infos = episode(env)
     for observation in (first, second):
         assert env.observation_space.contains(observation)
-    samples = [world.samples[i] for i in infos["sample"]]
-    ratios = np.log(infos["budget_ms"] / world.clock.reference_ms)
+    samples = [resources.samples[i] for i in infos["sample"]]
+    ratios = np.log(infos["budget_ms"] / resources.clock.reference_ms)
     assert np.allclose(first["budget"][:, 0], ratios)
     assert np.allclose(second["budget"][:, 0], ratios)
-    assert np.allclose(first["language_feature"], world.engine.language_features(samples))
+    assert np.allclose(first["language_feature"], resources.engine.language_features(samples))
     assert not first["latency_token"].any()
     assert not first["insertion"].any()
     assert not second["language_feature"].any()
     assert (first["stage"] == 0).all()
     assert (second["stage"] == 1).all()
-    tokens = world.engine.latency_tokens(
+    tokens = resources.engine.latency_tokens(
         samples, [TIERS[i] for i in stage1[:, 0]], [budget_level(float(ratio)) for ratio in ratios]
     )
     insertions = stage1[:, 1] + 1
     assert np.allclose(second["latency_token"], tokens[np.arange(12), insertions - 1])
     assert (second["insertion"][:, 0] == insertions).all()
     for row, position in enumerate(insertions):
-        assert (second["action_mask"][row] == world.space.stage2_mask(position)).all()
-        assert (first["action_mask"][row] == world.space.stage1_mask()).all()
+        assert (second["action_mask"][row] == resources.space.stage2_mask(position)).all()
+        assert (first["action_mask"][row] == resources.space.stage1_mask()).all()
     assert stage2.shape == (12, 4)
 
 
 def test_rewards_and_infos_are_those_of_the_chosen_plans():
-    world = make_world()
-    _, (stage1, stage2), rewards, infos = episode(vector(world))
+    resources = make_resources()
+    _, (stage1, stage2), rewards, infos = episode(vector(resources))
     for row in range(12):
         knobs = Knobs(TIERS[stage1[row, 0]], int(stage1[row, 1]) + 1, int(stage2[row, 2]) + 4, int(stage2[row, 3]) + 12)
         chosen = (infos["tier"], infos["insertion"], infos["top_k"], infos["blocks"])
@@ -96,16 +96,16 @@ def test_rewards_and_infos_are_those_of_the_chosen_plans():
             knobs.top_k,
             knobs.blocks,
         ]
-        plan, sample = world.space.plan(knobs), world.samples[infos["sample"][row]]
-        answer = world.engine.outcome(sample, plan)
-        shape = world.engine.shape(sample, knobs.tier)
-        latency = world.clock.latency(shape, plan, answer.n_tokens).total
+        plan, sample = resources.space.plan(knobs), resources.samples[infos["sample"][row]]
+        answer = resources.engine.outcome(sample, plan)
+        shape = resources.engine.shape(sample, knobs.tier)
+        latency = resources.clock.latency(shape, plan, answer.n_tokens).total
         assert infos["latency_ms"][row] == pytest.approx(latency)
-        assert infos["accuracy"][row] == world.engine.accuracy(sample, answer)
-        expected = reward(infos["accuracy"][row], latency, infos["budget_ms"][row], world.reward.penalty, 0.0)
+        assert infos["accuracy"][row] == resources.engine.accuracy(sample, answer)
+        expected = reward(infos["accuracy"][row], latency, infos["budget_ms"][row], resources.reward.penalty, 0.0)
         assert rewards[row] == pytest.approx(float(expected))
-        cheapest = world.space.plan(world.space.cheapest)
-        least = world.clock.latency(world.engine.shape(sample, "low"), cheapest, answer.n_tokens).total
+        cheapest = resources.space.plan(resources.space.cheapest)
+        least = resources.clock.latency(resources.engine.shape(sample, "low"), cheapest, answer.n_tokens).total
         assert infos["avoidable"][row] == (least <= infos["budget_ms"][row])
     assert infos["context"].dtype == infos["sample"].dtype == np.int64
     assert all(infos[f"_{key}"].all() for key in infos if not key.startswith("_"))
@@ -132,16 +132,16 @@ def test_equal_seeds_give_equal_trajectories():
 
 
 def test_each_step_makes_one_call_and_siblings_share():
-    world = make_world()
-    env = vector(world, num_envs=64, group_size=16)
-    world.engine.calls.clear()
-    world.engine.rows.clear()
+    resources = make_resources()
+    env = vector(resources, num_envs=64, group_size=16)
+    resources.engine.calls.clear()
+    resources.engine.rows.clear()
     env.reset()
     actions = np.zeros((64, 4), np.int64)
     env.step(actions)
     env.step(actions)
-    assert dict(world.engine.calls) == {"features": 1, "tokens": 1, "outcomes": 1}
-    assert world.engine.rows["tokens"] == 4
+    assert dict(resources.engine.calls) == {"features": 1, "tokens": 1, "outcomes": 1}
+    assert resources.engine.rows["tokens"] == 4
 
 
 def test_the_step_after_the_end_resets():
@@ -168,9 +168,9 @@ def test_rounds_do_not_depend_on_history():
     walked = vector(seed=5)
     rounds = [contexts_of(walked) for _ in range(4)]
     jumped = vector(seed=5)
-    jumped.set_round(3)
+    jumped.set_iteration(3)
     assert contexts_of(jumped) == rounds[3]
-    jumped.set_round(1)
+    jumped.set_iteration(1)
     assert contexts_of(jumped) == rounds[1]
     assert contexts_of(jumped) == rounds[2]
     assert rounds[0] != rounds[1]
@@ -190,19 +190,19 @@ def test_workers_split_a_round_without_overlap(workers):
     for worker in range(workers):
         env = vector(num_envs=48 // workers, seed=2)
         env.set_worker(worker, workers)
-        env.set_round(6)
+        env.set_iteration(6)
         shares += contexts_of(env)
     reference = vector(num_envs=48, seed=2)
-    reference.set_round(6)
+    reference.set_iteration(6)
     assert shares == contexts_of(reference)
     assert whole.num_envs * workers == 48
 
 
 def test_explicit_contexts_are_served_once_then_padding():
-    world = make_world()
+    resources = make_resources()
     wanted = [(i, 10.0 + i) for i in range(10)]
-    env = vector(world, num_envs=8, group_size=4, contexts=wanted)
-    assert env.rounds == 2
+    env = vector(resources, num_envs=8, group_size=4, contexts=wanted)
+    assert env.iterations == 2
     seen = contexts_of(env) + contexts_of(env)
     assert [entry for entry in seen if entry[0] >= 0] == [(i, *context) for i, context in enumerate(wanted)]
     assert [entry[0] for entry in seen[10:]] == [-1] * 6
@@ -213,15 +213,15 @@ def test_contexts_can_be_replaced_and_withdrawn():
     training = contexts_of(env)
     env.set_contexts([(3, 25.0), (2, 30.0)])
     env.set_worker(0, 1)
-    env.set_round(0)
+    env.set_iteration(0)
     assert contexts_of(env)[:2] == [(0, 3, 25.0), (1, 2, 30.0)]
     env.set_contexts(None)
-    assert env.rounds is None
+    assert env.iterations is None
     assert contexts_of(env) == training
 
 
 def test_text_only_samples_have_one_tier():
-    env = vector(make_world(text_only=True))
+    env = vector(make_resources(text_only=True))
     observation, _ = env.reset()
     assert (observation["action_mask"][:, :STAGE1_PAIRS].reshape(12, 3, 5).any(2) == [1, 0, 0]).all()
     actions = np.zeros((12, 4), np.int64)
@@ -297,16 +297,16 @@ def test_misshapen_actions_are_refused(actions):
 )
 def test_bad_settings_are_named(settings, named):
     with pytest.raises(UserError, match=named):
-        AdaptiveVQAVectorEnv({"world": make_world(), **settings})
+        AdaptiveVQAVectorEnv({"resources": make_resources(), **settings})
 
 
 def test_a_world_is_needed():
-    with pytest.raises(UserError, match="no `world`"):
+    with pytest.raises(UserError, match="no `resources`"):
         AdaptiveVQAVectorEnv({"num_envs": 4})
 
 
 def test_a_world_can_be_built_by_a_function():
-    env = AdaptiveVQAVectorEnv({"world": make_world, "num_envs": 2})
+    env = AdaptiveVQAVectorEnv({"resources": make_resources, "num_envs": 2})
     assert len(contexts_of(env)) == 2
 
 
@@ -316,7 +316,7 @@ def test_impossible_workers_and_rounds_are_refused(index, count):
     with pytest.raises(UserError, match=f"worker {index} of {count}"):
         env.set_worker(index, count)
     with pytest.raises(UserError, match="round -1"):
-        env.set_round(-1)
+        env.set_iteration(-1)
 
 
 def test_stepping_before_reset_is_an_error():
@@ -325,9 +325,9 @@ def test_stepping_before_reset_is_an_error():
 
 
 def test_the_measured_clock_times_every_row():
-    world = make_world()
-    engine = EngineDouble(world.engine.model.config)
-    measured = make_world(engine=engine, clock=MeasuredClock(engine))
+    resources = make_resources()
+    engine = EngineDouble(resources.engine.model.config)
+    measured = make_resources(engine=engine, clock=MeasuredClock(engine))
     _, _, _, infos = episode(vector(measured, num_envs=4))
     assert engine.calls["measured"] == 4 + 7
     assert len(set(infos["latency_ms"].tolist())) == 4
@@ -336,19 +336,21 @@ def test_the_measured_clock_times_every_row():
 def test_a_profiled_world_runs():
     from envs.latency import ProfiledClock, profile
 
-    world = make_world()
-    clock = ProfiledClock(profile(EngineDouble(world.engine.model.config), world.samples, repeats=1, per_tiling=8))
-    _, _, _, infos = episode(vector(make_world(clock=clock)))
+    resources = make_resources()
+    clock = ProfiledClock(
+        profile(EngineDouble(resources.engine.model.config), resources.samples, repeats=1, per_tiling=8)
+    )
+    _, _, _, infos = episode(vector(make_resources(clock=clock)))
     assert (infos["latency_ms"] > 0).all()
 
 
 def test_noise_multiplies_latencies_and_leaves_everything_else_alone():
-    world = make_world(budgets=BudgetDistribution.over(12.0, 25.0))
+    resources = make_resources(budgets=BudgetDistribution.over(12.0, 25.0))
     noise = LatencyNoise((0.9, 1.0, 1.3), 0)
-    *_, rewards, quiet = episode(vector(world))
-    *_, noisy_rewards, noisy = episode(vector(replace(world, noise=noise)))
-    plans = [world.space.plan(Knobs(TIERS[t], p, k, n)) for t, p, k, n in zip(*map(quiet.get, KNOBS), strict=True)]
-    factors = [noise.factor(world.samples[s].id, plan) for s, plan in zip(quiet["sample"], plans, strict=True)]
+    *_, rewards, quiet = episode(vector(resources))
+    *_, noisy_rewards, noisy = episode(vector(replace(resources, noise=noise)))
+    plans = [resources.space.plan(Knobs(TIERS[t], p, k, n)) for t, p, k, n in zip(*map(quiet.get, KNOBS), strict=True)]
+    factors = [noise.factor(resources.samples[s].id, plan) for s, plan in zip(quiet["sample"], plans, strict=True)]
     np.testing.assert_allclose(noisy["latency_ms"], quiet["latency_ms"] * factors)
     assert len(set(factors)) == 3
     assert all((noisy[key] == quiet[key]).all() for key in ("accuracy", "budget_ms", "sample", *KNOBS))
@@ -361,8 +363,8 @@ def test_noise_multiplies_latencies_and_leaves_everything_else_alone():
 @pytest.mark.parametrize("text_only", [False, True])
 @pytest.mark.parametrize("guarded", [False, True])
 def test_the_single_environment_passes_gymnasiums_check(text_only, guarded):
-    world = make_world(text_only=text_only)
-    env = AdaptiveVQAEnv({"world": guard(world) if guarded else world})
+    resources = make_resources(text_only=text_only)
+    env = AdaptiveVQAEnv({"resources": guard(resources) if guarded else resources})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check_env(env)
@@ -371,7 +373,7 @@ def test_the_single_environment_passes_gymnasiums_check(text_only, guarded):
 def test_the_standard_loop_runs_on_any_sampled_action():
     import envs.adaptive_vqa  # noqa: F401  (registers the id)
 
-    env = gym.make("ray_ctrl/AdaptiveVQA-v0", config={"world": guard(make_world())}, disable_env_checker=True)
+    env = gym.make("ray_ctrl/AdaptiveVQA-v0", config={"resources": guard(make_resources())}, disable_env_checker=True)
     env.action_space.seed(0)
     for _ in range(50):
         env.reset()
@@ -382,19 +384,19 @@ def test_the_standard_loop_runs_on_any_sampled_action():
 
 
 def test_projection_takes_the_nearest_legal_pair_and_is_off_for_vectors():
-    world = make_world()
-    env = vector(world, 4, 4, illegal_actions="project")
+    resources = make_resources()
+    env = vector(resources, 4, 4, illegal_actions="project")
     env.reset()
     env.step(np.tile([0, 3, 0, 0], (4, 1)))
     *_, infos = env.step(np.tile([0, 0, 2, 0], (4, 1)))
     assert (infos["top_k"] == 6).all()
     assert (infos["blocks"] == 15).all()
     with pytest.raises(UserError, match="error, project"):
-        vector(world, illegal_actions="ignore")
+        vector(resources, illegal_actions="ignore")
 
 
 def test_masks_per_head_hold_what_some_legal_pair_has():
-    env = AdaptiveVQAEnv({"world": make_world()})
+    env = AdaptiveVQAEnv({"resources": make_resources()})
     env.reset()
     assert env.action_masks().tolist() == [True] * 8 + [True, *[False] * 4] * 2
     env.step(np.array([0, 3, 0, 0]))
@@ -404,7 +406,7 @@ def test_masks_per_head_hold_what_some_legal_pair_has():
 
 
 def test_rendering_shows_the_episode():
-    env = AdaptiveVQAEnv({"world": make_world()}, render_mode="rgb_array")
+    env = AdaptiveVQAEnv({"resources": make_resources()}, render_mode="rgb_array")
     env.reset()
     before = env.render()
     env.step(np.array([0, 0, 0, 0]))
@@ -413,12 +415,12 @@ def test_rendering_shows_the_episode():
     assert before.dtype == np.uint8
     assert before.shape == after.shape == (480, 384, 3)
     assert (before != after).any()  # choice, answer and latency are written below the question
-    assert AdaptiveVQAEnv({"world": make_world()}).render() is None
+    assert AdaptiveVQAEnv({"resources": make_resources()}).render() is None
 
 
 def test_multipliers_reach_the_reward():
-    world = make_world(budgets=BudgetDistribution.over(0.5, 2.0, bins=2))  # nothing is that fast
-    env = vector(world)
+    resources = make_resources(budgets=BudgetDistribution.over(0.5, 2.0, bins=2))  # nothing is that fast
+    env = vector(resources)
     env.set_multipliers([0.25, 0.75])
     *_, rewards, infos = episode(env)
     expected = np.where(infos["budget_ms"] < 1.0, 0.25, 0.75)
@@ -427,7 +429,7 @@ def test_multipliers_reach_the_reward():
     np.testing.assert_allclose(rewards, infos["accuracy"] - expected * cost)
     assert not infos["avoidable"].any()
     env.set_multipliers(None)
-    assert (env.multipliers == world.reward.penalty).all()
+    assert (env.multipliers == resources.reward.penalty).all()
     with pytest.raises(UserError, match="2 budget bins"):
         env.set_multipliers([1.0])
 
@@ -435,8 +437,8 @@ def test_multipliers_reach_the_reward():
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 1000), st.booleans())
 def test_under_the_guardrail_no_legal_play_exceeds_a_feasible_budget(seed, text_only):
-    world = guard(make_world(text_only=text_only, budgets=BudgetDistribution.over(4.0, 40.0)), longest=True)
-    *_, infos = episode(vector(world, seed=seed), seed)
+    resources = guard(make_resources(text_only=text_only, budgets=BudgetDistribution.over(4.0, 40.0)), longest=True)
+    *_, infos = episode(vector(resources, seed=seed), seed)
     late = infos["latency_ms"] > infos["budget_ms"]
     assert not (late & infos["feasible"]).any()
     fallback = ~infos["feasible"]
@@ -446,16 +448,16 @@ def test_under_the_guardrail_no_legal_play_exceeds_a_feasible_budget(seed, text_
     assert (infos["blocks"][fallback] == 12).all()
 
 
-def guard(world, longest=False):
-    """The world with a guardrail that knows every answer's length, or takes the longest possible one for all."""
-    features = world.engine.language_features(world.samples).numpy()
+def guard(resources, longest=False):
+    """The resources with a guardrail that knows every answer's length, or takes the longest possible one for all."""
+    features = resources.engine.language_features(resources.samples).numpy()
     lengths = AnswerLengths.fit(features, [6] * len(features) if longest else [2] * len(features), 1.0)
-    return replace(world, guardrail=Guardrail(0.99, lengths, 1.0 if longest else 3.0))
+    return replace(resources, guardrail=Guardrail(0.99, lengths, 1.0 if longest else 3.0))
 
 
 def test_the_single_environment_is_a_vector_of_one():
-    world = make_world()
-    single, many = AdaptiveVQAEnv({"world": world, "seed": 4}), vector(world, 1, 1, seed=4)
+    resources = make_resources()
+    single, many = AdaptiveVQAEnv({"resources": resources, "seed": 4}), vector(resources, 1, 1, seed=4)
     one, _ = single.reset()
     first, _ = many.reset()
     for actions in ([1, 1, 0, 0], [0, 0, 2, 3]):
@@ -471,7 +473,7 @@ def test_the_single_environment_is_a_vector_of_one():
 
 
 def test_a_context_can_be_chosen_at_reset():
-    env = AdaptiveVQAEnv({"world": make_world()})
+    env = AdaptiveVQAEnv({"resources": make_resources()})
     env.reset(options={"sample": 7, "budget_ms": 33.0})
     env.step(np.zeros(4, np.int64))
     _, _, _, _, info = env.step(np.zeros(4, np.int64))
@@ -487,7 +489,7 @@ def test_a_context_can_be_chosen_at_reset():
 
 
 def test_a_seeded_reset_restarts_the_single_environment():
-    env = AdaptiveVQAEnv({"world": make_world()})
+    env = AdaptiveVQAEnv({"resources": make_resources()})
     budgets = [env.reset(seed=seed)[0]["budget"][0] for seed in (1, 2, 1)]
     assert budgets[0] == budgets[2] != budgets[1]
     assert env.reset()[0]["budget"][0] != budgets[2]

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from doubles import EngineDouble, make_world
+from doubles import EngineDouble, make_resources
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -89,12 +89,14 @@ def test_a_number_of_bands_that_does_not_fit_is_refused(bands):
 
 
 def test_the_device_range_serves_most_requests_at_either_end():
-    world = make_world(40)
-    low, high = budget_range(world.engine, world.clock, world.space, world.samples, new_tokens=4)
-    cheapest, full = world.space.plan(world.space.cheapest), world.space.plan(world.space.full)
+    resources = make_resources(40)
+    low, high = budget_range(resources.engine, resources.clock, resources.space, resources.samples, new_tokens=4)
+    cheapest, full = resources.space.plan(resources.space.cheapest), resources.space.plan(resources.space.full)
 
     def served(plan, budget):
-        times = [world.clock.latency(world.engine.shape(s, plan.tier), plan, 4).total for s in world.samples]
+        times = [
+            resources.clock.latency(resources.engine.shape(s, plan.tier), plan, 4).total for s in resources.samples
+        ]
         return np.mean(np.array(times) <= budget * (1 + 1e-9))
 
     assert low < high
@@ -104,23 +106,31 @@ def test_the_device_range_serves_most_requests_at_either_end():
 
 
 def test_the_device_range_of_a_measured_clock_runs_few_requests():
-    world = make_world(40)
-    engine = EngineDouble(world.engine.model.config)
-    low, high = budget_range(engine, MeasuredClock(engine), world.space, world.samples)
+    resources = make_resources(40)
+    engine = EngineDouble(resources.engine.model.config)
+    low, high = budget_range(engine, MeasuredClock(engine), resources.space, resources.samples)
     assert 0 < low < high
     assert engine.calls["measured"] == 34  # 16 samples under two plans, one before to warm up
 
 
 def test_the_device_range_counts_on_the_usual_answer_length():
-    world = make_world(40)
-    lengths = [world.engine.outcome(s, world.space.plan(world.space.full)).n_tokens for s in world.samples[::2][:16]]
+    resources = make_resources(40)
+    lengths = [
+        resources.engine.outcome(s, resources.space.plan(resources.space.full)).n_tokens
+        for s in resources.samples[::2][:16]
+    ]
     usual = round(float(np.median(lengths)))
-    found = budget_range(world.engine, world.clock, world.space, world.samples)
-    assert found == budget_range(world.engine, world.clock, world.space, world.samples, new_tokens=usual)
-    assert found[1] < budget_range(world.engine, world.clock, world.space, world.samples, new_tokens=usual + 1)[1]
+    found = budget_range(resources.engine, resources.clock, resources.space, resources.samples)
+    assert found == budget_range(
+        resources.engine, resources.clock, resources.space, resources.samples, new_tokens=usual
+    )
+    assert (
+        found[1]
+        < budget_range(resources.engine, resources.clock, resources.space, resources.samples, new_tokens=usual + 1)[1]
+    )
 
 
 def test_a_range_needs_samples():
-    world = make_world(3)
+    resources = make_resources(3)
     with pytest.raises(UserError, match="training samples"):
-        budget_range(world.engine, world.clock, world.space, [])
+        budget_range(resources.engine, resources.clock, resources.space, [])

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from doubles import EngineDouble, make_world
+from doubles import EngineDouble, make_resources
 
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution
@@ -53,15 +53,17 @@ def test_one_end_in_ms_leaves_the_other_to_the_device(monkeypatch):
 
 @pytest.mark.parametrize(("noise", "noisy"), [("evaluation", {"validation", "test"}), ("always", None), ("off", set())])
 def test_noise_is_for_evaluation_unless_configured_otherwise(noise, noisy):
-    world = make_world()
-    clock = ProfiledClock(profile(EngineDouble(world.engine.model.config), world.samples, repeats=2, per_tiling=8))
+    resources = make_resources()
+    clock = ProfiledClock(
+        profile(EngineDouble(resources.engine.model.config), resources.samples, repeats=2, per_tiling=8)
+    )
     splits = {"train", "validation", "test"}
     configs = {
         split: EnvConfig(latency=LatencySettings(profile="p.json", noise=noise), split=split) for split in splits
     }
     assert {split for split in splits if configs[split]._noise(clock)} == (splits if noisy is None else noisy)
     assert LatencySettings().noise == "evaluation"
-    assert configs["test"]._noise(world.clock) is None  # the roofline source has none
+    assert configs["test"]._noise(resources.clock) is None  # the roofline source has none
 
 
 @pytest.mark.parametrize(

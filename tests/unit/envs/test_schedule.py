@@ -13,9 +13,9 @@ BUDGETS = BudgetDistribution.over(10.0, 100.0)
 
 
 @given(st.integers(0, 2**31), st.integers(0, 10_000), st.integers(1, 8), st.integers(1, 50))
-def test_draws_do_not_depend_on_who_draws_them(seed, round_index, total, samples):
-    whole = TrainingSchedule(seed, samples, BUDGETS).draw(round_index, range(total), total)
-    apart = [TrainingSchedule(seed, samples, BUDGETS).draw(round_index, [g], total)[0] for g in reversed(range(total))]
+def test_draws_do_not_depend_on_who_draws_them(seed, iteration, total, samples):
+    whole = TrainingSchedule(seed, samples, BUDGETS).draw(iteration, range(total), total)
+    apart = [TrainingSchedule(seed, samples, BUDGETS).draw(iteration, [g], total)[0] for g in reversed(range(total))]
     assert whole == apart[::-1]
 
 
@@ -59,9 +59,9 @@ def test_listed_contexts_run_exactly_once_at_any_number_of_workers(count, worker
     total = workers * places
     seen = [
         context
-        for round_index in range(schedule.rounds(total))
+        for iteration in range(schedule.iterations(total))
         for worker in range(workers)
-        for context in schedule.draw(round_index, range(worker * places, (worker + 1) * places), total)
+        for context in schedule.draw(iteration, range(worker * places, (worker + 1) * places), total)
     ]
     real = [context for context in seen if context.id != PADDING]
     assert sorted(context.id for context in real) == list(range(count))

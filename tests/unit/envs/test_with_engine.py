@@ -1,4 +1,4 @@
-"""The world on a real (small, untrained) model: what the double cannot show."""
+"""The resources on a real (small, untrained) model: what the double cannot show."""
 
 import time
 from dataclasses import replace
@@ -14,7 +14,7 @@ from envs.budgets import BudgetDistribution, budget_range
 from envs.config import LatencySettings, ModelSettings, RewardSettings, StoreSettings, TaskSettings
 from envs.data.scenes import load_scenes
 from envs.engine import RolloutEngine
-from envs.env_resources import EnvConfig, World
+from envs.env_resources import EnvConfig, EnvResources
 from envs.errors import UserError
 from envs.knobs import INSERTIONS, TIERS, Knobs, KnobSpace
 from envs.latency import MeasuredClock, ProfiledClock, RooflineClock, hold_out, is_measuring, profile, reference_shape
@@ -46,11 +46,13 @@ def engine(model_folder):
 
 
 @pytest.fixture
-def world(engine, samples):
+def resources(engine, samples):
     text_only = replace(samples[0], id="text-only", image=None)
     clock = RooflineClock(engine.model.config, "laptop-2-core")
     budgets = BudgetDistribution.over(5.0, 50.0)
-    return World(engine, (*samples, text_only), clock, budgets, RewardSettings(), KnobSpace(PUBLISHED_IMPORTANCE))
+    return EnvResources(
+        engine, (*samples, text_only), clock, budgets, RewardSettings(), KnobSpace(PUBLISHED_IMPORTANCE)
+    )
 
 
 def play(env, rng):
@@ -64,27 +66,29 @@ def play(env, rng):
     return observations, rewards, infos
 
 
-def test_an_episode_is_what_the_engine_says(world):
-    env = AdaptiveVQAVectorEnv({"world": world, "num_envs": 8, "group_size": 4})
+def test_an_episode_is_what_the_engine_says(resources):
+    env = AdaptiveVQAVectorEnv({"resources": resources, "num_envs": 8, "group_size": 4})
     (first, second, _), _, infos = play(env, np.random.default_rng(0))
     for row in range(8):
-        sample = world.samples[infos["sample"][row]]
+        sample = resources.samples[infos["sample"][row]]
         knobs = Knobs(TIERS[infos["tier"][row]], *(int(infos[key][row]) for key in ("insertion", "top_k", "blocks")))
-        plan = world.space.plan(knobs)
-        [outcome] = world.engine.outcomes([sample], [plan])
-        assert infos["accuracy"][row] == world.engine.accuracy(sample, outcome)
-        shape = world.engine.shape(sample, knobs.tier)
-        assert infos["latency_ms"][row] == world.clock.latency(shape, plan, outcome.n_tokens).total
-        ids = torch.tensor(world.engine.processor.question_ids(sample.question))
-        assert np.allclose(first["language_feature"][row], world.engine.model.language_feature(ids).detach(), atol=1e-6)
+        plan = resources.space.plan(knobs)
+        [outcome] = resources.engine.outcomes([sample], [plan])
+        assert infos["accuracy"][row] == resources.engine.accuracy(sample, outcome)
+        shape = resources.engine.shape(sample, knobs.tier)
+        assert infos["latency_ms"][row] == resources.clock.latency(shape, plan, outcome.n_tokens).total
+        ids = torch.tensor(resources.engine.processor.question_ids(sample.question))
+        assert np.allclose(
+            first["language_feature"][row], resources.engine.model.language_feature(ids).detach(), atol=1e-6
+        )
         level = budget_level(float(first["budget"][row, 0]))
-        token = world.engine.latency_tokens([sample], [knobs.tier], [level])[0, knobs.insertion - 1]
+        token = resources.engine.latency_tokens([sample], [knobs.tier], [level])[0, knobs.insertion - 1]
         assert np.allclose(second["latency_token"][row], token, atol=1e-5)
 
 
-def test_a_context_may_show_another_budget_than_it_is_judged_by(world):
+def test_a_context_may_show_another_budget_than_it_is_judged_by(resources):
     def observed(contexts):
-        env = AdaptiveVQAVectorEnv({"world": world, "num_envs": len(contexts), "contexts": contexts})
+        env = AdaptiveVQAVectorEnv({"resources": resources, "num_envs": len(contexts), "contexts": contexts})
         (first, second, *_), rewards, infos = play(env, np.random.default_rng(1))
         return first["budget"][0], second["latency_token"][0], rewards[0], infos["budget_ms"][0]
 
@@ -95,23 +99,25 @@ def test_a_context_may_show_another_budget_than_it_is_judged_by(world):
     assert both[2:] == judged[2:]
 
 
-def test_text_only_and_image_requests_run_side_by_side(world):
+def test_text_only_and_image_requests_run_side_by_side(resources):
     contexts = [(24, 30.0), (0, 30.0), (24, 20.0), (1, 20.0)]
-    env = AdaptiveVQAVectorEnv({"world": world, "num_envs": 4, "contexts": contexts})
+    env = AdaptiveVQAVectorEnv({"resources": resources, "num_envs": 4, "contexts": contexts})
     (first, *_), _, infos = play(env, np.random.default_rng(1))
     assert first["action_mask"][:, len(INSERTIONS)].tolist() == [0, 1, 0, 1]
     assert infos["tier"][[0, 2]].tolist() == [0, 0]
     assert (infos["latency_ms"] > 0).all()
 
 
-def test_equal_seeds_give_equal_trajectories_in_fresh_engines(world, model_folder):
+def test_equal_seeds_give_equal_trajectories_in_fresh_engines(resources, model_folder):
     def run(engine):
-        env = AdaptiveVQAVectorEnv({"world": replace(world, engine=engine), "num_envs": 8, "group_size": 4, "seed": 3})
+        env = AdaptiveVQAVectorEnv(
+            {"resources": replace(resources, engine=engine), "num_envs": 8, "group_size": 4, "seed": 3}
+        )
         rng = np.random.default_rng(5)
         return [play(env, rng) for _ in range(2)]
 
-    fresh = RolloutEngine(world.engine.model, world.engine.processor, max_new_tokens=2)
-    for (obs_a, rewards_a, infos_a), (obs_b, rewards_b, infos_b) in zip(run(world.engine), run(fresh), strict=True):
+    fresh = RolloutEngine(resources.engine.model, resources.engine.processor, max_new_tokens=2)
+    for (obs_a, rewards_a, infos_a), (obs_b, rewards_b, infos_b) in zip(run(resources.engine), run(fresh), strict=True):
         assert all(np.array_equal(a[key], b[key]) for a, b in zip(obs_a, obs_b, strict=True) for key in a)
         assert np.array_equal(rewards_a, rewards_b)
         assert all(np.array_equal(infos_a[key], infos_b[key]) for key in infos_a)
@@ -134,16 +140,16 @@ def test_the_reference_request_is_the_same_for_every_clock(engine):
     assert MeasuredClock(engine, repeats=1).reference_ms > 0
 
 
-def test_a_measured_world_runs(world, engine):
-    measured = replace(world, clock=MeasuredClock(engine, repeats=1))
+def test_a_measured_world_runs(resources, engine):
+    measured = replace(resources, clock=MeasuredClock(engine, repeats=1))
     assert is_measuring(measured.clock)
-    env = AdaptiveVQAVectorEnv({"world": measured, "num_envs": 4, "group_size": 2})
+    env = AdaptiveVQAVectorEnv({"resources": measured, "num_envs": 4, "group_size": 2})
     _, _, infos = play(env, np.random.default_rng(0))
     assert (infos["latency_ms"] > 0).all()
 
 
-def test_the_device_range_spans_what_the_knobs_span(world):
-    low, high = budget_range(world.engine, world.clock, world.space, world.samples)
+def test_the_device_range_spans_what_the_knobs_span(resources):
+    low, high = budget_range(resources.engine, resources.clock, resources.space, resources.samples)
     assert high > 1.5 * low
 
 
@@ -156,20 +162,20 @@ def test_a_world_is_built_from_its_settings(engine, model_folder, tmp_path):
         store=StoreSettings(path=None),
         split="validation",
     )
-    world = settings.build()
-    assert len(world.samples) == 6
-    assert world.d_model == 64
-    assert isinstance(world.clock, RooflineClock)
-    assert len(world.budgets.held_out()) == 5
-    assert settings.build().engine is world.engine
-    table = profile(world.engine, world.samples, repeats=1, per_tiling=2)
+    resources = settings.build()
+    assert len(resources.samples) == 6
+    assert resources.d_model == 64
+    assert isinstance(resources.clock, RooflineClock)
+    assert len(resources.budgets.held_out()) == 5
+    assert settings.build().engine is resources.engine
+    table = profile(resources.engine, resources.samples, repeats=1, per_tiling=2)
     if len(table.cells) < 8:
         table = replace(table, cells=table.cells * 4)
     table.save(tmp_path / "table.json")
 
     def profiled(file: str) -> EnvConfig:
         latency = LatencySettings(source="profiled", profile=str(tmp_path / file))
-        return settings.model_copy(update={"latency": latency, "distribution": world.budgets})
+        return settings.model_copy(update={"latency": latency, "distribution": resources.budgets})
 
     assert isinstance(profiled("table.json").build().clock, ProfiledClock)
     replace(table, identity=replace(table.identity, threads=99)).save(tmp_path / "other.json")

@@ -26,7 +26,7 @@ SPACE = KnobSpace([1.0 - 0.05 * block for block in range(16)])
 ACTIONS = np.array([SPACE.encode(knobs) for knobs in SPACE.distinct])
 
 
-def world(samples: int, seed: int = 0) -> tuple[KnownOutcomes, np.ndarray]:
+def resources(samples: int, seed: int = 0) -> tuple[KnownOutcomes, np.ndarray]:
     """Two kinds of questions: one is right with a high tier, the other with many blocks; full plans take longest."""
     rng = np.random.default_rng(seed)
     family = rng.integers(0, 2, samples)
@@ -38,8 +38,8 @@ def world(samples: int, seed: int = 0) -> tuple[KnownOutcomes, np.ndarray]:
     return KnownOutcomes(features, ACTIONS, accuracy, latency, family), right.astype(float)
 
 
-TRAIN, _ = world(200)
-TEST, RIGHT = world(100, 1)
+TRAIN, _ = resources(200)
+TEST, RIGHT = resources(100, 1)
 
 
 def requests(budget: float, *, masked: bool = True) -> Requests:

@@ -52,13 +52,13 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Budgets, ms, that the controller observes in `answer`, with an engine that answers "red"."""
     seen: list[float] = []
 
-    def run_steered(sample: Sample, serving: RequestController) -> Any:
+    def run_decided(sample: Sample, serving: RequestController) -> Any:
         seen.append(80.0 * float(serving.budget.exp()))
         serving.knobs = Knobs("low", 1, 4, 12)
         return SimpleNamespace(n_tokens=1), LatencyRecord(1.0, 1.0, 1.0, 1.0, 1.0, 1.0), None
 
     engine = SimpleNamespace(
-        importance=[float(block) for block in range(16)], run_steered=run_steered, text=lambda outcome: "red"
+        importance=[float(block) for block in range(16)], run_decided=run_decided, text=lambda outcome: "red"
     )
     monkeypatch.setattr(answer, "env_config", lambda *given: SimpleNamespace(build_engine=lambda: engine))
     monkeypatch.setattr(answer, "_check_model", lambda *given: None)

@@ -38,9 +38,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     def with_clock(folder: Path, table_folder: Path | None = None) -> None:
         found.extend(ITS if place == tmp_path / "run" else OURS for place in (folder, table_folder or folder))
 
-    monkeypatch.setattr(evaluate, "open_setting", lambda config: SimpleNamespace(config=config, with_clock=with_clock))
+    monkeypatch.setattr(evaluate, "open_context", lambda config: SimpleNamespace(config=config, with_clock=with_clock))
     monkeypatch.setattr(evaluate, "load_controller", lambda *given: None)
-    monkeypatch.setattr(evaluate, "evaluate_setting", lambda *given: None)
+    monkeypatch.setattr(evaluate, "evaluate_context", lambda *given: None)
     monkeypatch.setattr("cluster.connect.connect", lambda *given, **more: nullcontext())
     return found
 
@@ -88,7 +88,7 @@ def test_an_empty_folder_is_removed_after_an_error(
     def fail(*given: Any) -> None:
         raise error
 
-    monkeypatch.setattr(evaluate, "open_setting", lambda config: SimpleNamespace(config=config, with_clock=fail))
+    monkeypatch.setattr(evaluate, "open_context", lambda config: SimpleNamespace(config=config, with_clock=fail))
     before = sorted(run.root.iterdir())
     for overrides in ([], ["budgets.low_factor=1.2"]):
         with pytest.raises(type(error)):
@@ -103,7 +103,7 @@ def test_files_stay_if_the_evaluation_itself_is_interrupted(
         (out / "table.csv").write_text("rows")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "evaluate_setting", interrupted)
+    monkeypatch.setattr(evaluate, "evaluate_context", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(run.root, ["budgets.low_factor=1.2"], None)
     assert (run.root / "evaluation/table.csv").is_file()
@@ -152,7 +152,7 @@ def test_only_the_controller_observes_clamped_budgets(
     monkeypatch.setattr(report, "rollouts", lambda name, rows: pd.DataFrame())
     monkeypatch.setattr("policies.grpo.evaluation.evaluate_contexts", evaluate_contexts)
     monkeypatch.setattr("ray_ctrl.rllib_setup.build_evaluator", lambda *given: SimpleNamespace(stop=lambda: None))
-    evaluate.evaluate_setting(context, tmp_path, tmp_path / "out")
+    evaluate.evaluate_context(context, tmp_path, tmp_path / "out")
     low, middle, high = trained.held_out()
     assert asked == {
         None: [(0, low, 20.0), (0, middle, middle), (0, high, 60.0)],

@@ -129,7 +129,7 @@ def test_latest_falls_back_over_damage(tmp_path: Path) -> None:
         latest = run.latest()
     assert latest is not None
     assert latest.iteration == 2
-    run.set_aside_after(2)
+    run.discard_after(2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [c.iteration for c in run.checkpoints()] == [2]

@@ -10,7 +10,7 @@ from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution
 from envs.config import RewardSettings
 from envs.data.sample import ImageRef, Sample
-from envs.env_resources import World
+from envs.env_resources import EnvResources
 from envs.knobs import TIERS, ExecutionPlan, KnobSpace
 from envs.latency import LatencyRecord, RequestShape
 from envs.latency.guardrail import AnswerLengths, Guardrail, LatencyPredictor
@@ -50,8 +50,10 @@ class _Engine:
 def _environment_choice(
     controller: Controller, engine: Any, sample: Sample, budget_ms: float, guardrail: Guardrail | None
 ) -> Any:
-    world = World(engine, (sample,), _Clock(), BudgetDistribution(10.0, 90.0), RewardSettings(), SPACE, guardrail)  # type: ignore[arg-type]
-    environment = AdaptiveVQAVectorEnv({"world": world, "num_envs": 1, "contexts": [(0, budget_ms)]})
+    resources = EnvResources(
+        engine, (sample,), _Clock(), BudgetDistribution(10.0, 90.0), RewardSettings(), SPACE, guardrail
+    )  # type: ignore[arg-type]
+    environment = AdaptiveVQAVectorEnv({"resources": resources, "num_envs": 1, "contexts": [(0, budget_ms)]})
     observation, _ = environment.reset()
     first = controller.act({k: torch.as_tensor(v) for k, v in observation.items()}).numpy()
     observation, *_ = environment.step(first)

@@ -147,13 +147,13 @@ def test_wherever_training_is_interrupted_it_says_how_to_continue(
         return last or not stopper.requested
 
     trainer = SimpleNamespace(train=train_loop, stop=lambda: None)
-    monkeypatch.setattr("ray_ctrl.run_context.open_setting", lambda config: None)
+    monkeypatch.setattr("ray_ctrl.run_context.open_context", lambda config: None)
     monkeypatch.setattr("cluster.connect.connect", lambda *given, **more: nullcontext())
     monkeypatch.setattr(train, "open_run", lambda *given: nullcontext((folder, context)))
     monkeypatch.setattr(train, "Trainer", lambda *given: trainer)
     monkeypatch.setattr("ray_ctrl.lookup.precompute", ahead)
     monkeypatch.setattr(train, "export_controller", lambda folder: SimpleNamespace(iteration=3))
-    monkeypatch.setattr("ray_ctrl.commands.evaluate.evaluate_setting", evaluation)
+    monkeypatch.setattr("ray_ctrl.commands.evaluate.evaluate_context", evaluation)
     (tmp_path / "config.yaml").touch()
     layout: Any = SimpleNamespace(resources=None)
     if hint is None:

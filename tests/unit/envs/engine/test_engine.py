@@ -231,7 +231,7 @@ def test_measured_requests_equal_outcomes(engine, pairs):
 
 def test_steered_request(engine, samples):
     controller = Choose()
-    outcome, record, plan = engine.run_steered(samples[2], controller)
+    outcome, record, plan = engine.run_decided(samples[2], controller)
     assert plan == ExecutionPlan("medium", 2, 5, (0, 1, 2, 5, 6, 7, 8, 9, 10, 11, 12, 14))
     assert outcome == engine.outcomes([samples[2]], [plan])[0]
     assert record.controller > 0

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from envs.engine import OutcomeStore, RolloutEngine, export_parquet, open_existing
-from envs.engine.keys import PromptKey, Setting, latency_key, outcome_key, processor_fingerprint
+from envs.engine.keys import EngineFingerprint, PromptKey, latency_key, outcome_key, processor_fingerprint
 from envs.engine.store import StoredOutcome, StoredStates
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
@@ -232,25 +232,25 @@ TOP_K = ExecutionPlan().top_k_per_block
 
 @pytest.fixture
 def setting(small_model, processor):
-    return Setting.of(small_model, processor, 8)
+    return EngineFingerprint.of(small_model, processor, 8)
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Setting)])
-def test_every_setting_is_in_the_key(setting, name):
-    value = getattr(setting, name)
-    other = replace(setting, **{name: value + 1 if isinstance(value, int) else value + "x"})
-    assert outcome_key(setting.to_json(), PROMPT, TOP_K) != outcome_key(other.to_json(), PROMPT, TOP_K)
-    assert latency_key(setting.to_json(), PROMPT, {}) != latency_key(other.to_json(), PROMPT, {})
+@pytest.mark.parametrize("name", [field.name for field in fields(EngineFingerprint)])
+def test_every_setting_is_in_the_key(fingerprint, name):
+    value = getattr(fingerprint, name)
+    other = replace(fingerprint, **{name: value + 1 if isinstance(value, int) else value + "x"})
+    assert outcome_key(fingerprint.to_json(), PROMPT, TOP_K) != outcome_key(other.to_json(), PROMPT, TOP_K)
+    assert latency_key(fingerprint.to_json(), PROMPT, {}) != latency_key(other.to_json(), PROMPT, {})
 
 
 @pytest.mark.parametrize("change", [{"image": "cd"}, {"tiling": (3, 2)}, {"text_ids": (5, 7)}, {"image": None}])
-def test_every_part_of_the_prompt_is_in_the_key(setting, change):
-    text = setting.to_json()
+def test_every_part_of_the_prompt_is_in_the_key(fingerprint, change):
+    text = fingerprint.to_json()
     assert outcome_key(text, PROMPT, TOP_K) != outcome_key(text, replace(PROMPT, **change), TOP_K)
 
 
-def test_plans_and_encoders_are_in_the_key(setting):
-    text = setting.to_json()
+def test_plans_and_encoders_are_in_the_key(fingerprint):
+    text = fingerprint.to_json()
     keys = {outcome_key(text, PROMPT, ExecutionPlan("high", p, k).top_k_per_block) for p in (1, 2) for k in (4, 5, 8)}
     assert len(keys) == 5, "two positions, two reduced top-k, and one full plan"
     assert latency_key(text, PROMPT, {"seed": 0}) != latency_key(text, PROMPT, {"seed": 1})
@@ -288,21 +288,21 @@ SETTING_CHANGES = {
 
 
 @pytest.mark.parametrize("name", SETTING_CHANGES)
-def test_changed_objects_change_the_setting(small_model, processor, setting, name):
+def test_changed_objects_change_the_setting(small_model, processor, fingerprint, name):
     if name == "margins":
         geometry = replace(processor.geometry, mean=(0.1, 0.2, 0.3))
         eos = processor.tokenizer.id_to_token(processor.eos_id)
-        changed = Setting.of(small_model, MolmoEProcessor(geometry, processor.tokenizer, eos), 8)
+        changed = EngineFingerprint.of(small_model, MolmoEProcessor(geometry, processor.tokenizer, eos), 8)
     else:
-        changed = Setting.of(*SETTING_CHANGES[name](small_model, processor))
+        changed = EngineFingerprint.of(*SETTING_CHANGES[name](small_model, processor))
     assert changed != setting
 
 
-def test_matmul_precision_changes_the_setting(small_model, processor, setting):
+def test_matmul_precision_changes_the_setting(small_model, processor, fingerprint):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        assert Setting.of(small_model, processor, 8) != setting
+        assert EngineFingerprint.of(small_model, processor, 8) != setting
     finally:
         torch.set_float32_matmul_precision(before)
 

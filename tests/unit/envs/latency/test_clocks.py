@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from doubles import GOLDEN, EngineDouble, make_samples, make_world
+from doubles import GOLDEN, EngineDouble, make_resources, make_samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,14 +59,14 @@ plans = st.builds(
 
 
 @pytest.fixture(scope="module")
-def world():
-    return make_world(40)
+def resources():
+    return make_resources(40)
 
 
 @pytest.fixture(scope="module")
-def table(world):
+def table(resources):
     engine = EngineDouble(CONFIG)
-    return profile(engine, world.samples[:20], repeats=3, per_tiling=20)
+    return profile(engine, resources.samples[:20], repeats=3, per_tiling=20)
 
 
 def test_a_record_adds_up_and_round_trips():
@@ -161,19 +161,19 @@ def test_profiling_covers_tilings_and_knobs(table):
     assert all(len(cell.totals_ms) == 3 and len(set(cell.totals_ms)) == 3 for cell in table.cells)
 
 
-def test_profiled_clock_predicts_requests_not_used_to_fit(table, world):
+def test_profiled_clock_predicts_requests_not_used_to_fit(table, resources):
     engine = EngineDouble(CONFIG)
     clock = ProfiledClock.for_engine(table, engine)
-    assert np.median(hold_out(clock, engine, world.samples[20:])) < 0.08
+    assert np.median(hold_out(clock, engine, resources.samples[20:])) < 0.08
     assert clock.median_error < 0.05
     assert clock.reference_ms == pytest.approx(engine.truth.reference_ms - 0.4, rel=0.08)
 
 
-def test_most_requests_are_below_the_95th_percentile_of_the_profile(table, world):
+def test_most_requests_are_below_the_95th_percentile_of_the_profile(table, resources):
     engine, clock = EngineDouble(CONFIG), ProfiledClock(table)
     plan = ExecutionPlan()
     inside = []
-    for sample in world.samples:
+    for sample in resources.samples:
         answer, record = engine.run_measured(sample, plan)
         predicted = clock.latency(engine.shape(sample, "high"), plan, answer.n_tokens).total
         inside.append(record.total <= predicted * clock.quantile(0.95))
@@ -273,20 +273,20 @@ def test_too_small_a_table_is_refused(table):
         ProfiledClock(dataclasses.replace(table, cells=table.cells[:3]))
 
 
-def test_profiling_needs_something_to_measure(world):
+def test_profiling_needs_something_to_measure(resources):
     with pytest.raises(UserError, match="0 samples"):
         profile(EngineDouble(CONFIG), [])
     with pytest.raises(UserError, match="0 repeats"):
-        profile(EngineDouble(CONFIG), world.samples, repeats=0)
+        profile(EngineDouble(CONFIG), resources.samples, repeats=0)
 
 
-def test_progress_counts_all_requests(world):
+def test_progress_counts_all_requests(resources):
     seen = []
-    profile(EngineDouble(CONFIG), world.samples[:3], repeats=2, per_tiling=2, progress=lambda *a: seen.append(a))
+    profile(EngineDouble(CONFIG), resources.samples[:3], repeats=2, per_tiling=2, progress=lambda *a: seen.append(a))
     assert seen[-1][0] == seen[-1][1] == len(seen)
 
 
-def test_a_disturbed_device_is_measured_longer(world):
+def test_a_disturbed_device_is_measured_longer(resources):
     calm, busy = EngineDouble(CONFIG), EngineDouble(CONFIG)
     quiet_run = busy.run_measured
 
@@ -296,12 +296,12 @@ def test_a_disturbed_device_is_measured_longer(world):
         return answer, LatencyRecord(**{stage: ms * factor for stage, ms in record.to_dict().items()})
 
     busy.run_measured = disturbed
-    tables = [profile(engine, world.samples[:20], repeats=3, per_tiling=10) for engine in (calm, busy)]
+    tables = [profile(engine, resources.samples[:20], repeats=3, per_tiling=10) for engine in (calm, busy)]
     assert [len(table.cells[0].totals_ms) for table in tables] == [3, 9]
     assert ProfiledClock(tables[1]).reference_ms == pytest.approx(ProfiledClock(tables[0]).reference_ms, rel=0.5)
 
 
-def test_noise_is_the_profiles_own_and_the_same_for_equal_executions(table, world):
+def test_noise_is_the_profiles_own_and_the_same_for_equal_executions(table, resources):
     clock = ProfiledClock(table)
     noise = LatencyNoise(clock.repeat_ratios, 0)
     drawn = [noise.factor(f"s{i}", ExecutionPlan()) for i in range(4000)]

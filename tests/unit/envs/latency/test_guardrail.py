@@ -1,11 +1,11 @@
-"""The guardrail: conformal coverage, answer lengths, predicted latencies, and the fit on a world."""
+"""The guardrail: conformal coverage, answer lengths, predicted latencies, and the fit on a resources."""
 
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from doubles import EngineDouble, make_world
+from doubles import EngineDouble, make_resources
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,77 +72,90 @@ def test_the_longest_answer_of_a_question_counts_and_is_never_below_one():
 
 
 def test_predicted_latencies_are_the_clocks_and_infinite_where_illegal():
-    world = make_world()
-    shapes = [world.engine.shape(world.samples[0], tier) for tier in TIERS]
-    ms = plan_latencies(world.clock, world.space, shapes, 3)
+    resources = make_resources()
+    shapes = [resources.engine.shape(resources.samples[0], tier) for tier in TIERS]
+    ms = plan_latencies(resources.clock, resources.space, shapes, 3)
     assert ms.shape == HEAD_SIZES
-    assert np.isfinite(ms).sum() == len(world.space.all)
-    for knobs in world.space.all[::17]:
-        action = world.space.encode(knobs)
-        assert ms[action] == world.clock.latency(shapes[action[0]], world.space.plan(knobs), 3).total
+    assert np.isfinite(ms).sum() == len(resources.space.all)
+    for knobs in resources.space.all[::17]:
+        action = resources.space.encode(knobs)
+        assert ms[action] == resources.clock.latency(shapes[action[0]], resources.space.plan(knobs), 3).total
 
 
 def test_a_profiles_costs_predict_as_its_clock_does():
-    world = make_world()
-    clock = ProfiledClock(profile(EngineDouble(world.engine.model.config), world.samples, repeats=1, per_tiling=4))
+    resources = make_resources()
+    clock = ProfiledClock(
+        profile(EngineDouble(resources.engine.model.config), resources.samples, repeats=1, per_tiling=4)
+    )
     costs = ProfileCosts(clock.costs)
-    shape = world.engine.shape(world.samples[1], "medium")
-    for knobs in world.space.all[::31]:
-        plan = world.space.plan(knobs)
+    shape = resources.engine.shape(resources.samples[1], "medium")
+    for knobs in resources.space.all[::31]:
+        plan = resources.space.plan(knobs)
         assert costs.latency(shape, plan, 4) == clock.latency(shape, plan, 4)
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_on_new_samples_plans_within_the_prediction_meet_the_budget_as_often_as_promised(confidence):
     """Any plan, picked after the fact: the plan of each sample that exceeds its prediction most."""
-    world = make_world(600)
-    train, validation = replace(world, samples=world.samples[:100]), replace(world, samples=world.samples[100:300])
+    resources = make_resources(600)
+    train, validation = (
+        replace(resources, samples=resources.samples[:100]),
+        replace(resources, samples=resources.samples[100:300]),
+    )
     fitted = fit_guardrail(train, validation, confidence, None, 0)
-    predictor = LatencyPredictor(fitted, world.engine, world.space, world.clock)
+    predictor = LatencyPredictor(fitted, resources.engine, resources.space, resources.clock)
     rng = np.random.default_rng(0)
     inside = []
-    for sample in world.samples[300:]:
+    for sample in resources.samples[300:]:
         predicted = predictor.predicted_ms(sample)
         ratios = []
-        for place in rng.choice(len(world.space.all), 4, replace=False):
-            knobs = world.space.all[place]
-            plan = world.space.plan(knobs)
-            outcome = world.engine.outcome(sample, plan)
-            actual = world.clock.latency(world.engine.shape(sample, knobs.tier), plan, outcome.n_tokens).total
-            ratios.append(actual / predicted[world.space.encode(knobs)])
+        for place in rng.choice(len(resources.space.all), 4, replace=False):
+            knobs = resources.space.all[place]
+            plan = resources.space.plan(knobs)
+            outcome = resources.engine.outcome(sample, plan)
+            actual = resources.clock.latency(resources.engine.shape(sample, knobs.tier), plan, outcome.n_tokens).total
+            ratios.append(actual / predicted[resources.space.encode(knobs)])
         inside.append(max(ratios) <= 1.0)
     assert np.mean(inside) >= confidence - 3 * np.sqrt(confidence * (1 - confidence) / 200)
 
 
 def test_a_measuring_clock_is_calibrated_on_measured_requests():
-    world = make_world(40)
-    engine = EngineDouble(world.engine.model.config)
-    table = ProfiledClock(profile(EngineDouble(world.engine.model.config), world.samples, repeats=1, per_tiling=4))
+    resources = make_resources(40)
+    engine = EngineDouble(resources.engine.model.config)
+    table = ProfiledClock(
+        profile(EngineDouble(resources.engine.model.config), resources.samples, repeats=1, per_tiling=4)
+    )
     engine.scale = 1.5  # slower than when it was profiled
-    measured = replace(world, engine=engine, clock=MeasuredClock(engine))
-    fitted = fit_guardrail(world, measured, 0.9, table, 0)
+    measured = replace(resources, engine=engine, clock=MeasuredClock(engine))
+    fitted = fit_guardrail(resources, measured, 0.9, table, 0)
     assert fitted.factor > 1.2
     assert fitted.noise == fitted.factor
     with pytest.raises(UserError, match="no profile"):
-        fit_guardrail(world, measured, 0.9, None, 0)
+        fit_guardrail(resources, measured, 0.9, None, 0)
 
 
 def test_noise_of_the_profiled_source_is_calibrated_in():
-    world = make_world(80)
-    profiled = ProfiledClock(profile(EngineDouble(world.engine.model.config), world.samples, repeats=3, per_tiling=8))
-    quiet, noisy = (replace(world, clock=profiled, noise=noise) for noise in (None, LatencyNoise((0.8, 1.0, 1.4), 0)))
-    factors = [fit_guardrail(world, w, 0.9, profiled, 0) for w in (quiet, noisy)]
+    resources = make_resources(80)
+    profiled = ProfiledClock(
+        profile(EngineDouble(resources.engine.model.config), resources.samples, repeats=3, per_tiling=8)
+    )
+    quiet, noisy = (
+        replace(resources, clock=profiled, noise=noise) for noise in (None, LatencyNoise((0.8, 1.0, 1.4), 0))
+    )
+    factors = [fit_guardrail(resources, w, 0.9, profiled, 0) for w in (quiet, noisy)]
     assert 1.15 < factors[1].factor / factors[0].factor <= 1.4
     assert all(found.noise >= found.factor for found in factors)
 
 
 def test_a_guardrail_survives_json_and_pickling():
-    world = make_world(30)
-    table = ProfiledClock(profile(EngineDouble(world.engine.model.config), world.samples, repeats=1, per_tiling=4))
-    fitted = fit_guardrail(world, world, 0.9, table, 0)
+    resources = make_resources(30)
+    table = ProfiledClock(
+        profile(EngineDouble(resources.engine.model.config), resources.samples, repeats=1, per_tiling=4)
+    )
+    fitted = fit_guardrail(resources, resources, 0.9, table, 0)
     again = Guardrail.from_dict(json.loads(json.dumps(fitted.to_dict())))
-    one, two = (LatencyPredictor(found, world.engine, world.space, None) for found in (fitted, again))
-    for sample in world.samples[:5]:
+    one, two = (LatencyPredictor(found, resources.engine, resources.space, None) for found in (fitted, again))
+    for sample in resources.samples[:5]:
         np.testing.assert_array_equal(one.predicted_ms(sample), two.predicted_ms(sample))
     assert fitted.noise >= fitted.factor
     with pytest.raises(UserError, match="cannot be read"):
@@ -151,6 +164,6 @@ def test_a_guardrail_survives_json_and_pickling():
 
 @pytest.mark.parametrize("confidence", [0.0, 1.0, -1.0])
 def test_impossible_confidences_are_refused(confidence):
-    world = make_world()
+    resources = make_resources()
     with pytest.raises(UserError, match=r"guardrail confidence .* not allowed"):
-        fit_guardrail(world, world, confidence, None, 0)
+        fit_guardrail(resources, resources, confidence, None, 0)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from envs.errors import UserError
 from envs.model import experts
-from envs.model.experts import TopK, mixture, spread_top_k
+from envs.model.experts import TopK, expand_top_k, mixture
 
 E, D, H = 12, 16, 8
 
@@ -63,17 +63,17 @@ def test_chunks_agree(monkeypatch):
     x, logits = torch.randn(50, D), torch.randn(50, E)
     mixed = TopK(torch.tensor([4, 8, 0, 5, 6] * 10), 8, 230)
     whole = [mixture(x, logits, *weights(), k, "grouped") for k in (6, mixed)]
-    monkeypatch.setattr(experts, "_CHUNK_TOKENS", 7)
+    monkeypatch.setattr(experts, "_SLICE_TOKENS", 7)
     for k, wanted in zip((6, mixed), whole, strict=True):
         assert torch.allclose(mixture(x, logits, *weights(), k, "grouped"), wanted, atol=1e-6)
 
 
 def test_padding_gets_no_expert():
-    spread = spread_top_k([4, 8], [2, 3], 3, torch.device("cpu"))
+    spread = expand_top_k([4, 8], [2, 3], 3, torch.device("cpu"))
     assert isinstance(spread, TopK)
     assert spread.per_token.tolist() == [4, 4, 0, 8, 8, 8]
     assert spread.pairs == 32
-    assert spread_top_k([5, 5], [3, 3], 3, torch.device("cpu")) == 5
+    assert expand_top_k([5, 5], [3, 3], 3, torch.device("cpu")) == 5
 
 
 def test_widths_that_grouped_products_refuse():

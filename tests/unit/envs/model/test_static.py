@@ -75,13 +75,13 @@ def test_greedy_ids_stop_at_the_end_of_text_and_the_limit(model):
 
 @torch.inference_mode()
 def test_what_does_not_fit_is_refused(model):
-    decoder = StaticDecoder(model.language, 24, room=8)
+    decoder = StaticDecoder(model.language, 24, max_tokens=8)
     prefilled, token = prefill(model, 20, ExecutionPlan().top_k_per_block)
     for limit in (4, 9, -1):
         with pytest.raises(UserError, match="do not fit"):
             decoder.decode(prefilled, 0, token, limit)
     long, token = prefill(model, 24, ExecutionPlan().top_k_per_block)
-    with pytest.raises(UserError, match="24 tokens leaves no room"):
+    with pytest.raises(UserError, match="24 tokens leaves no max_tokens"):
         decoder.start(long, 0, token)
 
 

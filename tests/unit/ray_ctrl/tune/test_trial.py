@@ -84,7 +84,7 @@ def test_a_process_that_ends_a_trial_slowly_still_takes_the_next(
     monkeypatch.delenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", raising=False)
     monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
     monkeypatch.setattr(train, "Trainer", lambda *given: Slow())
-    monkeypatch.setattr(trial, "open_setting", lambda config: SimpleNamespace(with_clock=lambda place: None))
+    monkeypatch.setattr(trial, "open_context", lambda config: SimpleNamespace(with_clock=lambda place: None))
     found = sweep()
     monkeypatch.setattr(storing, "_get_ray_train_session_dir", lambda: str(tmp_path / "session"))
     storage = storing.StorageContext(storage_path=str(tmp_path), experiment_dir_name="tune", trial_dir_name="one")
@@ -117,7 +117,7 @@ def test_what_tune_may_have_missed_is_reported_again(tmp_path: Path, monkeypatch
     trainer = SimpleNamespace(done=2, iterate=iterate, _due=lambda: False, stop=lambda: None)
     monkeypatch.setenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", "1")
     monkeypatch.setattr(train, "Trainer", lambda *given: trainer)
-    monkeypatch.setattr(trial, "open_setting", lambda config: SimpleNamespace(with_clock=lambda place: None))
+    monkeypatch.setattr(trial, "open_context", lambda config: SimpleNamespace(with_clock=lambda place: None))
     monkeypatch.setattr(trial.tune, "get_context", lambda: SimpleNamespace(get_trial_id=lambda: "me"))
     reported: list[int] = []
     monkeypatch.setattr(trial.tune, "report", lambda numbers, **more: reported.append(numbers["iteration"]))
