@@ -1,7 +1,7 @@
 """The (sample, budget) context of every group of rollouts.
 
-Training draws are a pure function of (seed, iteration, global group index) through counter-based generators, so any share
-of an iteration can be run again by any process.
+Training draws are a pure function of (seed, iteration, global group index) through counter-based generators, so any
+share of an iteration can be run again by any process.
 """
 
 from collections.abc import Iterable, Sequence

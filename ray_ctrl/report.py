@@ -5,7 +5,7 @@ aggregate it.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -79,14 +79,16 @@ def request_rank_correlation(frame: pd.DataFrame) -> float:
     return float(np.mean([budget_rank_correlation(part) for _, part in frame.groupby("sample")]))
 
 
-def lookup_choices(
-    budgets_ms: Sequence[float], accuracy_PS: Array, latency_PS: Array, max_violation_rate: float = 0.05
-) -> list[int]:
+LOOKUP_VIOLATIONS: Final = 0.05
+
+
+def lookup_choices(budgets_ms: Sequence[float], accuracy_PS: Array, latency_PS: Array) -> list[int]:
     """The lookup table: per budget the plan with the highest mean accuracy that rarely violates it.
+
+    Rarely is on at most `LOOKUP_VIOLATIONS` of the training samples.
 
     Args:
         accuracy_PS, latency_PS: accuracy and latency (ms) of every plan on every training sample, (plans, samples).
-        max_violation_rate: highest share of training samples on which a plan may exceed the budget.
 
     Returns:
         One plan index per budget. Ties go to the faster plan; if every plan violates more often, the one that
@@ -96,7 +98,7 @@ def lookup_choices(
     choices = []
     for budget in budgets_ms:
         violations_P = (latency_PS > budget).mean(axis=1)
-        allowed = np.flatnonzero(violations_P <= max_violation_rate)
+        allowed = np.flatnonzero(violations_P <= LOOKUP_VIOLATIONS)
         if len(allowed):
             choices.append(int(allowed[np.lexsort((mean_P[allowed], -accuracy_P[allowed]))[0]]))
         else:

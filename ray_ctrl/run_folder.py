@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.resources import check_outlives_job
 from envs.errors import UserError
 from envs.files import atomic_folder, atomic_write, integrity_error, remove_partial, write_json, write_manifest
 from ray_ctrl.config import Config
@@ -68,13 +69,7 @@ class RunFolder:
     @staticmethod
     def refuse(root: Path) -> None:
         """Raises a UserError if `root` exists and is not an empty folder, or will be removed with a Ray job."""
-        from cluster.jobs import vanishes
-
-        if vanishes(root):
-            raise UserError(
-                f"run folder {root} is in the job's temporary package folder, which Ray removes when the job ends: set "
-                "run.folder or --run-dir to a folder that stays"
-            )
+        check_outlives_job(root)
         with explained(root):
             taken = root.is_file() or (root.is_dir() and any(path.name != LOCK for path in root.iterdir()))
         if taken:

@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.resources import check_outlives_job
 from envs.errors import UserError
 from envs.files import atomic_folder
 from ray_ctrl.config import Config
@@ -57,7 +56,6 @@ def run(
         check_machine(config, layout)
     check_inputs(config)
     root = run_dir or Path(config.run.folder) / (config.run.name or time.strftime("%Y%m%d-%H%M%S"))
-    check_outlives_job(root)
     if folder is None:
         RunFolder.refuse(root)
     if dry_run:

@@ -245,7 +245,7 @@ def test_changed_weights_or_data_are_refused_on_resume(tmp_path: Path) -> None:
 
 def test_a_run_folder_that_a_ray_job_removes_is_refused(tmp_path: Path) -> None:
     inside = tmp_path / "working_dir_files" / "_ray_pkg_0123" / "runs" / "one"
-    with pytest.raises(UserError, match="temporary package folder"):
+    with pytest.raises(UserError, match="removed with the job's working directory"):
         RunFolder.create(inside, Config())
     assert not inside.exists()
 
