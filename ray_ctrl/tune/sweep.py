@@ -191,7 +191,7 @@ def _ends(kind: str, values: Sequence[Any]) -> tuple[tuple[Any, ...], str]:
     integers = kind in ("int", "log_int")
     numbers = [_number(value) for value in values]
     if len(numbers) != 2 or not all(type(n) is int or (type(n) is float and not integers) for n in numbers):
-        return (), f"give two {'integer ' if integers else ''}numbers, lowest and highest"
+        return (), f"give two {'whole numbers' if integers else 'numbers'}, lowest and highest"
     low, high = numbers
     positive = kind.startswith("log")
     if not (math.isfinite(low) and math.isfinite(high) and low < high and (low > 0 or not positive)):

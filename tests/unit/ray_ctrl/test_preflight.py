@@ -33,7 +33,7 @@ def test_given_vectors_make_batches() -> None:
         (["runners.count=4"], "4 CPUs needed, 2 available"),
         (["runners.count=1", "runners.gpus=0.5"], "GPUs needed"),
         (["runners.count=1", "model.device=cuda"], r"runners\.gpus = 0"),
-        (["runners.count=1", "runners.gpus=1.5"], "whole GPUs"),
+        (["runners.count=1", "runners.gpus=1.5"], "whole number of GPUs"),
         (["runners.count=1", "model.threads=2"], r"more than runners\.cpus"),
         (["grpo.max_policy_lag=1"], r"needs env runners of their own, but runners\.count = 0"),
         (["grpo.max_policy_lag=1", "runners.count=1", "grpo.dual_clip=1.2"], r"dual_clip = 1\.2 is not allowed"),
