@@ -190,7 +190,7 @@ class GRPOConfig(AlgorithmConfig):
                 f"evaluation_interval = {self.evaluation_interval} evaluates nothing: give evaluation_contexts="
                 "[(sample, budget in ms), ...] to .evaluation()"
             )
-        if self.evaluation_duration == "auto":
+        if str(self.evaluation_duration) == "auto":
             raise UserError("evaluation_duration = 'auto' is not allowed: give a number of evaluation_contexts")
         if self.evaluation_interval and not self.has_evaluation_runners:
             raise UserError("evaluation_interval needs an environment: give evaluation_config={'env_config': ...}")

@@ -27,7 +27,7 @@ def reserve_learns(first: int) -> Iterator[None]:
     if not 0 < first < max(TOP_KS):
         raise UserError(f"reserve behind {first} experts is not allowed: give 1 to {max(TOP_KS) - 1}")
     usual = language.mixture
-    language.mixture = partial(_mixture, first)  # type: ignore[assignment]
+    language.mixture = partial(_mixture, first)
     try:
         yield
     finally:
