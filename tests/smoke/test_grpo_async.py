@@ -43,13 +43,13 @@ def test_rollouts_are_as_stale_as_they_say_and_no_context_comes_twice() -> None:
     staleness = []
     learn = algorithm._learn
 
-    def checked(rollouts: Any, groups: Any) -> None:
+    def checked(rollouts: Any, groups: Any) -> Any:
         acted = versions[max(0, algorithm.updates - LAG)]
         obs = {key: torch.as_tensor(value[:, 0].copy()) for key, value in rollouts.obs.items()}
         with torch.no_grad():
             np.testing.assert_allclose(rollouts.logits[:, 0], acted(obs).numpy(), rtol=1e-4, atol=1e-5)
         seen.extend(np.unique(rollouts.infos["context"]).tolist())
-        learn(rollouts, groups)
+        return learn(rollouts, groups)
 
     algorithm._learn = checked
     for _ in range(6):
