@@ -315,7 +315,7 @@ def test_impossible_workers_and_rounds_are_refused(index, count):
     env = vector()
     with pytest.raises(UserError, match=f"worker {index} of {count}"):
         env.set_worker(index, count)
-    with pytest.raises(UserError, match="round -1"):
+    with pytest.raises(UserError, match="iteration -1"):
         env.set_iteration(-1)
 
 

@@ -224,14 +224,14 @@ def test_bad_files(tmp_path):
         list(OutcomeStore(tmp_path / "y.sqlite").rows("facts; DROP TABLE outcomes"))
 
 
-# Everything below: a setting that changes outcomes and is not in the key is a defect.
+# Everything below: a fingerprint that changes outcomes and is not in the key is a defect.
 
 PROMPT = PromptKey("ab", (2, 3), (5, 6))
 TOP_K = ExecutionPlan().top_k_per_block
 
 
 @pytest.fixture
-def setting(small_model, processor):
+def fingerprint(small_model, processor):
     return EngineFingerprint.of(small_model, processor, 8)
 
 
@@ -295,14 +295,14 @@ def test_changed_objects_change_the_setting(small_model, processor, fingerprint,
         changed = EngineFingerprint.of(small_model, MolmoEProcessor(geometry, processor.tokenizer, eos), 8)
     else:
         changed = EngineFingerprint.of(*SETTING_CHANGES[name](small_model, processor))
-    assert changed != setting
+    assert changed != fingerprint
 
 
 def test_matmul_precision_changes_the_setting(small_model, processor, fingerprint):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        assert EngineFingerprint.of(small_model, processor, 8) != setting
+        assert EngineFingerprint.of(small_model, processor, 8) != fingerprint
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -332,12 +332,12 @@ def test_the_store_decides_over_ones_own_result(small_model, processor, samples,
     engine = RolloutEngine(small_model, processor, max_new_tokens=8, store=tmp_path / "s.sqlite")
     plan = ExecutionPlan()
     prompt = engine.prompts.prompt(samples[0], plan.tier)
-    key = outcome_key(engine.setting, prompt.key, plan.top_k_per_block)
+    key = outcome_key(engine.fingerprint, prompt.key, plan.top_k_per_block)
     inner = engine.executor.run
 
     def late(jobs):
         OutcomeStore(tmp_path / "s.sqlite").put_outcomes(
-            engine.setting, {key: ("{}", "[]", StoredOutcome((9, 9), True, 0.0))}
+            engine.fingerprint, {key: ("{}", "[]", StoredOutcome((9, 9), True, 0.0))}
         )
         return inner(jobs)
 
