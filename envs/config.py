@@ -110,10 +110,10 @@ class LatencySettings(Section):
         min_length=1,
         description="Folder that keeps profiles for later runs; `null` keeps the profile in the run folder.",
     )
-    noise: Literal["evaluation", "always", "off"] = Field(
+    noise: Literal["evaluation", "always", "never"] = Field(
         default="evaluation",
         description="Noise of the profiled source, drawn from the profile's own repeats for each (sample, plan): "
-        "`evaluation` on validation and test samples, `always` on training samples, too, `off` never.",
+        "`evaluation` on validation and test samples, `always` on training samples, too.",
     )
     profile_samples: Int = Field(default=8, ge=1, le=1000, description="Samples measured per tiling when profiling.")
     profile_repeats: Int = Field(default=5, ge=1, le=100, description="Timed repeats of each profiled point.")

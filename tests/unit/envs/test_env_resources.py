@@ -51,7 +51,9 @@ def test_one_end_in_ms_leaves_the_other_to_the_device(monkeypatch):
     assert (low.low_ms, low.high_ms, high.low_ms, high.high_ms) == (30, 160, 30, 60)
 
 
-@pytest.mark.parametrize(("noise", "noisy"), [("evaluation", {"validation", "test"}), ("always", None), ("off", set())])
+@pytest.mark.parametrize(
+    ("noise", "noisy"), [("evaluation", {"validation", "test"}), ("always", None), ("never", set())]
+)
 def test_noise_is_for_evaluation_unless_configured_otherwise(noise, noisy):
     resources = make_resources()
     clock = ProfiledClock(
