@@ -87,9 +87,9 @@ def test_a_plain_rllib_checkpoint_is_enough(trained: Path, tmp_path: Path) -> No
     assert all(row["question"] and row["reference"] for row in rows)
 
 
-def test_answer_shows_choice_answer_and_stages(trained: Path, picture: Path) -> None:
+def test_answer_prints_plan_answer_and_stages(trained: Path, picture: Path) -> None:
     done = fine("answer", picture, "what color is the digit?", "--budget-ms", "40", "--controller", trained)
-    for word in ("answer", "choice", "vision", "prefix", "suffix", "decode", "controller"):
+    for word in ("answer", "plan", "vision", "prefix", "suffix", "decode", "controller"):
         assert word in done.out
     done = fine("answer", picture, "what color?", "--budget-ms", "40", "--controller", trained, "--json")
     said = json.loads(done.out)
