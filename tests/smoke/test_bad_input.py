@@ -20,7 +20,7 @@ SMOKE = ("train", "--preset", "smoke")
     [
         (["grpo.grup_size=4"], "the nearest valid key is 'grpo.group_size'"),
         (["grpo.group_size=4", "runners.envs_per_runner=6"], "does not divide runners.envs_per_runner = 6"),
-        (["runners.count=999", "grpo.groups_per_iteration=999"], "999 CPUs wanted"),
+        (["runners.count=999", "grpo.groups_per_iteration=999"], "999 CPUs needed"),
         (["model.name=/no/such/model"], "/no/such/model"),
         (["task.name=nothing"], "nothing"),
         (["latency.device=abacus"], "abacus"),
