@@ -101,8 +101,10 @@ def make_sample(image: str | None, question: str | None) -> Sample:
     Raises:
         UserError: a missing or empty question, or an image that cannot be read completely.
     """
-    if image is None or question is None or not question.strip():
+    if image is None or question is None:
         raise UserError("no question: give IMAGE and QUESTION (`-` for no image), or --sample N")
+    if not question.strip():
+        raise UserError(f"the question is empty ({question!r}): give text")
     reference = None
     if image != "-":
         reference = FileImage.open(image)
