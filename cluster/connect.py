@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import signal
 import socket
 import threading
 import time
@@ -129,6 +130,9 @@ def _init(options: dict[str, Any], timeout_s: float, what: str) -> threading.Eve
             f"{what} gave no answer within {limit_s:g} s: check the machine's free memory and the logs in the newest "
             "folder below /tmp/ray, or raise runners.connect_timeout_s"
         )
+    if threading.current_thread() is threading.main_thread():
+        # Ray's native code takes SIGTERM over for the process and prints a stack; give it back to who had it.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     if failures:
         released.set()
         raise ConnectError(f"cannot start or reach {what}: {first_line(failures[0])}") from failures[0]
