@@ -13,6 +13,8 @@ from policies.grpo.algorithm import GRPO, GRPOConfig
 
 RETURN = "env_runners/episode_return_mean"
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_session() -> None:

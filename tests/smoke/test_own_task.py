@@ -116,7 +116,9 @@ def test_importance_is_measured_on_it_and_used(run: Path, textvqa: Path, tmp_pat
 
     assert "exists already" in refused(*arguments, "--out", file)
     assert "exists already" in refused(*arguments), "the embedded model comes with its own"
-    assert "test samples choose nothing" in refused("importance", "--split", "test", "--out", tmp_path / "other.json")
+    assert "test samples must choose nothing" in refused(
+        "importance", "--split", "test", "--out", tmp_path / "other.json"
+    )
     assert "no local folder" in refused("importance", "model.name=someone/model")
     assert "no file of block importance" in refused("evaluate", run, "model.block_importance=/no/such.json")
 
