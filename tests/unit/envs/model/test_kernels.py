@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="the kernels need Triton (the dev extra on linux x86_64)")
+pytest.importorskip("triton", reason="the kernels need Triton: pip install "ray-ctrl[kernels]"")
 
 ROOT = Path(__file__).parents[4]
 
