@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="the kernels need Triton: pip install "ray-ctrl[kernels]"")
+pytest.importorskip("triton", reason="the kernels need Triton: pip install 'ray-ctrl[kernels]'")
 
 ROOT = Path(__file__).parents[4]
 
