@@ -143,3 +143,9 @@ def test_every_function_that_the_walk_names_exists():
             tree = ast.parse((ROOT / path).read_text("utf-8"))
             names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
             assert name in names, f"{path} has no function {name}"
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports them by their base name: the second of a pair fails to be collected."""
+    names = sorted(path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py")
+    assert sorted(set(names)) == names
