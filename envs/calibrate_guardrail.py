@@ -22,8 +22,8 @@ SAMPLES: Final = 256
 """Largest number of samples run per split."""
 MEASURED_SAMPLES: Final = 64
 """Largest number of samples measured one after another."""
-DRAWN_PLANS: Final = 2
-"""Random plans per sample, in addition to the full and the cheapest plan."""
+DRAWS: Final = 4
+"""Plans drawn for each sample, each as likely as any other."""
 
 
 def fit_guardrail(
@@ -33,8 +33,8 @@ def fit_guardrail(
 
     Args:
         train: answer lengths are learned from its samples.
-        validation: the factor is calibrated on its samples, latency source and noise. The largest ratio over a sample's
-            plans counts, so that the guarantee is valid for any choice among plans.
+        validation: the factor is calibrated on its samples, latency source and noise, with plans drawn at random: the
+            guarantee is for a choice among plans that does not know how long each will take.
         confidence: above 0, below 1.
         profile: predicts latencies; None takes the latency source, which then must not be `measured`.
         seed: of the random plans.
@@ -57,33 +57,27 @@ def fit_guardrail(
 
 def _lengths(resources: EnvResources, confidence: float, seed: int) -> AnswerLengths:
     samples = list(resources.samples[:SAMPLES])
-    plans = [plan for index in range(len(samples)) for plan in _plans(resources.space, seed, index)]
-    each = len(plans) // max(len(samples), 1)
-    outcomes = resources.engine.outcomes([sample for sample in samples for _ in range(each)], plans)
-    tokens = np.array([outcome.n_tokens for outcome in outcomes]).reshape(len(samples), -1)
-    return AnswerLengths.fit(resources.engine.language_features(samples).numpy(), tokens, confidence)
+    rows, plans = _drawn(samples, resources.space, DRAWS, seed)
+    tokens = [outcome.n_tokens for outcome in resources.engine.outcomes(rows, plans)]
+    features = resources.engine.language_features(samples).numpy()
+    return AnswerLengths.fit(features, np.reshape(tokens, (len(samples), DRAWS)), confidence)
 
 
 def _ratios(resources: EnvResources, raw: Guardrail, seed: int) -> npt.NDArray[np.float64]:
-    """Largest ratio of actual to predicted latency over the plans of each validation sample."""
+    """Actual over predicted latency of each validation sample under random plans, (S, R)."""
     measuring = is_measuring(resources.clock)
     samples = list(resources.samples[: MEASURED_SAMPLES if measuring else SAMPLES])
-    predictor = LatencyPredictor(
-        raw, resources.engine, resources.space, None if is_measuring(resources.clock) else resources.clock
-    )
-    chosen = [_plans(resources.space, seed + 1, index) for index in range(len(samples))]
-    if measuring:  # one plan each, as another sample says more than a second plan
-        chosen = [plans[-1:] for plans in chosen]
-    rows = [sample for sample, plans in zip(samples, chosen, strict=True) for _ in plans]
-    flat = [plan for plans in chosen for plan in plans]
-    _, actual_ms = run_plans(resources, rows, flat)
+    predictor = LatencyPredictor(raw, resources.engine, resources.space, None if measuring else resources.clock)
+    # A measured request costs its time: another sample says more than a second plan.
+    rows, plans = _drawn(samples, resources.space, 1 if measuring else DRAWS, seed + 1)
+    _, actual_ms = run_plans(resources, rows, plans)
     actions = {resources.space.plan(knobs): resources.space.encode(knobs) for knobs in resources.space.all}
-    predicted = [predictor.predicted_ms(s)[actions[plan]] for s, plan in zip(rows, flat, strict=True)]
-    return np.asarray((actual_ms / np.array(predicted)).reshape(len(samples), -1).max(axis=1))
+    predicted = [predictor.predicted_ms(s)[actions[plan]] for s, plan in zip(rows, plans, strict=True)]
+    return np.asarray((actual_ms / np.array(predicted)).reshape(len(samples), -1))
 
 
-def _plans(space: KnobSpace, seed: int, index: int) -> Sequence[ExecutionPlan]:
-    """The full plan, the cheapest plan, then random plans."""
-    generator = np.random.default_rng([seed, index])
-    drawn: list[Any] = [space.all[int(i)] for i in generator.choice(len(space.all), DRAWN_PLANS, replace=False)]
-    return [space.plan(knobs) for knobs in (space.full, space.cheapest, *drawn)]
+def _drawn(samples: Sequence[Any], space: KnobSpace, count: int, seed: int) -> tuple[list[Any], list[ExecutionPlan]]:
+    """Each sample `count` times, each time with a plan drawn uniformly."""
+    picks = np.random.default_rng(seed).integers(len(space.all), size=len(samples) * count)
+    plans = [space.plan(space.all[pick]) for pick in picks.tolist()]
+    return [sample for sample in samples for _ in range(count)], plans

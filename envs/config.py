@@ -213,6 +213,6 @@ class GuardrailSettings(Section):
         default=0.95,
         gt=0,
         lt=1,
-        description="Share of requests that should meet their budget under any plan the guardrail allows, calibrated "
-        "on validation samples; `null` turns the guardrail off.",
+        description="Share of requests that should meet their budget under a plan that just meets it as predicted, "
+        "calibrated on validation samples; `null` turns the guardrail off.",
     )

@@ -57,12 +57,12 @@ class AnswerLengths:
 
     Attributes:
         keys: (S, 32) of the known questions.
-        lengths: (S,) tokens of their answers.
-        quantile: over the nearest questions' lengths, 0 to 1.
+        lengths: (S, R) tokens of their answers under R plans.
+        quantile: over all answers to the nearest questions, 0 to 1.
     """
 
     keys: tuple[tuple[float, ...], ...]
-    lengths: tuple[int, ...]
+    lengths: tuple[tuple[int, ...], ...]
     quantile: float
 
     @classmethod
@@ -71,7 +71,7 @@ class AnswerLengths:
 
         Args:
             features: (S, D) language features.
-            lengths: (S,) or (S, R): lengths of R answers to the same question under several plans; the longest counts.
+            lengths: (S,) or (S, R): lengths of R answers to the same question under several plans.
 
         Raises:
             UserError: no questions, or a quantile outside 0 to 1.
@@ -82,15 +82,14 @@ class AnswerLengths:
                 f"{len(rows)} questions at quantile {quantile} do not give a length model: give one answer or more "
                 "and a quantile of 0 to 1"
             )
-        keys = np.round(_keys(features), 4)
-        longest = rows.reshape(len(rows), -1).max(1).astype(int)
-        return cls(tuple(map(tuple, keys.tolist())), tuple(longest.tolist()), float(quantile))
+        keys, rows = np.round(_keys(features), 4), rows.reshape(len(rows), -1).astype(int)
+        return cls(tuple(map(tuple, keys.tolist())), tuple(map(tuple, rows.tolist())), float(quantile))
 
     def predict(self, features: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Predicted lengths (B,), 1 or more, for language features (B, D)."""
         distance = ((_keys(features)[:, None] - self._known) ** 2).sum(-1)
         nearest = np.argsort(distance, axis=1, kind="stable")[:, :NEIGHBORS]
-        lengths = np.asarray(self.lengths)[nearest]
+        lengths = np.asarray(self.lengths)[nearest].reshape(len(nearest), -1)
         found = np.quantile(lengths, self.quantile, axis=1, method="higher")
         return np.maximum(found.astype(np.int64), 1)
 
@@ -104,7 +103,7 @@ class Guardrail:
     """A calibrated guardrail, sent to env runners and exported with the controller.
 
     Attributes:
-        confidence: share of requests that should meet their budget under any plan the guardrail allows.
+        confidence: share of requests that should meet their budget under a plan that just meets it as predicted.
         lengths: predicts the answer's length.
         factor: conformal factor on predicted latencies, for the latency source of training and evaluation.
         noise: factor for serving on the wall clock, at least as large.
@@ -128,7 +127,8 @@ class Guardrail:
             values = dict(stored)
             raw = values["lengths"]
             keys = tuple(tuple(map(float, key)) for key in raw["keys"])
-            values["lengths"] = AnswerLengths(keys, tuple(map(int, raw["lengths"])), float(raw["quantile"]))
+            rows = tuple(tuple(map(int, row)) for row in raw["lengths"])
+            values["lengths"] = AnswerLengths(keys, rows, float(raw["quantile"]))
             if values.get("costs") is not None:
                 values["costs"] = ProfileCosts(values["costs"]["stages"])
             return cls(**values)
@@ -188,23 +188,27 @@ def plan_latencies(clock: Costs, space: KnobSpace, shapes: Sequence[RequestShape
 def conformal_factor(ratios: npt.ArrayLike, confidence: float) -> float:
     """Factor f such that measured <= f x predicted for a new request with probability >= `confidence`.
 
-    Split conformal prediction (Papadopoulos et al. 2002; Lei et al. 2018): the ceil((n + 1) confidence)-th smallest of
-    n exchangeable ratios. With too few ratios for that rank the largest is taken, and the guarantee is n / (n + 1).
+    Split conformal prediction (Papadopoulos et al. 2002; Lei et al. 2018). Ratios of one sample are alike, so samples
+    are what is exchangeable (Dunn, Wasserman and Ramdas 2022): f is the ceil((S + 1) R confidence)-th smallest of the
+    S R ratios, as if all of a new sample's were larger. Where that rank exceeds S R the largest ratio is taken, and the
+    guarantee is S / (S + 1).
 
     Args:
-        ratios: (n,) measured over predicted latency of calibration requests that prediction has not seen.
+        ratios: (S,) or (S, R), measured over predicted latency of R requests about each of S samples that prediction
+            has not seen.
 
     Raises:
         UserError: no ratios, one that is not finite and above 0, or a confidence not in (0, 1).
     """
-    values = np.sort(np.asarray(ratios, np.float64))
+    rows = np.asarray(ratios, np.float64)
+    values = np.sort(rows, axis=None)
     if not values.size or not np.isfinite(values).all() or values[0] <= 0 or not 0.0 < confidence < 1.0:
         raise UserError(
             f"{values.size} latency ratios at confidence {confidence} cannot be calibrated: give finite ratios above 0 "
             "and a confidence between 0 and 1"
         )
-    rank = min(math.ceil((values.size + 1) * confidence), values.size)
-    return float(values[rank - 1])
+    rank = math.ceil((values.size + values.size // len(rows)) * confidence)
+    return float(values[min(rank, values.size) - 1])
 
 
 def _keys(features: npt.ArrayLike) -> Array:
