@@ -41,7 +41,9 @@ def test_conformal_coverage_holds_for_any_noise(seed, samples, repeats, alike, c
     log_SR = np.sqrt(alike) * rng.normal(size=(trials, samples + 1, 1))
     log_SR = log_SR + np.sqrt(1 - alike) * rng.normal(size=(trials, samples + 1, repeats))
     ratios = np.exp(scale * log_SR)
-    covered = np.mean([new <= conformal_factor(old, confidence) for old, new in zip(ratios[:, 1:], ratios[:, 0, 0])])
+    covered = np.mean(
+        [new <= conformal_factor(old, confidence) for old, new in zip(ratios[:, 1:], ratios[:, 0, 0], strict=True)]
+    )
     promised = min(confidence, samples / (samples + 1))
     error = 4 * np.sqrt(promised * (1 - promised) / trials)
     assert promised - error <= covered <= promised + 1 / (samples + 1) + error
