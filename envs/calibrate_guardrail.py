@@ -65,11 +65,11 @@ def _lengths(resources: EnvResources, confidence: float, seed: int) -> AnswerLen
 
 def _ratios(resources: EnvResources, raw: Guardrail, seed: int) -> npt.NDArray[np.float64]:
     """Actual over predicted latency of each validation sample under random plans, (S, R)."""
-    measuring = is_measuring(resources.clock)
-    samples = list(resources.samples[: MEASURED_SAMPLES if measuring else SAMPLES])
-    predictor = LatencyPredictor(raw, resources.engine, resources.space, None if measuring else resources.clock)
+    clock = None if is_measuring(resources.clock) else resources.clock
+    samples = list(resources.samples[: MEASURED_SAMPLES if clock is None else SAMPLES])
+    predictor = LatencyPredictor(raw, resources.engine, resources.space, clock)
     # A measured request costs its time: another sample says more than a second plan.
-    rows, plans = _drawn(samples, resources.space, 1 if measuring else DRAWS, seed + 1)
+    rows, plans = _drawn(samples, resources.space, 1 if clock is None else DRAWS, seed + 1)
     _, actual_ms = run_plans(resources, rows, plans)
     actions = {resources.space.plan(knobs): resources.space.encode(knobs) for knobs in resources.space.all}
     predicted = [predictor.predicted_ms(s)[actions[plan]] for s, plan in zip(rows, plans, strict=True)]
