@@ -74,7 +74,7 @@ def test_impossible_budgets_are_refused(budget):
         ((10.0, 20.0, ((12.0, 21.0),)), "held-out bands"),
         ((10.0, 20.0, ((14.0, 12.0),)), "held-out bands"),
         ((10.0, 20.0, ((12.0, 14.0), (13.0, 15.0))), "held-out bands"),
-        ((10.0, 20.0, ((10.0, 20.0),)), "whole range"),
+        ((10.0, 20.0, ((10.0, 20.0),)), "entire range"),
     ],
 )
 def test_impossible_distributions_are_refused(arguments, named):

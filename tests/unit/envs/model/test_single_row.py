@@ -88,7 +88,7 @@ def test_longer_requests_go_the_other_way(model, ways):
     found, wanted = (way.prefill(x, top_k, way.run_prefix(x, 2)) for way in ways)
     assert torch.equal(found.last, wanted.last)
     assert ways[0].decode(found, 3) == ways[1].decode(wanted, 3)
-    with pytest.raises(UserError, match="no max_tokens"):
+    with pytest.raises(UserError, match="does not fit a cache"):
         ways[0].decoder.start(wanted, 0, 1)
 
 

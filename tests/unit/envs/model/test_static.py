@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused(model):
         with pytest.raises(UserError, match="do not fit"):
             decoder.decode(prefilled, 0, token, limit)
     long, token = prefill(model, 24, ExecutionPlan().top_k_per_block)
-    with pytest.raises(UserError, match="24 tokens leaves no max_tokens"):
+    with pytest.raises(UserError, match="24 tokens does not fit"):
         decoder.start(long, 0, token)
 
 
