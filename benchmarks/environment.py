@@ -21,7 +21,7 @@ from envs.config import RewardSettings
 from envs.data.sample import Sample
 from envs.env_resources import EnvResources
 from envs.knobs import TIER_CROPS, ExecutionPlan, KnobSpace
-from envs.latency import LatencyRecord, ProfiledClock, ProfileTable, RequestShape, RooflineClock
+from envs.latency import LatencyProfile, LatencyRecord, ProfiledClock, RequestShape, RooflineClock
 from envs.latency.profiler import profile
 from envs.model.block_importance import PUBLISHED_IMPORTANCE
 from envs.model.config import MolmoEConfig, VisionConfig
@@ -103,7 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     engine = FreeEngine(512)
     samples = [Sample(str(i), None, "what?", ("yes",)) for i in range(512)]
-    table: ProfileTable = profile(engine, samples[:20], repeats=1, per_tiling=16)
+    table: LatencyProfile = profile(engine, samples[:20], repeats=1, per_tiling=16)
     print(f"{'clock':<10}{'environments':>14}{'ms per rollout':>16}{'rollouts / s':>14}")
     for clock in (RooflineClock(CONFIG, "laptop-2-core"), ProfiledClock(table)):
         resources = EnvResources(

@@ -29,7 +29,7 @@ CONTEXTS = 4  # of the evaluation runners, which stay idle
 def build(overrides: Sequence[str]) -> Any:
     """The training algorithm of the shipped preset, on the roofline clock (which measures nothing by itself)."""
     config = load_config("laptop", None, ["latency.source=roofline", "store.path=null", "runners.cpus=0.5", *overrides])
-    context = open_context(config).with_clock(Path(tempfile.mkdtemp()))
+    context = open_context(config).with_profile(Path(tempfile.mkdtemp()))
     return build_algorithm(context, plan_layout(config).envs, CONTEXTS)
 
 

@@ -26,10 +26,10 @@ from envs.errors import UserError
 from envs.knobs import KnobSpace
 from envs.latency import (
     Clock,
+    LatencyProfile,
     MeasuredClock,
     MeasuringClock,
     ProfiledClock,
-    ProfileTable,
     RooflineClock,
     is_measuring,
 )
@@ -116,7 +116,7 @@ class EnvConfig(Section):
         engine = self.build_engine()
         task = self.task
         limit = {"train": task.train_samples, "validation": task.validation_samples, "test": task.test_samples}
-        samples = load_task(task.name, self.split, limit[self.split], task.seed, on_broken=task.on_invalid_row)
+        samples = load_task(task.name, self.split, limit[self.split], task.seed, on_invalid_row=task.on_invalid_row)
         space = KnobSpace(engine.importance)
         clock = self.build_clock(engine)
         budgets = self.distribution or self._budgets(engine, clock, space, samples)
@@ -134,7 +134,7 @@ class EnvConfig(Section):
             return RooflineClock(engine.model.config, self.latency.device)
         if self.latency.source == "measured":
             return _measured(engine)
-        return ProfiledClock.for_engine(ProfileTable.load(self.latency.profile or ""), engine)
+        return ProfiledClock.for_engine(LatencyProfile.load(self.latency.profile or ""), engine)
 
     def _noise(self, clock: Clock | MeasuringClock) -> LatencyNoise | None:
         on = self.latency.noise == "always" or (self.latency.noise == "evaluation" and self.split != "train")

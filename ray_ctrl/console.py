@@ -20,14 +20,15 @@ class _Console(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# Without a terminal, tables keep their own width rather than the 80 columns that rich assumes.
-console = _Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+# Without a terminal, tables keep their own width rather than the 80 columns that rich assumes. No markup: `[/x]` in a
+# path or an answer is printed as it is.
+console = _Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def progress_bar() -> Progress:
     """A progress bar at the bottom of a terminal; nothing if the output goes to a file."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

@@ -27,13 +27,9 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
 }
 
 
-PATHS = (
-    ("run", "folder"),
-    ("store", "path"),
-    ("latency", "profile"),
-    ("latency", "profile_dir"),
-    ("model", "block_importance"),
-)
+PATHS = ("run.folder", "store.path", "latency.profile", "latency.profile_dir", "model.block_importance")
+_LOCAL_TRACKER = re.compile(r"(mlflow:(?:sqlite:///|file:(?!/)|(?!databricks\b|[\w+-]+:)))(.+)")
+"""mlflow:FOLDER, mlflow:file:FOLDER and mlflow:sqlite:///FILE."""
 OLD_KEYS: Mapping[str, str] = {
     "clock": "latency",
     "clock.kind": "latency.source",
@@ -181,19 +177,25 @@ def _file_tree(path: Path) -> Tree:
 
 
 def _tree(text: str, where: str) -> Tree:
+    nested: Tree = {}
+    for key, value in read_yaml(text, where, "sections such as 'grpo:' with keys").items():
+        _merge(nested, _nested(str(key), value))
+    return nested
+
+
+def read_yaml(text: str, where: str, expected: str) -> Tree:
+    """The mapping in a YAML file, empty for an empty file; repeated keys are errors, text is as written.
+
+    Raises:
+        UserError: other content, naming `where` it is and what is `expected`.
+    """
     try:
         tree = _read(text)
     except yaml.YAMLError as error:
-        first = " ".join(str(error).split())
-        raise UserError(f"{where} is not valid YAML: {first}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{where} contains a {type(tree).__name__}: give sections such as 'grpo:' with keys")
-    nested: Tree = {}
-    for key, value in tree.items():
-        _merge(nested, _nested(str(key), value))
-    return nested
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise UserError(f"{where} contains a {type(tree).__name__}: give {expected}")
+    return tree or {}
 
 
 def _override_tree(override: str) -> Tree:
@@ -213,10 +215,13 @@ def _read(text: str, key: str = "") -> Any:
 
 
 def _with_text(value: Any, written: Any, key: str) -> Any:
+    """`value` as `written` if `key` (`section.name`, or `set.section.name` in a sweep's file) is one of text."""
     if isinstance(value, dict) and isinstance(written, dict):
         pairs = zip(value.items(), written.values(), strict=True)
         return {name: _with_text(inner, raw, f"{key}.{name}".strip(".")) for (name, inner), raw in pairs}
-    section, _, name = key.partition(".")
+    if isinstance(value, list) and isinstance(written, list):
+        return [_with_text(inner, raw, key) for inner, raw in zip(value, written, strict=True)]
+    section, name, *_ = [*key.removeprefix("set.").removeprefix("space.").split("."), ""]
     field = SECTIONS[section].model_fields.get(name) if section in SECTIONS else None
     is_text = field is not None and str in (field.annotation, *get_args(field.annotation))
     return written if is_text and value is not None and isinstance(written, str) else value
@@ -283,15 +288,24 @@ def _nearest_key(path: str) -> str:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """`config` with every file and folder it names as an absolute path: processes on other folders find the same."""
-    from envs.data.task_spec import absolute_task
-
+    """`config` with every file and folder it names as an absolute path: processes in other folders find the same."""
     tree: Tree = config.model_dump()
-    for section, key in PATHS:
-        if tree[section][key] is not None:
-            tree[section][key] = str(Path(tree[section][key]).expanduser().absolute())
-    model = Path(config.model.name).expanduser()
-    if config.model.name != "embedded" and model.is_dir():
-        tree["model"]["name"] = str(model.absolute())
-    tree["task"]["name"] = absolute_task(config.task.name)
-    return parse(tree)
+    return parse({s: {k: absolute(f"{s}.{k}", v) for k, v in keys.items()} for s, keys in tree.items()})
+
+
+def absolute(key: str, value: Any) -> Any:
+    """The value of `section.key`, as an absolute path if it is a path."""
+    if not isinstance(value, str):
+        return value
+    if key == "task.name":
+        from envs.data.task_spec import absolute_task
+
+        return absolute_task(value)
+    if key == "run.tracker" and (local := _LOCAL_TRACKER.fullmatch(value)):
+        return local[1] + _absolute(local[2])
+    is_model = key == "model.name" and value != "embedded" and Path(value).expanduser().is_dir()
+    return _absolute(value) if key in PATHS or is_model else value
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())

@@ -8,14 +8,14 @@ from typing import Any
 from envs.data import load_task
 from envs.errors import UserError
 from envs.knobs import KnobSpace
-from envs.latency import Identity, ProfiledClock, ProfileTable, profile
+from envs.latency import Identity, LatencyProfile, ProfiledClock, profile
 from envs.latency.profiler import GOOD_FIT
 from policies.controller import Controller
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted
 from ray_ctrl.serving import RequestController
 
-TABLE_FILE = "profile.json"
+PROFILE_FILE = "profile.json"
 MISSING = "no such file"
 
 
@@ -53,7 +53,7 @@ def resolve_profile(
             return Use(given)
         raise UserError(f"profile {given} cannot be used: {found}" if found == MISSING else found)
     reason = ""
-    for path in (folder / TABLE_FILE, folder / f"profile-{variant}.json"):
+    for path in (folder / PROFILE_FILE, folder / f"profile-{variant}.json"):
         found = problem(path)
         if found is None:
             return Use(path)
@@ -74,7 +74,7 @@ def find_profile(config: Config, engine: Any, folder: Path) -> Use | Measure:
         if not path.is_file():
             return MISSING
         try:
-            ProfiledClock.for_engine(ProfileTable.load(path), engine)
+            ProfiledClock.for_engine(LatencyProfile.load(path), engine)
         except UserError as error:
             return error.message
         return None
@@ -84,14 +84,14 @@ def find_profile(config: Config, engine: Any, folder: Path) -> Use | Measure:
     return resolve_profile(given, home, f"{identity.model[:8]}-{torch.get_num_threads()}", problem)
 
 
-def measure_table(config: Config, engine: Any) -> ProfileTable:
+def measure_profile(config: Config, engine: Any) -> LatencyProfile:
     """Measures this device on training samples, with a bar and a line of what it found."""
     task, latency = config.task, config.latency
-    samples = load_task(task.name, "train", task.train_samples, task.seed, on_broken=task.on_invalid_row)
+    samples = load_task(task.name, "train", task.train_samples, task.seed, on_invalid_row=task.on_invalid_row)
     # An untrained controller costs the time of a trained one, and only its time counts here.
     controller = Controller(int(engine.model.config.d_model), config.controller.hidden).eval()
     with counted("profiling this device") as report:
-        table = profile(
+        measured = profile(
             engine,
             samples,
             repeats=latency.profile_repeats,
@@ -100,14 +100,13 @@ def measure_table(config: Config, engine: Any) -> ProfileTable:
             progress=report,
             controller=RequestController(controller, KnobSpace(engine.importance), budget_ms=1.0, reference_ms=1.0),
         )
-    clock = ProfiledClock(table)
+    clock = ProfiledClock(measured)
     console.print(
-        f"profiled {len(table.cells)} requests, {latency.profile_repeats} times each: reference request "
+        f"profiled {len(measured.cells)} requests, {latency.profile_repeats} times each: reference request "
         f"{clock.reference_ms:.1f} ms, median error of the fit {clock.median_error:.1%}"
-        + fit_warning(clock.median_error),
-        markup=False,
+        + fit_warning(clock.median_error)
     )
-    return table
+    return measured
 
 
 def fit_warning(median_error: float) -> str:

@@ -18,16 +18,16 @@ from envs.env_resources import EnvConfig, EnvResources
 from envs.errors import UserError
 from envs.files import write_json
 from envs.knobs import MAX_DROPPED, ExecutionPlan, KnobSpace
-from envs.latency import Identity, ProfiledClock, ProfileTable, is_measuring
+from envs.latency import Identity, LatencyProfile, ProfiledClock, is_measuring
 from envs.latency.guardrail import Guardrail
 from envs.model.block_importance import removal_order
 from ray_ctrl.config import Config
 from ray_ctrl.console import console
-from ray_ctrl.profiles import TABLE_FILE, Measure, Use, find_profile, measure_table
+from ray_ctrl.profiles import PROFILE_FILE, Measure, Use, find_profile, measure_profile
 from ray_ctrl.provenance import hardware, versions
 from ray_ctrl.run_folder import check_writable
 
-__all__ = ["BUDGETS_FILE", "TABLE_FILE", "RunContext", "check_importance", "env_config", "open_context"]
+__all__ = ["BUDGETS_FILE", "PROFILE_FILE", "RunContext", "check_importance", "env_config", "open_context"]
 BUDGETS_FILE = "budgets.json"
 GUARDRAIL_FILE = "guardrail-{clock}.json"
 SPLITS = ("train", "validation", "test")
@@ -35,11 +35,11 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class RunContext:
-    """A configuration with its live engine and, after `with_clock`, its profile, budgets and guardrail."""
+    """A configuration with its live engine and, after `with_profile`, its profile, budgets and guardrail."""
 
     config: Config
     engine: Any
-    table: Path | None = None
+    profile: Path | None = None
     given_budgets: BudgetDistribution | None = None
     guardrail: Guardrail | None = None
 
@@ -47,32 +47,32 @@ class RunContext:
     def budgets(self) -> BudgetDistribution:
         """Training and held-out budgets of this device, ms."""
         if self.given_budgets is None:
-            raise RuntimeError("the budgets are known only after with_clock()")
+            raise RuntimeError("the budgets are known only after with_profile()")
         return self.given_budgets
 
     def env_config(self, split: str) -> EnvConfig:
         """The picklable description of one split's environments; equal models share one engine in a process."""
-        return env_config(self.config, split, self.table, self.given_budgets, self.guardrail)
+        return env_config(self.config, split, self.profile, self.given_budgets, self.guardrail)
 
     def build(self, split: str) -> EnvResources:
         """What environments of one split share, built in this process."""
         return self.env_config(split).build()
 
-    def with_clock(self, folder: Path, table_folder: Path | None = None) -> "RunContext":
+    def with_profile(self, folder: Path, profile_folder: Path | None = None) -> "RunContext":
         """This context with a profile (measured if no valid one is there), budgets and guardrail, kept in `folder`.
 
         Args:
-            table_folder: another folder that keeps the profile.
+            profile_folder: another folder that keeps the profile.
         """
         source = self.config.latency.source
-        table = None if source == "roofline" else self._profile(table_folder or folder)
-        known = replace(self, table=table)
+        profile = None if source == "roofline" else self._profile(profile_folder or folder)
+        known = replace(self, profile=profile)
         known = replace(known, given_budgets=known._budgets(folder / BUDGETS_FILE))
         return replace(known, guardrail=known._guardrail(folder / GUARDRAIL_FILE.format(clock=source)))
 
     def profiled(self) -> ProfiledClock | None:
         """The clock of the profile, whichever clock is in use; None without a profile."""
-        return ProfiledClock.for_engine(ProfileTable.load(self.table), self.engine) if self.table else None
+        return ProfiledClock.for_engine(LatencyProfile.load(self.profile), self.engine) if self.profile else None
 
     @cached_property
     def inputs(self) -> dict[str, str]:
@@ -109,13 +109,11 @@ class RunContext:
             decision = Measure(folder, error.message)
         if isinstance(decision, Use):
             return decision.path
-        console.print(
-            decision.reason if required else f"{decision.reason}: no static plans to compare with", markup=False
-        )
+        console.print(decision.reason if required else f"{decision.reason}: no static plans to compare with")
         if not required:
             return None
         check_writable(decision.path.parent)
-        measure_table(self.config, self.engine).save(decision.path)
+        measure_profile(self.config, self.engine).save(decision.path)
         return decision.path
 
     def _budgets(self, path: Path) -> BudgetDistribution:
@@ -189,7 +187,7 @@ def open_context(config: Config) -> RunContext:
     with console.status("loading model and samples"):
         torch.set_num_threads(config.model.threads)
         for split in SPLITS:
-            if not load_task(config.task.name, split, 1, config.task.seed, on_broken=config.task.on_invalid_row):
+            if not load_task(config.task.name, split, 1, config.task.seed, on_invalid_row=config.task.on_invalid_row):
                 raise UserError(f"task {config.task.name!r} has no samples in split {split}")
         described = env_config(config, "train")
         engine = described.build_engine()

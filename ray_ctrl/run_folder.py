@@ -233,13 +233,13 @@ class RunFolder:
     def prune(self, keep: int) -> None:
         """Removes all good checkpoints but the newest `keep`, the chosen, and the one of the highest score."""
         good = self.checkpoints()
-        kept = {c.path for c in (*good[-keep:], choose(good), _highest(good)) if c is not None}
+        kept = {c.path for c in (*good[-keep:], select_checkpoint(good), _highest(good)) if c is not None}
         for checkpoint in good:
             if checkpoint.path not in kept:
                 shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 
-def choose(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+def select_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     """The last checkpoint whose validation score is within one standard error of the highest; the last one without
     scores.
 

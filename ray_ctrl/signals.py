@@ -27,7 +27,7 @@ class Interrupted(BaseException):
 
 
 class Stopper:
-    """Context in which a signal interrupts; within `patient` the first one only sets `requested`.
+    """Context in which a signal interrupts; within `defer_interrupt` the first one only sets `requested`.
 
     Inside, an interruption is a KeyboardInterrupt, the only exception that ends Ray's blocking calls; it leaves the
     context as `Interrupted`.
@@ -54,7 +54,7 @@ class Stopper:
             raise Interrupted(self.signal) from None
 
     @contextmanager
-    def patient(self, promise: str) -> Iterator[None]:
+    def defer_interrupt(self, promise: str) -> Iterator[None]:
         """Defers the first signal to the end of the block, which looks at `requested`.
 
         Args:
@@ -70,8 +70,8 @@ class Stopper:
     def requested(self) -> bool:
         return self.signal is not None
 
-    def obey(self) -> None:
-        """Interrupts if a stop was requested in a `patient` block."""
+    def raise_if_interrupted(self) -> None:
+        """Interrupts if a stop was requested in a `defer_interrupt` block."""
         if self.requested:
             raise KeyboardInterrupt
 
@@ -86,10 +86,10 @@ class Stopper:
 
 
 @contextmanager
-def telling(how: str) -> Iterator[None]:
+def hint_on_interrupt(how: str) -> Iterator[None]:
     """Prints how to continue if the block is interrupted."""
     try:
         yield
     except KeyboardInterrupt:
-        console.print(f"stopped; {how}", markup=False)
+        console.print(f"stopped; {how}")
         raise

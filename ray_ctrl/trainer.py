@@ -73,7 +73,7 @@ class Trainer:
         """Runs to the last iteration; False if a signal ended it before."""
         total = self.config.run.iterations
         started, first = time.monotonic(), self.done
-        with progress_bar() as bar, stopper.patient("the run stops after this iteration, with a checkpoint"):
+        with progress_bar() as bar, stopper.defer_interrupt("the run stops after this iteration, with a checkpoint"):
             task = bar.add_task("training", total=total, completed=self.done)
             while self.done < total and not stopper.requested:
                 row = self._iterate_or_recover(stopper)
@@ -82,7 +82,7 @@ class Trainer:
                     continue
                 each_s = (time.monotonic() - started) / (self.done - first)
                 if self._prints():
-                    console.print(iteration_line(row, total, each_s * (total - self.done)), markup=False)
+                    console.print(iteration_line(row, total, each_s * (total - self.done)))
                 bar.update(task, completed=self.done)
         return self.done >= total
 
@@ -133,9 +133,7 @@ class Trainer:
             self.restarts += 1
             if self.restarts > MAX_LEARNER_RESTARTS:
                 raise
-            console.print(
-                f"{error.message} (automatic restart {self.restarts} of {MAX_LEARNER_RESTARTS})", markup=False
-            )
+            console.print(f"{error.message} (automatic restart {self.restarts} of {MAX_LEARNER_RESTARTS})")
             self.algorithm.stop()
             wait_for(self.layout.resources, self.config.runners.connect_timeout_s, "the cluster")
             self._build()

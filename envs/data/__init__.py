@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 
-from envs.data.build import SPLITS, OnBroken
+from envs.data.build import SPLITS, OnInvalidRow
 from envs.data.catalog import DATA_SETS
 from envs.data.sample import FileImage, ImageRef, Sample, content_id
 from envs.data.task_spec import load_mix, parse_tasks
@@ -29,7 +29,7 @@ def check_task(name_or_path: str) -> None:
 
 
 def load_task(
-    name_or_path: str, split: str, limit: int | None = None, seed: int = 0, *, on_broken: OnBroken = "refuse"
+    name_or_path: str, split: str, limit: int | None = None, seed: int = 0, *, on_invalid_row: OnInvalidRow = "refuse"
 ) -> Sequence[Sample]:
     """Samples of one split of a task.
 
@@ -42,7 +42,7 @@ def load_task(
         split: `train`, `validation` or `test`.
         limit: at most this many samples; None for all.
         seed: which samples a limit picks, and the order of a mix.
-        on_broken: `refuse` stops at the first row that cannot be used, `skip` logs such rows and leaves them out.
+        on_invalid_row: `refuse` stops at the first row that cannot be used, `skip` logs such rows and leaves them out.
 
     Raises:
         UserError: an unknown task, split or policy, unreadable data, or an invalid row under `refuse`.
@@ -51,10 +51,10 @@ def load_task(
         raise UserError(f"split {split!r} is not allowed: choose one of {', '.join(SPLITS)}")
     if limit is not None and limit < 1:
         raise UserError(f"a limit of {limit} samples is not allowed: give 1 or more, or leave it out for all")
-    if on_broken not in ("refuse", "skip"):
-        raise UserError(f"on_broken {on_broken!r} is not allowed: choose refuse or skip")
+    if on_invalid_row not in ("refuse", "skip"):
+        raise UserError(f"on_invalid_row {on_invalid_row!r} is not allowed: choose refuse or skip")
     if name_or_path.strip() == "scenes":
         from envs.data.scenes import load
 
         return load(split, limit, seed)
-    return load_mix(parse_tasks(name_or_path), split, limit, seed, on_broken)
+    return load_mix(parse_tasks(name_or_path), split, limit, seed, on_invalid_row)

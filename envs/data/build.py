@@ -17,7 +17,7 @@ from envs.data.record import Record
 from envs.data.sample import FileImage, ImageRef, Sample, content_id
 from envs.errors import UserError
 
-OnBroken = Literal["refuse", "skip"]
+OnInvalidRow = Literal["refuse", "skip"]
 SPLITS: Final = ("train", "validation", "test")
 HELD_OUT: Final = 10
 """One image in this many is held out if a source has no validation or test split of its own."""
@@ -40,20 +40,20 @@ class Source:
         return str(self.path or self.repo or self.entry.name)
 
 
-def read_source(source: Source, on_broken: OnBroken) -> dict[str, tuple[Sample, ...]]:
+def read_source(source: Source, on_invalid_row: OnInvalidRow) -> dict[str, tuple[Sample, ...]]:
     """All samples of a source, divided into train, validation and test.
 
     Raises:
         UserError: nothing readable, an invalid row under `refuse`, or nothing left.
     """
     files = files_of(source.path, source.entry)[1] if source.path else ()
-    return _read(source, on_broken, tuple(map(stamp_of, files)))
+    return _read(source, on_invalid_row, tuple(map(stamp_of, files)))
 
 
 @lru_cache(maxsize=8)
-def _read(source: Source, on_broken: OnBroken, _stamps: tuple[str, ...]) -> dict[str, tuple[Sample, ...]]:
+def _read(source: Source, on_invalid_row: OnInvalidRow, _stamps: tuple[str, ...]) -> dict[str, tuple[Sample, ...]]:
     """As `read_source`; cached until a file, and with it one of the stamps, changes."""
-    by_split = _samples(source, on_broken)
+    by_split = _samples(source, on_invalid_row)
     if not by_split:
         raise UserError(f"{source.name} has no usable row: give at least three images")
     return divide(by_split, source.name, published=source.entry is not OWN)
@@ -68,7 +68,7 @@ def _records(source: Source) -> Iterable[Record]:
         yield from read_hub(place, split, source.entry, source.revision)
 
 
-def _samples(source: Source, on_broken: OnBroken) -> dict[str, list[Sample]]:
+def _samples(source: Source, on_invalid_row: OnInvalidRow) -> dict[str, list[Sample]]:
     """Samples by the split that the source gives them; "train" without one."""
     records = list(_records(source))
     if source.entry.images_only:
@@ -85,7 +85,7 @@ def _samples(source: Source, on_broken: OnBroken) -> dict[str, list[Sample]]:
             by_split[record.split or "train"] += _row(record, scans, source.entry)
         except RowError as error:
             reason = f"{source.name}: {record.place}: {error}"
-            if on_broken == "refuse":
+            if on_invalid_row == "refuse":
                 raise UserError(f"{reason}; fix or remove the row, or let such rows be skipped") from None
             skipped += 1
             if skipped <= _LOGGED_ROWS:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from envs.data.files import stamp_of
@@ -98,7 +99,7 @@ def scan_images(name: str, images: Collection[Cell | Path]) -> dict[Cell | Path,
         with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
             found = track(
                 pool.map(_scan, missing),
-                f"reading images of {name}",
+                f"reading images of {escape(name)}",
                 total=len(missing),
                 console=console,
                 transient=True,

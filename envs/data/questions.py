@@ -8,6 +8,8 @@ import re
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
+from itertools import takewhile
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any, Final, NamedTuple
 
 from envs.data.catalog import OWN, DataSet
@@ -19,26 +21,29 @@ from envs.processing.processor import with_options
 _NESTED: Final = ("qas", "qa")
 _QUESTION: Final[tuple[str, ...]] = ("question", "query")
 _ANSWERS: Final = ("answers", "direct_answers", "label", "answer")
-_OPTIONS: Final = ("choices", "options")
-_RIGHT_OPTION: Final = ("correct_choice_idx", "answer", "answers", "label")
+_OPTIONS: Final = ("choices", "options", "answer_choices", "multiple_choices", "candidates", "alternatives")
+_RIGHT_OPTION: Final = (
+    *("correct_choice_idx", "correct_choice", "correct_answer", "answer_idx", "answer_index", "answer_key"),
+    *("answer", "answers", "label"),
+)
 _OTHER: Final = ("hint", "metric", "style", "family", "split")
 FIELDS: Final = frozenset((*_NESTED, *_QUESTION, *_ANSWERS, *_OPTIONS, *_RIGHT_OPTION, *_OTHER))
-"""Fields that are read, in addition to the image and the set's `family`."""
+"""Fields that are read, in addition to the image, lettered options and the set's `family`."""
 
 IMAGE_FIELDS: Final = (
     *("image", "images", "img", "image_bytes", "image_path", "image_file", "image_name", "picture", "photo"),
     *("jpg", "jpeg", "png", "webp", "file_name", "filename", "file_path"),
 )
-"""Names of an image, in any case and with `-` or a space for `_`; the first with a value is read."""
+"""Names of an image; the first with a value is read."""
 
+_LETTERED: Final = re.compile("(?:(?:option|choice)_?)?([a-z])")
+_OPTION_WORDS: Final = frozenset(("option", "options", "choice", "choices", "candidates", "alternatives"))
 _IMAGE_WORDS: Final = frozenset(("image", "images", "img", "picture", "pictures", "photo", "photos", "jpg", "png"))
 _NO_IMAGE: Final = re.compile(
     r"ids?|index|width|height|w|h|size|count|num|class(es)?|category|captions?|description|text|type|format|source|"
     r"license|split|tags|labels?|hash|md5|sha256"
 )
 """Words that make the name of an image column one about the image."""
-
-_LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class RowError(Exception):
@@ -55,23 +60,45 @@ class Question(NamedTuple):
     family: str | None
 
 
+def plain_name(name: str) -> str:
+    """A field's name as it is compared: in lower case, with `_` for `-`, a space or in camelCase."""
+    return re.sub(r"[\s-]", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())).lower()
+
+
+def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields by their plain names; of two that become equal, the one that is written plainly counts."""
+    return {plain_name(name): value for name, value in sorted(fields.items(), key=lambda f: f[0] == plain_name(f[0]))}
+
+
 def image_names(names: Iterable[str]) -> list[str]:
     """The names of fields or columns that are those of an image, in the order in which they are tried."""
-    plain = {name: re.sub(r"[\s-]", "_", name.strip().lower()) for name in names}
-    return sorted((name for name in plain if plain[name] in IMAGE_FIELDS), key=lambda n: IMAGE_FIELDS.index(plain[n]))
+    known = [name for name in names if plain_name(name) in IMAGE_FIELDS]
+    return sorted(known, key=lambda name: IMAGE_FIELDS.index(plain_name(name)))
+
+
+def is_read(name: str) -> bool:
+    """Whether a field other than the image is read, or looks like options and so must be."""
+    plain = plain_name(name)
+    return plain in FIELDS or bool(_LETTERED.fullmatch(plain)) or not _words(name).isdisjoint(_OPTION_WORDS)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", plain_name(name)))
 
 
 def unread_image(fields: Mapping[str, Any]) -> str:
     """What is wrong with a row without an image if an unread field looks like one; empty if nothing."""
     for name, value in fields.items():
-        words = set(re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
+        words = _words(name)
         named = (
             bool(words & _IMAGE_WORDS)
             and not any(map(_NO_IMAGE.fullmatch, words))
             and isinstance(value, str | list | Mapping)
         )
-        path = isinstance(value, str) and (value.lower().endswith(IMAGE_ENDINGS) or value.startswith("data:image"))
-        if value and name not in FIELDS and (named or path or isinstance(value, bytes)):
+        cell = value[0] if isinstance(value, list) and value else value
+        cell = cell.get("bytes") or cell.get("path") if isinstance(cell, Mapping) else cell
+        path = isinstance(cell, str) and (cell.lower().endswith(IMAGE_ENDINGS) or cell.startswith("data:image"))
+        if value and not is_read(name) and (named or path or isinstance(cell, bytes)):
             return f"field {excerpt(name)} is {excerpt(value)}, looks like an image and is not read: name it image"
     return ""
 
@@ -91,7 +118,7 @@ def questions(fields: Mapping[str, Any], entry: DataSet) -> Iterator[Question]:
     for inner in nested:
         if not isinstance(inner, Mapping):
             raise RowError(f"a question is {excerpt(inner)}, not an object with question and answer")
-        yield _question(inner, entry)
+        yield _question(plain_fields(inner), entry)
 
 
 def _nested(fields: Mapping[str, Any]) -> list[Any] | None:
@@ -102,8 +129,8 @@ def has_answers(fields: Mapping[str, Any]) -> bool:
     """Whether a record has any answer; published test splits often have none."""
     nested = _nested(fields)
     if nested is not None:
-        return any(isinstance(inner, Mapping) and has_answers(inner) for inner in nested)
-    for key in (*_ANSWERS, "correct_choice_idx"):
+        return any(isinstance(inner, Mapping) and has_answers(plain_fields(inner)) for inner in nested)
+    for key in (*_ANSWERS, *_RIGHT_OPTION):
         value = fields.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return value >= 0
@@ -124,7 +151,7 @@ def _question(fields: Mapping[str, Any], entry: DataSet) -> Question:
     style = entry.style if style is None else style
     options = _options(fields, entry, metric)
     if options:
-        answers: tuple[str, ...] = (_LETTERS[_right_option(fields, options)],)
+        answers: tuple[str, ...] = (ascii_uppercase[_right_option(fields, options)],)
         metric = f"multiple_choice:{len(options)}"
         hint = fields.get("hint")
         # The published model read the hint first, then the question.
@@ -158,6 +185,9 @@ def _check_metric(metric: Any, answers: tuple[str, ...]) -> None:
 def _options(fields: Mapping[str, Any], entry: DataSet, metric: Any) -> list[str]:
     """Options of a multiple-choice question; empty for a direct question."""
     key, options = _first(fields, _OPTIONS)
+    options = _parsed(options) if isinstance(options, str) else options
+    if options is None and entry is OWN:
+        key, options = _lettered_options(fields)
     wanted = "multiple_choice" in (entry.metric, metric)
     if options is None and wanted:
         raise RowError("choices are missing")
@@ -165,9 +195,25 @@ def _options(fields: Mapping[str, Any], entry: DataSet, metric: Any) -> list[str
         return []
     if not isinstance(options, list) or not all(isinstance(o, str) and o for o in options):
         raise RowError(f"{key} is {excerpt(options)}: give a list of texts")
-    if not 2 <= len(options) <= len(_LETTERS):
-        raise RowError(f"{key} has {len(options)} options: give 2 to {len(_LETTERS)}")
+    if not 2 <= len(options) <= len(ascii_uppercase):
+        raise RowError(f"{key} has {len(options)} options: give 2 to {len(ascii_uppercase)}")
     return options
+
+
+def _lettered_options(fields: Mapping[str, Any]) -> tuple[str, list[Any] | None]:
+    """Options in fields of their own (`A`, `option_b`), in order; None without A and B.
+
+    Raises:
+        RowError: a list under another name that looks like options.
+    """
+    by_letter = {m[1]: v for name, v in fields.items() if (m := _LETTERED.fullmatch(name)) and isinstance(v, str)}
+    options = [by_letter[letter] for letter in takewhile(by_letter.__contains__, ascii_lowercase)]
+    if len(options) > 1:
+        return "A, B, ...", options
+    for name, value in fields.items():
+        if isinstance(value, list | Mapping) and value and name not in FIELDS and _words(name) & _OPTION_WORDS:
+            raise RowError(f"field {excerpt(name)} is {excerpt(value)} and looks like options: name it choices")
+    return "", None
 
 
 def _right_option(fields: Mapping[str, Any], options: list[str]) -> int:
@@ -178,8 +224,8 @@ def _right_option(fields: Mapping[str, Any], options: list[str]) -> int:
     if isinstance(right, str):
         if right in options:
             return options.index(right)
-        letter = right.strip().upper()
-        right = _LETTERS.index(letter) if len(letter) == 1 and letter in _LETTERS else right
+        letter = re.fullmatch(r"\(?([A-Z])[).:]*", right.strip().upper())
+        right = ascii_uppercase.index(letter[1]) if letter else right
     if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(options):
         raise RowError(
             f"{key or 'answer'} is {excerpt(given)}: give one of the {len(options)} options, its letter or its index"
@@ -204,21 +250,28 @@ def _texts(value: Any, listed: bool) -> list[str]:
 
 
 def _parsed(text: str) -> Any:
-    """The list that a text spells in JSON, Python or as numpy prints it (without commas); else the text itself."""
+    """The list that a text spells in JSON, Python or as numpy prints it (without commas); else the text itself.
+
+    Raises:
+        RowError: a list of texts that cannot be read, such as a shortened one.
+    """
     if not text.startswith("[") or not text.endswith("]"):
         return text
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         pass
+    missing = {"nan": "None", "null": "None", "None": "None"}
     values = (tokenize.STRING, tokenize.NUMBER)
     try:
         tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.string.strip()]
-        comma = [a.type in values and b.type in values for a, b in zip(tokens, [*tokens[1:], tokens[-1]], strict=True)]
-        parsed = ast.literal_eval(
-            "".join(f"{t.string}," if c else t.string for t, c in zip(tokens, comma, strict=True))
-        )
+        is_value = [t.type in values or t.string in missing for t in tokens]
+        comma = [a and b for a, b in zip(is_value, [*is_value[1:], False], strict=True)]
+        words = (missing.get(t.string, t.string) for t in tokens)
+        parsed = ast.literal_eval("".join(f"{w}," if c else w for w, c in zip(words, comma, strict=True)))
     except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError):
+        if re.match(r"\[\s*['\"]", text):
+            raise RowError(f"{excerpt(text)} is a list that cannot be read: give a list of texts") from None
         return text
     return parsed if isinstance(parsed, list) else text
 

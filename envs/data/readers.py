@@ -18,7 +18,7 @@ from envs.data.catalog import OWN, DataSet, HubSplit
 from envs.data.files import file_split, inside, split_of, stamp_of, walk_files
 from envs.data.image_index import Cell, Table, cache_folder
 from envs.data.original import read_original
-from envs.data.questions import FIELDS, image_names, unread_image
+from envs.data.questions import image_names, is_read, plain_fields, unread_image
 from envs.data.record import Record
 from envs.errors import UserError, first_line
 from envs.files import atomic_file, size_text
@@ -173,14 +173,14 @@ def _read_table(
     table = Table(tuple(cached["filename"] for cached in rows.cache_files))
     arrow = rows.with_format("arrow")
     others = [c for c in rows.column_names if c not in columns]
-    wanted = [c for c in others if c in FIELDS or c in entry.family]
+    wanted = [c for c in others if is_read(c) or c in entry.family]
     unread = [c for c in others if c not in wanted] if entry is OWN else []
     for start in range(0, len(rows), _BATCH):
         stop = min(start + _BATCH, len(rows))
         fields = _values(arrow.select_columns(wanted)[start:stop]) if wanted else [{} for _ in range(start, stop)]
         images = {c: _cells(arrow.select_columns([c])[start:stop][c]) for c in columns}
         for i, one in enumerate(fields):
-            record = Record(f"{name}, row {start + i}", split, one)
+            record = Record(f"{name}, row {start + i}", split, plain_fields(one))
             column = next((c for c in columns if images[c][i] is not None), "")
             if column and images[column][i] is _STORED:
                 record = replace(record, image=Cell(table, start + i, column, f"{key}:{start + i}:{column}"))
@@ -272,17 +272,16 @@ def _read_json_lines(file: Path, folder: Path) -> Iterator[Record]:
             yield replace(record, error=f"not JSON: {error}")
             continue
         if isinstance(fields, dict):
-            yield _own_split(_own_image(replace(record, fields=fields), file.parent))
+            yield _own_split(_own_image(replace(record, fields=plain_fields(fields)), fields, file.parent))
         else:
             yield replace(record, error=f"a {type(fields).__name__}, not an object with question and answers")
 
 
-def _own_image(record: Record, folder: Path) -> Record:
-    """The record with the image that its fields name, which may be null."""
-    fields = record.fields
+def _own_image(record: Record, fields: Mapping[str, Any], folder: Path) -> Record:
+    """The record with the image that the fields name as they are written, which may be null."""
     name = next((fields[key] for key in image_names(fields) if fields[key] not in (None, "", [])), None)
     if name is None:
-        return replace(record, error=unread_image({k: v for k, v in fields.items() if k not in FIELDS}))
+        return replace(record, error=unread_image(fields))
     if isinstance(name, list):
         name = name[0] if len(name) == 1 else f"{len(name)} images"
     if isinstance(name, Mapping):  # an image as `datasets` writes it

@@ -8,7 +8,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from envs.processing.images import FileImage, ImageRef
+from envs.errors import UserError
+from envs.processing.images import FileImage, ImageRef, excerpt
 
 __all__ = ["FileImage", "ImageRef", "Sample", "content_id"]
 
@@ -37,6 +38,13 @@ class Sample:
 
 
 def content_id(image_digest: str | None, question: str, answers: Sequence[str]) -> str:
-    """A stable 16-digit hex id for a sample's content."""
+    """A stable 16-digit hex id for a sample's content.
+
+    Raises:
+        UserError: half a character (a lone surrogate) in the question or an answer.
+    """
     content = json.dumps([image_digest, question, list(answers)], ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    try:
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+    except UnicodeEncodeError:
+        raise UserError(f"{excerpt(question)} contains half a character (a lone surrogate): give UTF-8 text") from None

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from envs.data.build import OnBroken, Source, keep_apart, read_source, unique
+from envs.data.build import OnInvalidRow, Source, keep_apart, read_source, unique
 from envs.data.catalog import DATA_SETS, OWN, data_set, data_set_on_hub, is_data_set
 from envs.data.sample import Sample
 from envs.errors import UserError
@@ -119,13 +119,14 @@ def _source(where: str, label: str) -> Source:
 
 
 def load_mix(
-    parts: Sequence[Part], split: str, limit: int | None, seed: int, on_broken: OnBroken
+    parts: Sequence[Part], split: str, limit: int | None, seed: int, on_invalid_row: OnInvalidRow
 ) -> tuple[Sample, ...]:
     """Samples of one split of a mix; no image of any part's test or validation is in its train."""
     from envs.data.scenes import load
 
     pools = [
-        read_source(part.source, on_broken)[split] if part.source else tuple(load(split, limit, seed)) for part in parts
+        read_source(part.source, on_invalid_row)[split] if part.source else tuple(load(split, limit, seed))
+        for part in parts
     ]
     if len(pools) == 1 and limit is None:
         return pools[0]
@@ -133,7 +134,7 @@ def load_mix(
         # Scenes have their own rule and share no image with anything else.
         together: dict[str, list[Sample]] = defaultdict(list)
         for source in (part.source for part in parts if part.source):
-            for name, samples in read_source(source, on_broken).items():
+            for name, samples in read_source(source, on_invalid_row).items():
                 together[name] += samples
         allowed = {sample.id for sample in keep_apart(together)[split]} if together else set()
         pools = [

@@ -1,8 +1,8 @@
 """Latency sources: a request's latency on a device, stage by stage, in milliseconds."""
 
 from envs.latency.clock import AnyClock, Clock, MeasuringClock, is_measuring, reference_shape
+from envs.latency.latency_profile import Identity, LatencyProfile
 from envs.latency.measured import MeasuredClock
-from envs.latency.profile_table import Identity, ProfileTable
 from envs.latency.profiled import ProfiledClock
 from envs.latency.profiler import hold_out, profile
 from envs.latency.record import STAGES, LatencyRecord, RequestShape
@@ -14,10 +14,10 @@ __all__ = [
     "AnyClock",
     "Clock",
     "Identity",
+    "LatencyProfile",
     "LatencyRecord",
     "MeasuredClock",
     "MeasuringClock",
-    "ProfileTable",
     "ProfiledClock",
     "RequestShape",
     "RooflineClock",

@@ -14,7 +14,7 @@ import numpy as np
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
 from envs.latency.clock import FULL_PLAN, REFERENCE_NEW_TOKENS
-from envs.latency.profile_table import Cell, Identity, ProfileTable
+from envs.latency.latency_profile import Cell, Identity, LatencyProfile
 from envs.latency.record import STAGES, LatencyRecord, RequestShape
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ProfiledClock:
     name: Final = "profiled"
     deterministic: Final = True
 
-    def __init__(self, profile: ProfileTable, identity: Identity | None = None) -> None:
+    def __init__(self, profile: LatencyProfile, identity: Identity | None = None) -> None:
         if identity is not None:
             profile.check(identity)
         if len(profile.cells) < FEWEST_CELLS:
@@ -50,7 +50,7 @@ class ProfiledClock:
         self._costs = {stage: _fit(stage, profile.cells) for stage in STAGES}
 
     @classmethod
-    def for_engine(cls, profile: ProfileTable, engine: "Engine") -> "ProfiledClock":
+    def for_engine(cls, profile: LatencyProfile, engine: "Engine") -> "ProfiledClock":
         """The source of `profile`, refused if `engine` has another identity."""
         return cls(profile, Identity.of(engine))
 

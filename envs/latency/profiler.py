@@ -9,7 +9,7 @@ import numpy as np
 from envs.errors import UserError
 from envs.knobs import BLOCK_COUNTS, INSERTIONS, MODEL_BLOCKS, TIERS, TOP_KS, ExecutionPlan, block_options
 from envs.latency.clock import reference_shape
-from envs.latency.profile_table import Cell, Identity, ProfileTable
+from envs.latency.latency_profile import Cell, Identity, LatencyProfile
 from envs.latency.profiled import FEWEST_CELLS, ProfiledClock
 from envs.latency.record import STAGES, LatencyRecord
 
@@ -34,7 +34,7 @@ def profile(
     seed: int = 0,
     progress: Progress | None = None,
     controller: Any = None,
-) -> ProfileTable:
+) -> LatencyProfile:
     """Measure requests under diverse plans for every tiling of `samples`.
 
     Passes over all cells are shuffled, so that warm-up, throttling and disturbances affect all cells alike.
@@ -61,7 +61,7 @@ def profile(
     measurement = _Measurement(engine, requests, controller)
     for _ in range(_MAX_PASSES):
         measurement.run(repeats, rng, progress)
-        measured = ProfileTable(identity, reference, measurement.cells())
+        measured = LatencyProfile(identity, reference, measurement.cells())
         if len(requests) < FEWEST_CELLS or ProfiledClock(measured).median_error <= GOOD_FIT:
             break
     return measured

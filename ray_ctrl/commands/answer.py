@@ -119,7 +119,7 @@ def sample_of_task(config: Config, index: int) -> Sample:
         UserError: there are fewer.
     """
     task = config.task
-    samples = load_task(task.name, "test", index + 1, task.seed, on_broken=task.on_invalid_row)
+    samples = load_task(task.name, "test", index + 1, task.seed, on_invalid_row=task.on_invalid_row)
     if index >= len(samples):
         raise UserError(f"--sample {index}: task {task.name!r} has {len(samples)} test samples, counted from 0")
     return samples[index]

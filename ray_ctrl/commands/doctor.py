@@ -61,10 +61,10 @@ def run(
     for finding in examine(load_config(preset, config_file, overrides), quick=quick):
         findings.append(finding)
         if not as_json:
-            console.print(f"[{STYLES[finding.level]}]{finding.level:<6}[/]", end="")
-            console.print(f"{finding.check:<16}{finding.seen}", markup=False)
+            console.print(f"{finding.level:<6}", style=STYLES[finding.level], end="")
+            console.print(f"{finding.check:<16}{finding.seen}")
             if finding.fix:
-                console.print(f"{'':<22}-> {finding.fix}", markup=False)
+                console.print(f"{'':<22}-> {finding.fix}")
     wrong = sum(finding.level == "wrong" for finding in findings)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
@@ -298,7 +298,7 @@ def task(config: Config) -> Findings:
 
     task = config.task
     for split in ("train", "validation", "test"):
-        samples = load_task(task.name, split, 1, task.seed, on_broken=task.on_invalid_row)
+        samples = load_task(task.name, split, 1, task.seed, on_invalid_row=task.on_invalid_row)
         if not samples:
             raise UserError(f"task {task.name!r} has no samples in split {split}: choose another task")
         if samples[0].image is not None:

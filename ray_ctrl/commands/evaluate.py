@@ -26,12 +26,12 @@ from ray_ctrl.run_context import RunContext, check_importance, open_context
 from ray_ctrl.run_folder import (
     RunFolder,
     check_writable,
-    choose,
     claim_folder,
     explained,
     free_folder,
     newest_runs,
     remove_on_error,
+    select_checkpoint,
 )
 from ray_ctrl.serving import clamped_budget_ms
 
@@ -62,7 +62,7 @@ def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
         load_controller(folder, context)  # before anything takes time: does it fit this model?
         runners = config.runners
         with connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s):
-            evaluate_context(_with_clock(context, stored, home, place), folder, place)
+            evaluate_context(_with_profile(context, stored, home, place), folder, place)
 
 
 @contextmanager
@@ -83,19 +83,19 @@ def new_folder(out: Path | None, home: Path) -> Iterator[Path]:
             place.rmdir()
 
 
-def _with_clock(context: RunContext, stored: Config, home: Path, out: Path) -> RunContext:
+def _with_profile(context: RunContext, stored: Config, home: Path, out: Path) -> RunContext:
     """The context with profile and budgets of the run at `home` as far as they apply, else with new ones in `out`."""
     of_run = any((home / name).is_file() for name in ("run.json", "sweep.yaml"))
-    profile_folder, budgets_folder, changed = clock_folders(stored, context.config, home if of_run else None, out)
+    profile_folder, budgets_folder, changed = profile_folders(stored, context.config, home if of_run else None, out)
     if changed and stored.latency.source == context.config.latency.source == "profiled":
         console.print(f"the run's profile is not used, settings differ: {', '.join(changed)}", markup=False)
     if budgets_folder == home:
-        return context.with_clock(home)
+        return context.with_profile(home)
     with remove_on_error(out, UserError, KeyboardInterrupt):
-        return context.with_clock(out, profile_folder)
+        return context.with_profile(out, profile_folder)
 
 
-def clock_folders(stored: Config, config: Config, home: Path | None, out: Path) -> tuple[Path, Path, list[str]]:
+def profile_folders(stored: Config, config: Config, home: Path | None, out: Path) -> tuple[Path, Path, list[str]]:
     """Where profile and budgets of an evaluation come from, and the changed settings that rule the run's profile out.
 
     The run's profile applies while latency and task are the run's (the profile itself records the model); its budgets
@@ -133,7 +133,7 @@ def find_controller(path: Path) -> tuple[Path, Path]:
             folder = RunFolder.open(path)
             if folder.controller.is_dir():
                 return folder.controller, path
-            chosen = choose(folder.checkpoints())
+            chosen = select_checkpoint(folder.checkpoints())
             if chosen is None:
                 raise UserError(f"run {path} has no checkpoint yet: continue it with --resume")
             return chosen.path / "controller", path

@@ -69,7 +69,7 @@ def run(
     _show(found, others)
     default = file.absolute() == importance_path(config.model.name).absolute()
     used = "next to the weights, and used from now on" if default else f"use it with model.block_importance={file}"
-    console.print(f"importance in {file}: {used}", markup=False)
+    console.print(f"importance in {file}: {used}")
 
 
 def measure(config: Config, samples: int, split: str, by: str) -> tuple[Importance, Any]:
@@ -78,7 +78,7 @@ def measure(config: Config, samples: int, split: str, by: str) -> tuple[Importan
 
     torch.set_num_threads(config.model.threads)
     task = config.task
-    chosen = load_task(task.name, split, samples, task.seed, on_broken=task.on_invalid_row)
+    chosen = load_task(task.name, split, samples, task.seed, on_invalid_row=task.on_invalid_row)
     with console.status("loading model"):
         # Its outcomes are no run's, so they need not be stored.
         engine = env_config(config, split).model_copy(update={"store": StoreSettings(path=None)}).build_engine()

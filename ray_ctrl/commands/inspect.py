@@ -9,7 +9,7 @@ from envs.model.block_importance import read_scores, removal_order
 from envs.model.checkpoint import check_revision
 from envs.model.inspect import describe, inspect_model
 from ray_ctrl.console import console
-from ray_ctrl.run_folder import RunFolder, choose
+from ray_ctrl.run_folder import RunFolder, select_checkpoint
 
 
 def run(path: Path, revision: str | None = None) -> None:
@@ -29,18 +29,18 @@ def run(path: Path, revision: str | None = None) -> None:
     elif path.is_file() and path.suffix == ".json":
         facts = _importance(path) or _profile(path)
     elif (path / "config.json").is_file() or not path.exists():
-        console.print(describe(inspect_model(str(path), revision)), markup=False)
+        console.print(describe(inspect_model(str(path), revision)))
         return
     else:
         raise UserError(f"{path} is no run folder, exported controller, latency profile, importance file or model")
     for name, value in facts.items():
-        console.print(f"{name:<18}{value}", markup=False)
+        console.print(f"{name:<18}{value}")
 
 
 def _run_folder(folder: RunFolder) -> dict[str, Any]:
     origin = json.loads((folder.root / "run.json").read_text("utf-8"))
     metrics, checkpoints = folder.metrics(), folder.checkpoints()
-    selected = choose(checkpoints)
+    selected = select_checkpoint(checkpoints)
     score = "" if selected is None or selected.score is None else f", validation score {selected.score:.3f}"
     facts = {
         "run folder": folder.root,
@@ -92,9 +92,9 @@ def _importance(path: Path) -> dict[str, Any] | None:
 
 
 def _profile(path: Path) -> dict[str, Any]:
-    from envs.latency import ProfiledClock, ProfileTable
+    from envs.latency import LatencyProfile, ProfiledClock
 
-    profile = ProfileTable.load(path)
+    profile = LatencyProfile.load(path)
     clock, identity = ProfiledClock(profile), profile.identity
     return {
         "latency profile": path,

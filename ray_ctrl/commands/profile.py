@@ -6,7 +6,7 @@ from pathlib import Path
 from envs.errors import UserError
 from ray_ctrl.console import console
 from ray_ctrl.load_config import load_config
-from ray_ctrl.profiles import measure_table
+from ray_ctrl.profiles import measure_profile
 from ray_ctrl.run_context import open_context
 from ray_ctrl.run_folder import check_writable, explained
 
@@ -22,5 +22,5 @@ def run(preset: str, config_file: Path | None, overrides: Sequence[str], out: Pa
             raise UserError(f"{out} exists already: choose another file with --out, or remove it first")
     check_writable(out.absolute().parent)
     config = load_config(preset, config_file, overrides)
-    measure_table(config, open_context(config).engine).save(out)
-    console.print(f"profile in {out}; use it with latency.source=profiled latency.profile={out}", markup=False)
+    measure_profile(config, open_context(config).engine).save(out)
+    console.print(f"profile in {out}; use it with latency.source=profiled latency.profile={out}")

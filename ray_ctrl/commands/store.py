@@ -13,9 +13,9 @@ def inspect(path: Path) -> None:
     found = open_existing(path).inspect()
     for name, value in found.items():
         if name != "settings":
-            console.print(f"{name:<24}{value}", markup=False)
+            console.print(f"{name:<24}{value}")
     for fingerprint in found["settings"]:
-        console.print("computed with", ", ".join(f"{k} {str(v)[:16]}" for k, v in fingerprint.items()), markup=False)
+        console.print("computed with", ", ".join(f"{k} {str(v)[:16]}" for k, v in fingerprint.items()))
 
 
 def prune(path: Path, max_gb: float | None, unused_days: float | None) -> None:
@@ -28,4 +28,4 @@ def prune(path: Path, max_gb: float | None, unused_days: float | None) -> None:
 def export(path: Path, out: Path, table: str) -> None:
     """Writes a table as Parquet to a new file."""
     rows = export_parquet(open_existing(path), out, table)
-    console.print(f"{rows} rows in {out}", markup=False)
+    console.print(f"{rows} rows in {out}")

@@ -13,7 +13,7 @@ import yaml
 from cluster import jobs
 from envs.errors import UserError
 from ray_ctrl.console import console
-from ray_ctrl.load_config import load_config
+from ray_ctrl.load_config import load_config, read_yaml
 
 COMMANDS = ("train", "tune", "evaluate", "profile", "doctor")
 WRITING = ("train", "tune")
@@ -60,29 +60,29 @@ def run(*, no_wait: bool = False, stop_on_interrupt: bool = False, dry_run: bool
     auth = request.auth or os.environ.get("RAY_AUTH_MODE") or "disabled"
     job = make_job(request, address, auth)
     sent = jobs.upload(request.working_dir, job.runtime_env.get("excludes", ()))
-    console.print(f"job at {address}: {job.entrypoint}", markup=False)
+    console.print(f"job at {address}: {job.entrypoint}")
     console.print(f"working directory: {len(sent.files)} files, {sent.bytes / 2**20:.1f} MiB; authentication {auth}")
     if dry_run:
         for name, size in sent.files[:5]:
-            console.print(f"  {size / 2**10:>8.0f} KiB  {name}", markup=False)
-        console.print(yaml.safe_dump({"runtime_env": job.environment()}, sort_keys=False), markup=False)
+            console.print(f"  {size / 2**10:>8.0f} KiB  {name}")
+        console.print(yaml.safe_dump({"runtime_env": job.environment()}, sort_keys=False))
         return 0
     server = jobs.client(address, auth, request.timeout_s)
     job_id = jobs.submit(server, job)
-    console.print(f"job {job_id} submitted; stop it with: ray job stop --address {address} {job_id}", markup=False)
+    console.print(f"job {job_id} submitted; stop it with: ray job stop --address {address} {job_id}")
     if no_wait:
         return 0
     try:
-        status = jobs.follow(server, job_id, _write, lambda line: console.print(line, markup=False))
+        status = jobs.follow(server, job_id, _write, lambda line: console.print(line))
     except KeyboardInterrupt:
         status = jobs.INTERRUPTED_STATUS
         if stop_on_interrupt:
-            console.print(f"asking job to stop: {job_id}", markup=False)
-            console.print(f"job {job_id} is {jobs.stop(server, job_id)}", markup=False)
+            console.print(f"asking job to stop: {job_id}")
+            console.print(f"job {job_id} is {jobs.stop(server, job_id)}")
         else:
-            console.print(f"job {job_id} is still running; follow: ray job logs --follow {job_id}", markup=False)
+            console.print(f"job {job_id} is still running; follow: ray job logs --follow {job_id}")
     else:
-        console.print(f"job {job_id} ended with exit status {status}", markup=False)
+        console.print(f"job {job_id} ended with exit status {status}")
     return status
 
 
@@ -250,11 +250,10 @@ def _runtime_env(path: Path | None) -> Mapping[str, Any]:
     if path is None:
         return {}
     try:
-        tree = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"runtime environment {path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"runtime environment {path} contains a {type(tree).__name__}: give keys such as 'pip:'")
+    tree = read_yaml(text, f"runtime environment {path}", "keys such as 'pip:'")
     if "working_dir" in tree:
         raise UserError(f"runtime environment {path} names a working_dir: give it with --working-dir")
     return tree

@@ -13,8 +13,16 @@ from ray_ctrl.config import Config
 from ray_ctrl.console import console
 from ray_ctrl.load_config import load_config, to_yaml
 from ray_ctrl.preflight import Layout, check_inputs, check_machine, plan_layout
-from ray_ctrl.run_folder import Checkpoint, RunFolder, choose, claim_folder, locked, newest_run, remove_on_error
-from ray_ctrl.signals import Stopper, telling
+from ray_ctrl.run_folder import (
+    Checkpoint,
+    RunFolder,
+    claim_folder,
+    locked,
+    newest_run,
+    remove_on_error,
+    select_checkpoint,
+)
+from ray_ctrl.signals import Stopper, hint_on_interrupt
 from ray_ctrl.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -63,8 +71,7 @@ def run(
     if folder is not None and folder.finished(config.run.iterations):
         console.print(
             f"run {folder.root} is finished: {config.run.iterations} iterations, exported and evaluated; continue it "
-            f"with a larger run.iterations=N, or evaluate it again with: ray-ctrl evaluate {folder.root}",
-            markup=False,
+            f"with a larger run.iterations=N, or evaluate it again with: ray-ctrl evaluate {folder.root}"
         )
         return
     if folder is None and run_dir is None and config.run.name is None:
@@ -101,14 +108,14 @@ def _find(run_dir: Path | None, preset: str, file: Path | None, overrides: Seque
 
 def _show_plan(config: Config, layout: Layout) -> None:
     """The dry run: resolved settings, and the resources of each process."""
-    console.print(to_yaml(config), markup=False)
+    console.print(to_yaml(config))
     rollouts = config.grpo.group_size * config.grpo.groups_per_iteration
     console.print(
         f"# each iteration: {config.grpo.groups_per_iteration} groups of {config.grpo.group_size} = {rollouts} "
         f"rollouts, in vectors of {layout.envs} environments, {layout.batches} per runner"
     )
     for line in layout.resources.lines():
-        console.print(f"# {line}", markup=False)
+        console.print(f"# {line}")
 
 
 def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None) -> None:
@@ -125,19 +132,18 @@ def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None
             connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s),
             open_run(root, config, context, resumed) as (folder, context),
         ):
-            with telling(f"continue with: ray-ctrl train --resume --run-dir {root}"):
+            with hint_on_interrupt(f"continue with: ray-ctrl train --resume --run-dir {root}"):
                 train(config, layout, folder, context, stopper, new=resumed is None)
-                with stopper.patient("exporting the controller"):
+                with stopper.defer_interrupt("exporting the controller"):
                     exported = export_controller(folder)
-            console.print(f"controller of iteration {exported.iteration} exported to {folder.controller}", markup=False)
-            with telling(f"the controller is ready; evaluate it with: ray-ctrl evaluate {root}"):
-                stopper.obey()
+            console.print(f"controller of iteration {exported.iteration} exported to {folder.controller}")
+            with hint_on_interrupt(f"the controller is ready; evaluate it with: ray-ctrl evaluate {root}"):
+                stopper.raise_if_interrupted()
                 with new_folder(None, folder.root) as out:
                     evaluate_context(context, folder.controller, out)
     console.print(
         f"finished in {(time.monotonic() - started) / 60:.1f} minutes\n"
-        f"next: ray-ctrl answer IMAGE QUESTION --budget-ms {context.budgets.high_ms:.0f} --controller {root}",
-        markup=False,
+        f"next: ray-ctrl answer IMAGE QUESTION --budget-ms {context.budgets.high_ms:.0f} --controller {root}"
     )
 
 
@@ -166,8 +172,8 @@ def open_run(
     with locked(root):
         with remove_on_error(root, UserError, OSError, KeyboardInterrupt) if resumed is None else nullcontext():
             folder = resumed or RunFolder.create(root, config)
-            console.print(f"run folder {root}", markup=False)
-            context = context.with_clock(root)
+            console.print(f"run folder {root}")
+            context = context.with_profile(root)
         yield folder, context
 
 
@@ -186,7 +192,7 @@ def train(
     try:
         precompute(context)
         if not trainer.train(stopper):
-            stopper.obey()
+            stopper.raise_if_interrupted()
     finally:
         trainer.stop()
 
@@ -195,7 +201,7 @@ def export_controller(folder: RunFolder) -> Checkpoint:
     """Copies the chosen checkpoint's controller to `controller/`, draws the learning curve; returns the checkpoint."""
     from ray_ctrl.plots import learning_curve
 
-    chosen = choose(folder.checkpoints())
+    chosen = select_checkpoint(folder.checkpoints())
     if chosen is None:
         raise UserError(f"run {folder.root} has no good checkpoint: resume it with --resume")
     with atomic_folder(folder.controller) as temporary:

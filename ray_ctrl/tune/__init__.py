@@ -16,14 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.resources import check_outlives_job
 from envs.errors import UserError
 from envs.files import atomic_write, write_json
 from ray_ctrl.console import console, table
 from ray_ctrl.load_config import with_overrides
 from ray_ctrl.provenance import provenance
-from ray_ctrl.run_folder import RunFolder, free_folder
-from ray_ctrl.signals import Stopper, telling
+from ray_ctrl.run_folder import RunFolder, check_writable, claim_folder, free_folder, locked
+from ray_ctrl.signals import Stopper, hint_on_interrupt
 from ray_ctrl.tune.sweep import Sweep, dump, find_sweep, load_sweep
 
 if TYPE_CHECKING:
@@ -69,13 +68,17 @@ def run(
     else:
         loaded = load_sweep(find_sweep(sweep), overrides)
         default = Path(loaded.base.run.folder) / f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
-        root = (run_dir or free_folder(default)).absolute()
-        if root.exists() and any(root.iterdir()):
-            raise UserError(f"sweep folder {root} exists already: continue it with --resume, or choose another")
-    check_outlives_job(root)
+        root = (run_dir or default).absolute()
+        RunFolder.refuse(root)
     if dry_run:
         print_plan(loaded)
-    else:
+        return
+    if not resume:
+        root = root if run_dir else claim_folder(root)  # two sweeps may begin in the same second
+        check_writable(root)
+    with locked(root):
+        if not resume:
+            RunFolder.refuse(root)
         _run(loaded, root, resume)
 
 
@@ -103,7 +106,6 @@ def _run(sweep: Sweep, root: Path, resume: bool) -> None:
         for place in sorted((root / TRIALS).glob("*/run.json")):
             RunFolder.open(place.parent).check_importance()
     else:
-        root.mkdir(parents=True, exist_ok=True)
         sweep = prepare(sweep, root)
         atomic_write(root / "sweep.yaml", dump(sweep))
     sweep = with_shared_store(sweep, root)
@@ -114,13 +116,13 @@ def _run(sweep: Sweep, root: Path, resume: bool) -> None:
         Stopper() as stopper,
     ):
         print_plan(sweep, available)
-        with telling(f"continue with: {how}"):
-            with _tune_signal_kept(), stopper.patient("the trials stop at their last checkpoints"):
+        with hint_on_interrupt(f"continue with: {how}"):
+            with _tune_signal_kept(), stopper.defer_interrupt("the trials stop at their last checkpoints"):
                 statuses = drive(sweep, root, concurrent_trials(sweep, each, available), resume, stopper)
                 results = summarize(sweep, root, statuses)
             ended = sum(status in ("TERMINATED", "ERROR") for status in statuses.values())
             if ended < sweep.trials:
-                stopper.obey()
+                stopper.raise_if_interrupted()
                 raise UserError(f"{ended} of {sweep.trials} trials ended: continue with {how}")
         finish(sweep, root, results)
 
@@ -149,15 +151,14 @@ def prepare(sweep: Sweep, root: Path) -> Sweep:
 
     base = sweep.base
     if sweep.shares_budgets:
-        profile = open_context(with_shared_store(sweep, root).base).with_clock(root).table
+        profile = open_context(with_shared_store(sweep, root).base).with_profile(root).profile
         if profile is not None and not profile.absolute().is_relative_to(root):
             base = with_overrides(base, [f"latency.profile={profile.absolute()}"])
     changing = [item.key for item in sweep.space if item.key.startswith("reward.")]
     if changing and sweep.file.metric in ("validation/reward", "validation/score"):
         console.print(
             f"note: {changing[0]} is searched and changes the meaning of {sweep.file.metric}; rank by metric: "
-            "validation/accuracy, or another that it does not change",
-            markup=False,
+            "validation/accuracy, or another that it does not change"
         )
     return replace(sweep, base=base)
 
@@ -182,10 +183,10 @@ def print_plan(sweep: Sweep, available: Mapping[str, float] | None = None) -> No
     how = file.search + (f" with {file.scheduler}" if file.scheduler != "none" else "")
     console.print(f"{sweep.trials} trials, {how}; up to {sweep.base.run.iterations} iterations each")
     for item in sweep.space:
-        console.print(f"  {item.key:<28}{item.kind} {list(item.values)}", markup=False)
+        console.print(f"  {item.key:<28}{item.kind} {list(item.values)}")
     console.print(f"each trial uses {uses} of {offered}: {concurrent} at a time")
     store = sweep.base.store.path or "shared in the sweep folder"
-    console.print(f"ranked by {file.metric}, {file.mode}imum; store {store}", markup=False)
+    console.print(f"ranked by {file.metric}, {file.mode}imum; store {store}")
 
 
 def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, stopper: Stopper) -> dict[str, str]:
@@ -255,8 +256,7 @@ def finish(sweep: Sweep, root: Path, results: Sequence["Result"]) -> None:
     chosen = ", ".join(f"{key}={value}" for key, value in winner.chosen.items())
     console.print(
         f"best: trial {winner.trial}, {sweep.file.metric} {score:+.4f} after iteration {iteration}: {chosen}\n"
-        f"controller, table and plot in {root}; next: ray-ctrl evaluate {root / 'controller'}",
-        markup=False,
+        f"controller, table and plot in {root}; next: ray-ctrl evaluate {root / 'controller'}"
     )
 
 

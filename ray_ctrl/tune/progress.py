@@ -83,7 +83,7 @@ class Progress(tune.Callback):
         self.ended = (self.ended or set()) | {trial.trial_id}
 
     def _print(self, trial: Any, text: str) -> None:
-        console.print(f"trial {trial.trial_id} {text}", markup=False)
+        console.print(f"trial {trial.trial_id} {text}")
 
 
 def cause(trial: Any) -> str:

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from envs.errors import UserError
 from envs.section import Flag, Int, Section
 from ray_ctrl.config import Config
-from ray_ctrl.load_config import load_config, to_yaml, valid_keys, with_overrides
+from ray_ctrl.load_config import absolute, load_config, read_yaml, to_yaml, valid_keys, with_overrides
 
 KINDS = ("uniform", "log_uniform", "int", "log_int", "choice", "grid")
 # Trials that differ here have different profiles or budgets.
@@ -126,14 +126,12 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         UserError: an unreadable file, an unknown key, or a range that is not allowed.
     """
     try:
-        tree = yaml.safe_load(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
     except OSError as error:
         raise UserError(f"cannot read sweep {path}: {error.strerror}; give a YAML file (docs/cluster.md)") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"sweep {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"sweep {path} contains a {type(tree).__name__}: give keys such as 'space:'")
-    return make_sweep(tree, path.parent, overrides)
+    except UnicodeDecodeError:
+        raise UserError(f"sweep {path} is not UTF-8 text: give a YAML file (docs/cluster.md)") from None
+    return make_sweep(read_yaml(text, f"sweep {path}", "keys such as 'space:'"), path.parent, overrides)
 
 
 def make_sweep(tree: Mapping[str, Any], folder: Path, overrides: Sequence[str] = ()) -> Sweep:
@@ -177,7 +175,7 @@ def _range(key: str, given: Mapping[str, Any]) -> Range:
         allowed = "give a list"
     elif kind in ("choice", "grid"):
         if len({_as_yaml(value) for value in values}) == len(values):
-            return Range(key, kind, tuple(values))
+            return Range(key, kind, tuple(absolute(key, value) for value in values))
         allowed = "each value once"
     else:
         ends, allowed = _ends(kind, values)

@@ -13,10 +13,10 @@ from typing import Any
 from ray import tune
 
 from envs.files import atomic_write
-from envs.latency import ProfiledClock, ProfileTable
+from envs.latency import LatencyProfile, ProfiledClock
 from ray_ctrl.config import Config
 from ray_ctrl.load_config import to_yaml
-from ray_ctrl.run_context import BUDGETS_FILE, TABLE_FILE, open_context
+from ray_ctrl.run_context import BUDGETS_FILE, PROFILE_FILE, open_context
 from ray_ctrl.run_folder import RunFolder
 
 TRIALS = "trials"
@@ -45,10 +45,10 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
     if folder.config != config:  # the resumed sweep changed it
         atomic_write(folder.root / "config.yaml", to_yaml(config))
     context = open_context(config)
-    if (table := Path(root) / TABLE_FILE).is_file() and sweep.shares_budgets:
+    if (profile := Path(root) / PROFILE_FILE).is_file() and sweep.shares_budgets:
         # All trials use one profile: a node that it is not valid for is refused, not profiled again.
-        ProfiledClock.for_engine(ProfileTable.load(table), context.engine)
-    trainer = Trainer(config, folder, context.with_clock(folder.root), plan_layout(config))
+        ProfiledClock.for_engine(LatencyProfile.load(profile), context.engine)
+    trainer = Trainer(config, folder, context.with_profile(folder.root), plan_layout(config))
     try:
         # Tune may not have received the last iteration before a crash or an interruption; twice does no harm.
         row = next((found for found in folder.metrics() if found["iteration"] == trainer.done), {})
@@ -75,7 +75,7 @@ def open_folder(root: Path, trial: str, config: Config, *, share: bool) -> RunFo
     shutil.rmtree(place, ignore_errors=True)
     folder = RunFolder.create(place, config)
     if share:
-        for name in (TABLE_FILE, BUDGETS_FILE):
+        for name in (PROFILE_FILE, BUDGETS_FILE):
             if (root / name).is_file():
                 shutil.copyfile(root / name, place / name)
     return folder

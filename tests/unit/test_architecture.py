@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("envs", "policies", "ray_ctrl", "cluster", "recipes")
+MAX_FILE_LINES, MAX_BODY_LINES = 400, 45
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+PACKAGES = ("envs", "policies", "ray_ctrl", "cluster", "recipes")
 SHARED = ("envs.errors", "envs.files", "envs.section")
 """The one error family, the one way to write files and the one base of settings belong to everyone."""
 ALLOWED = {
@@ -48,8 +50,8 @@ RAY_FREE = [
 ]
 
 
-def modules(room):
-    return sorted((ROOT / room).rglob("*.py"))
+def modules(package):
+    return sorted((ROOT / package).rglob("*.py"))
 
 
 def imported(path):
@@ -71,19 +73,19 @@ def within(name, packages):
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_import_in_one_direction(room):
-    assert modules(room)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_in_one_direction(package):
+    assert modules(package)
     wrong = [
         f"{path.relative_to(ROOT)}: {name}"
-        for path in modules(room)
+        for path in modules(package)
         for name in imported(path)
-        if within(name, ROOMS) and not within(name, ALLOWED[room])
+        if within(name, PACKAGES) and not within(name, ALLOWED[package])
     ]
     assert wrong == []
 
 
-def test_the_world_knows_no_ray_and_gymnasium_in_one_file():
+def test_envs_import_no_ray_and_gymnasium_in_one_file():
     uses_ray = [str(p) for p in modules("envs") if any(within(n, RAY) for n in imported(p))]
     uses_gym = [p.name for p in modules("envs") if any(within(n, ("gymnasium", "gym")) for n in imported(p))]
     assert uses_ray == []
@@ -101,7 +103,7 @@ def test_the_world_knows_no_ray_and_gymnasium_in_one_file():
 def test_model_processing_and_data_import_in_one_direction(package, below):
     """`envs.embedded` only says where the packaged weights are."""
     paths = modules(f"envs/{package}")
-    wrong = [f"{path.name}: {name}" for path in paths for name in imported(path) if within(name, ROOMS)]
+    wrong = [f"{path.name}: {name}" for path in paths for name in imported(path) if within(name, PACKAGES)]
     assert paths
     assert [w for w in wrong if not within(w.partition(": ")[2], (*below, "envs.embedded"))] == []
 
@@ -112,9 +114,23 @@ def test_the_walk_sees_every_form_of_import(tmp_path):
     assert imported(file) == ["ray.tune", "ray.data", "policies.grpo.objective"]
 
 
-def test_files_stay_short():
-    long = {str(p.relative_to(ROOT)): n for r in ROOMS for p in modules(r) if (n := len(p.open().readlines())) > 500}
-    assert long == {}
+@pytest.mark.parametrize("path", [p for package in PACKAGES for p in modules(package)], ids=lambda p: p.name)
+def test_files_and_functions_stay_short(path):
+    source = path.read_text("utf-8")
+    assert len(source.splitlines()) <= MAX_FILE_LINES
+    lengths = {node.name: body_lines(node) for node in ast.walk(ast.parse(source)) if isinstance(node, FUNCTIONS)}
+    assert {name: length for name, length in lengths.items() if length > MAX_BODY_LINES} == {}
+
+
+def body_lines(function):
+    """Lines of a function's body, its docstring left out."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+def test_body_lines_leave_out_signature_and_docstring():
+    lengths = [body_lines(f) for f in ast.parse("def f():\n  'doc'\n\ndef g(\n a):\n  a = 1\n\n  return a").body]
+    assert lengths == [0, 3]
 
 
 def test_ray_free_parts_import_without_ray_and_gymnasium():

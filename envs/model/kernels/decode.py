@@ -91,6 +91,25 @@ def _seen(keys, values, inside, query, highest, weight, mixed):
 
 
 @triton.jit
+def _cached(keys, values, slots, end, start, lane, inside, D: tl.constexpr):
+    """Key and value tiles (SLOTS, WIDTH) of one head at cache slots before `end`, 0 elsewhere."""
+    where = slots[:, None] * D + start + lane[None, :]
+    seen = (slots < end)[:, None] & inside[None, :]
+    return tl.load(keys + where, mask=seen, other=0.0), tl.load(values + where, mask=seen, other=0.0)
+
+
+@triton.jit
+def _combined(partial, extremes, each, lane, inside, HEAD: tl.constexpr):
+    """Softmax over all cached tokens from the parts of its splits, which other programs have stored."""
+    highs = tl.load(extremes + each * 2, cache_modifier=".cg")
+    faded = tl.exp(highs - tl.max(highs))
+    total = tl.sum(tl.load(extremes + each * 2 + 1, cache_modifier=".cg") * faded)
+    where = each[:, None] * HEAD + lane[None, :]
+    parts = tl.load(partial + where, mask=inside[None, :], other=0.0, cache_modifier=".cg")
+    return tl.sum(parts * faded[:, None], 0) / total
+
+
+@triton.jit
 def attention(
     qkv, squares, qk_norm, rope, keys, values, position, partial, extremes, arrived, out, eps, softmax_scale,
     D: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr, SUMS_WIDTH: tl.constexpr,
@@ -111,10 +130,7 @@ def attention(
     end = tl.minimum((split + 1) * share, place)
     first = split * share
     slots = first + tl.arange(0, SLOTS)
-    where = slots[:, None] * D + start + lane[None, :]
-    seen = (slots < end)[:, None] & inside[None, :]
-    key_tile = tl.load(keys + where, mask=seen, other=0.0)
-    value_tile = tl.load(values + where, mask=seen, other=0.0)
+    key_tile, value_tile = _cached(keys, values, slots, end, start, lane, inside, D)
     cos = tl.load(rope + place * HEAD + (lane // 2) * 2, mask=inside, other=0.0)
     sin = tl.load(rope + place * HEAD + (lane // 2) * 2 + 1, mask=inside, other=0.0)
     _after_previous(PDL)
@@ -136,10 +152,7 @@ def attention(
     first += SLOTS
     while first < end:
         slots = first + tl.arange(0, SLOTS)
-        where = slots[:, None] * D + start + lane[None, :]
-        seen = (slots < end)[:, None] & inside[None, :]
-        key_tile = tl.load(keys + where, mask=seen, other=0.0)
-        value_tile = tl.load(values + where, mask=seen, other=0.0)
+        key_tile, value_tile = _cached(keys, values, slots, end, start, lane, inside, D)
         highest, weight, mixed = _seen(key_tile, value_tile, slots < end, query, highest, weight, mixed)
         first += SLOTS
     here = head * SPLITS + split
@@ -148,13 +161,7 @@ def attention(
     tl.store(extremes + here * 2 + 1, weight)
     if _arrive(arrived + head, SPLITS):
         each = head * SPLITS + tl.arange(0, SPLITS)
-        highs = tl.load(extremes + each * 2, cache_modifier=".cg")
-        faded = tl.exp(highs - tl.max(highs))
-        total = tl.sum(tl.load(extremes + each * 2 + 1, cache_modifier=".cg") * faded)
-        parts = tl.load(
-            partial + each[:, None] * HEAD + lane[None, :], mask=inside[None, :], other=0.0, cache_modifier=".cg"
-        )
-        tl.store(out + start + lane, tl.sum(parts * faded[:, None], 0) / total, mask=inside)
+        tl.store(out + start + lane, _combined(partial, extremes, each, lane, inside, HEAD), mask=inside)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from cluster.connect import ConnectError
 from envs.budgets import BudgetDistribution
 from envs.errors import UserError
 from ray_ctrl import cli, console, lookup, trainer
-from ray_ctrl.commands import evaluate, train
+from ray_ctrl.commands import answer, evaluate, train
 from ray_ctrl.config import Config
 from ray_ctrl.load_config import load_config, with_overrides
 from ray_ctrl.run_folder import RunFolder, free_folder
@@ -142,6 +142,37 @@ def test_output_that_nobody_reads_costs_nothing(tmp_path: Path) -> None:
     assert process.wait(60) == 0, err
     assert saved.read_text() == "saved"
     assert err == b""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "[/x]"],
+        ["evaluate", "[/x]"],
+        ["store", "inspect", "[/x]"],
+        ["train", "-p", "smoke", "--dry-run", "--run-dir", "[/x]"],
+        ["tune", "smoke", "--dry-run", "--run-dir", "[/x]"],
+        ["train", "-p", "smoke", "--dry-run", "--task", "[/x]"],
+        ["answer", "[/x]", "[/bold]?", "-b", "50"],
+    ],
+)
+def test_what_looks_like_markup_is_text(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status = cli.main(arguments)
+    err = capsys.readouterr().err
+    assert status == 0 or (status == 2 and err.startswith("error: ") and err.count("\n") == 1), err
+    with console.console.capture() as printed:
+        console.console.print("[/x]", console.table(("[/y]",), [("[red]a",)], "[/z]"))
+    assert all(text in printed.get() for text in ("[/x]", "[/y]", "[red]a", "[/z]"))
+
+
+@pytest.mark.parametrize("question", ["\udcff what", "q\ud83d"])
+def test_half_a_character_in_a_question_is_named(question: str) -> None:
+    with pytest.raises(UserError, match="half a character") as caught:
+        answer.make_sample("-", question)
+    caught.value.message.encode()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG])

@@ -35,10 +35,12 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The folders of budgets and profile; nothing else is run."""
     found: list[str] = []
 
-    def with_clock(folder: Path, table_folder: Path | None = None) -> None:
-        found.extend(ITS if place == tmp_path / "run" else OURS for place in (folder, table_folder or folder))
+    def with_profile(folder: Path, profile_folder: Path | None = None) -> None:
+        found.extend(ITS if place == tmp_path / "run" else OURS for place in (folder, profile_folder or folder))
 
-    monkeypatch.setattr(evaluate, "open_context", lambda config: SimpleNamespace(config=config, with_clock=with_clock))
+    monkeypatch.setattr(
+        evaluate, "open_context", lambda config: SimpleNamespace(config=config, with_profile=with_profile)
+    )
     monkeypatch.setattr(evaluate, "load_controller", lambda *given: None)
     monkeypatch.setattr(evaluate, "evaluate_context", lambda *given: None)
     monkeypatch.setattr("cluster.connect.connect", lambda *given, **more: nullcontext())
@@ -88,7 +90,7 @@ def test_an_empty_folder_is_removed_after_an_error(
     def fail(*given: Any) -> None:
         raise error
 
-    monkeypatch.setattr(evaluate, "open_context", lambda config: SimpleNamespace(config=config, with_clock=fail))
+    monkeypatch.setattr(evaluate, "open_context", lambda config: SimpleNamespace(config=config, with_profile=fail))
     before = sorted(run.root.iterdir())
     for overrides in ([], ["budgets.low_factor=1.2"]):
         with pytest.raises(type(error)):
@@ -127,9 +129,9 @@ def test_measuring_what_was_computed_is_a_change() -> None:
     stored = with_overrides(Config(), ["latency.source=roofline"])
     home, out = Path("run"), Path("out")
     measured = with_overrides(stored, ["latency.source=measured"])
-    assert evaluate.clock_folders(stored, measured, home, out) == (out, out, ["latency.source"])
-    assert evaluate.clock_folders(stored, stored, home, out) == (home, home, [])
-    assert evaluate.clock_folders(stored, stored, None, out) == (out, out, [])
+    assert evaluate.profile_folders(stored, measured, home, out) == (out, out, ["latency.source"])
+    assert evaluate.profile_folders(stored, stored, home, out) == (home, home, [])
+    assert evaluate.profile_folders(stored, stored, None, out) == (out, out, [])
 
 
 def test_only_the_controller_observes_clamped_budgets(

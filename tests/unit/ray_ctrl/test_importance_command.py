@@ -10,6 +10,7 @@ from envs.errors import UserError
 from envs.model.block_importance import PUBLISHED_IMPORTANCE, Importance
 from envs.model.config import MolmoEConfig, VisionConfig
 from ray_ctrl import run_context
+from ray_ctrl.cli import main
 from ray_ctrl.commands import importance
 from ray_ctrl.commands import inspect as inspection
 from ray_ctrl.console import console
@@ -46,6 +47,30 @@ def test_a_full_size_model_is_compared_with_the_published_scores(tmp_path: Path)
     again = run([f"model.name={tmp_path}"], tmp_path / "other.json")
     assert "in use: blocks 15, 14, 13, 12 first; rank correlation over blocks 1 to 15 1.000" in again
     assert f"use it with model.block_importance={tmp_path / 'other.json'}" in again.replace("\n", "")
+
+
+@pytest.mark.usefixtures("measured")
+def test_scores_are_saved_before_they_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*given: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(importance.console, "print", closed)
+    with pytest.raises(BrokenPipeError):
+        run([f"model.name={tmp_path}"])
+    assert json.loads((tmp_path / "importance.json").read_text())["importance"] == list(SCORES)
+
+
+@pytest.mark.parametrize("command", ["profile", "importance"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_only(folder: Path) -> None:
+        raise UserError(f"cannot write {folder}: Read-only file system")
+
+    monkeypatch.setattr(f"ray_ctrl.commands.{command}.check_writable", read_only)
+    monkeypatch.setattr("envs.env_resources.EnvConfig.build_engine", lambda *given: pytest.fail("worked first"))
+    assert main([command, "--out", str(tmp_path / "out.json")]) == 2
+    assert "Read-only file system" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("measured")

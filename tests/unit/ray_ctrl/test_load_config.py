@@ -177,12 +177,39 @@ def test_text_stays_as_written(text: str, tmp_path: Path) -> None:
     assert load_config(None, file) == read
 
 
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("mlflow:mlruns", "mlflow:{cwd}/mlruns"),
+        ("mlflow:sqlite:///mlflow.db", "mlflow:sqlite:///{cwd}/mlflow.db"),
+        ("mlflow:file:./mlruns", "mlflow:file:{cwd}/mlruns"),
+        ("mlflow:sqlite:////data/mlflow.db", "mlflow:sqlite:////data/mlflow.db"),
+        *(
+            (uri, uri)
+            for uri in ("mlflow:http://h:5000", "mlflow:file:///data/runs", "mlflow:databricks", "wandb:mine")
+        ),
+    ],
+)
+def test_a_trackers_files_are_absolute(given: str, read: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config("smoke", None, [f"run.tracker={given}"])
+    assert config.run.tracker == read.format(cwd=tmp_path)
+    assert with_absolute_paths(config) == config
+
+
 @pytest.mark.parametrize("text", ["grpo: {lr: 1}\ngrpo: {epochs: 1}\n", "grpo:\n  lr: 1\n  lr: 2\n"])
 def test_a_repeated_key_is_an_error(text: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"mine\.yaml.*is given twice"):
         load_config("smoke", file)
+
+
+def test_dotted_keys_in_a_file_are_sections(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("grpo.lr: 5e-4\ngrpo: {epochs: 3}\ngrpo.clip_low: 0.1\n", encoding="utf-8")
+    grpo = load_config("smoke", file).grpo
+    assert (grpo.lr, grpo.epochs, grpo.clip_low) == (5e-4, 3, 0.1)
 
 
 @pytest.mark.parametrize(("old", "new"), OLD_KEYS.items())

@@ -15,7 +15,15 @@ from envs.errors import UserError
 from ray_ctrl.cli import main
 from ray_ctrl.config import Config
 from ray_ctrl.load_config import load_config
-from ray_ctrl.run_folder import RunFolder, check_writable, choose, claim_folder, explained, locked, newest_run
+from ray_ctrl.run_folder import (
+    RunFolder,
+    check_writable,
+    claim_folder,
+    explained,
+    locked,
+    newest_run,
+    select_checkpoint,
+)
 from ray_ctrl.tune.trial import open_folder
 
 
@@ -175,7 +183,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     run = _run(tmp_path)
     for iteration, score in ((1, 0.2), (2, 0.9), (3, 0.1), (4, None), (5, 0.3)):
         run.save_checkpoint(iteration, score, _write)
-    top = choose(run.checkpoints())
+    top = select_checkpoint(run.checkpoints())
     assert top is not None
     assert top.iteration == 2
     run.prune(2)
@@ -186,22 +194,22 @@ def test_best_is_the_last_within_one_standard_error_of_the_highest_score(tmp_pat
     run = _run(tmp_path)
     for iteration, score in ((1, 0.5), (2, 0.9), (3, 0.86), (4, None), (5, 0.84), (6, 0.3), (7, 0.2)):
         run.save_checkpoint(iteration, score, _write, score_error=0.05)
-    top = choose(run.checkpoints())
+    top = select_checkpoint(run.checkpoints())
     assert top is not None
     assert top.iteration == 3
     assert top.score_error == 0.05
     # What it was measured by is kept, or the bar would sink with every pruning.
     run.prune(1)
     assert [c.iteration for c in run.checkpoints()] == [2, 3, 7]
-    assert choose(run.checkpoints()) == top
+    assert select_checkpoint(run.checkpoints()) == top
 
 
 def test_best_without_scores_is_the_last(tmp_path: Path) -> None:
     run = _run(tmp_path)
     run.save_checkpoint(1, None, _write)
     run.save_checkpoint(2, None, _write)
-    assert choose(run.checkpoints()) == run.checkpoints()[-1]
-    assert choose([]) is None
+    assert select_checkpoint(run.checkpoints()) == run.checkpoints()[-1]
+    assert select_checkpoint([]) is None
 
 
 def test_one_process_a_folder_and_a_dead_one_releases_it(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ray_ctrl import cli
 from ray_ctrl.commands import evaluate, train
 from ray_ctrl.config import Config
 from ray_ctrl.run_folder import RunFolder
-from ray_ctrl.signals import Interrupted, Stopper, telling
+from ray_ctrl.signals import Interrupted, Stopper, hint_on_interrupt
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -47,13 +47,13 @@ def test_a_deferred_signal_is_answered_and_the_second_interrupts(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def work(stopper: Stopper) -> None:
-        with stopper.patient("finishing the page"):
+        with stopper.defer_interrupt("finishing the page"):
             os.kill(os.getpid(), number)
             assert stopper.requested
             assert capfd.readouterr().err == "\nfinishing the page; once more to leave immediately\n"
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
-        stopper.obey()
+        stopper.raise_if_interrupted()
 
     assert _status(work) == 128 + number
 
@@ -65,7 +65,7 @@ def test_an_answer_that_nobody_can_read_fails_nothing() -> None:
     kept = os.dup(2)
     try:
         os.dup2(writer, 2)
-        with Stopper() as stopper, stopper.patient("finishing the page"):
+        with Stopper() as stopper, stopper.defer_interrupt("finishing the page"):
             os.kill(os.getpid(), signal.SIGINT)
             assert stopper.requested
     finally:
@@ -77,7 +77,7 @@ def test_an_answer_that_nobody_can_read_fails_nothing() -> None:
 def test_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in NUMBERS]
     with Stopper() as stopper:
-        stopper.obey()
+        stopper.raise_if_interrupted()
     assert [signal.getsignal(number) for number in NUMBERS] == before
 
 
@@ -142,7 +142,7 @@ def test_wherever_training_is_interrupted_it_says_how_to_continue(
     hint = hint and hint.replace("RUN", str(tmp_path))
 
     def train_loop(stopper: Stopper) -> bool:
-        with stopper.patient("finishing the iteration"):
+        with stopper.defer_interrupt("finishing the iteration"):
             loop()
         return last or not stopper.requested
 
@@ -196,13 +196,13 @@ def test_a_new_run_folder_stays_once_the_device_is_profiled(
         raise error
 
     monkeypatch.setattr(train, "Trainer", fail)
-    context: Any = SimpleNamespace(with_clock=(lambda folder: context) if profiled else fail)
+    context: Any = SimpleNamespace(with_profile=(lambda folder: context) if profiled else fail)
     root = tmp_path / "run"
     folder = RunFolder.create(root, Config()) if resumed else None
     layout: Any = None
 
     def begin() -> None:
-        with train.open_run(root, Config(), context, folder) as (opened, known), telling("continue"):
+        with train.open_run(root, Config(), context, folder) as (opened, known), hint_on_interrupt("continue"):
             train.train(Config(), layout, opened, known, Stopper(), new=not resumed)
 
     with pytest.raises(type(error)):

@@ -180,7 +180,7 @@ def test_a_broken_row_is_reported_with_its_place(
     with pytest.raises(UserError, match=rf"d\.jsonl, line 6: .*{reason}"):
         load_task(str(folder), "train")
     with caplog.at_level(logging.WARNING):
-        parts = [load_task(str(folder), split, on_broken="skip") for split in SPLITS]
+        parts = [load_task(str(folder), split, on_invalid_row="skip") for split in SPLITS]
     assert sum(len(part) for part in parts) == 5
     assert "d.jsonl, line 6: " in caplog.text
     assert "1 of 6 rows skipped" in caplog.text
@@ -197,7 +197,7 @@ def test_a_broken_parquet_row_is_reported_with_its_place(
     with pytest.raises(UserError, match=r"train-1.parquet, row 1: .*cannot read"):
         load_task(f"textvqa={tmp_path}", "train")
     with caplog.at_level(logging.WARNING):
-        parts = [load_task(f"textvqa={tmp_path}", split, on_broken="skip") for split in SPLITS]
+        parts = [load_task(f"textvqa={tmp_path}", split, on_invalid_row="skip") for split in SPLITS]
     assert sum(len(part) for part in parts) == 6
     assert [f"row {i}: " in caplog.text for i in range(5)] == [False, True, True, True, True]
 
@@ -218,7 +218,7 @@ def test_a_decompression_bomb_is_a_broken_row(
         warnings.simplefilter("error")
         with pytest.raises(UserError, match=r"d\.jsonl, line 4: .*(pixels|limit)"):
             load_task(str(tmp_path / "d.jsonl"), "train")
-        parts = [load_task(str(tmp_path / "d.jsonl"), split, on_broken="skip") for split in SPLITS]
+        parts = [load_task(str(tmp_path / "d.jsonl"), split, on_invalid_row="skip") for split in SPLITS]
     assert sum(map(len, parts)) == 3
 
 
@@ -358,7 +358,7 @@ def test_unknown_tasks(task: str, message: str) -> None:
     [
         ({"split": "dev"}, "split 'dev' is not allowed"),
         ({"split": "test", "limit": 0}, "a limit of 0"),
-        ({"split": "test", "on_broken": "ignore"}, "on_broken 'ignore'"),
+        ({"split": "test", "on_invalid_row": "ignore"}, "on_invalid_row 'ignore'"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:

@@ -64,7 +64,10 @@ def test_forms_of_an_image_cell(cell: Any, tmp_path: Path, save_lines: Save, sav
 
 @pytest.mark.parametrize(
     "unread",
-    [{"scan": "a/0.png"}, {"image_url": "http://x/0"}, {"myPicture": "0"}, {"b64": "data:image/png;base64,xx"}],
+    [
+        *({"scan": "a/0.png"}, {"image_url": "http://x/0"}, {"myPicture": "0"}, {"b64": "data:image/png;base64,xx"}),
+        *({"figure": {"path": "a/0.png"}}, {"scans": ["a/0.PNG"]}, {"pictureFile": "0"}),
+    ],
 )
 @pytest.mark.parametrize("layout", ["jsonl", "parquet"])
 def test_what_looks_like_an_image_and_is_not_read_is_said(
@@ -114,14 +117,51 @@ def test_a_parquet_path_is_no_pattern(name: str, tmp_path: Path) -> None:
         ({"choices": ["cat", "dog", "whale"], "answer": "dog"}, "B"),
         ({"options": ["cat", "dog"], "label": 0}, "A"),
         ({"choices": ["cat", "dog"], "correct_choice_idx": 1}, "B"),
+        ({"answer_choices": ["cat", "dog"], "answer": "(b)"}, "B"),
+        ({"Choices": ["cat", "dog"], "answerKey": "B."}, "B"),
+        ({"candidates": "['cat', 'dog']", "answer": 1}, "B"),
+        ({"options": "['cat' 'dog']", "Answer": "A"}, "A"),
+        ({"A": "cat", "B": "dog", "C": "whale", "answer": "C"}, "C"),
+        ({"option_a": "cat", "Option B": "dog", "optionD": "not reached", "correct_answer": "dog"}, "B"),
     ],
 )
+@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
 def test_choices_make_a_multiple_choice_question(
-    row: dict[str, Any], letter: str, tmp_path: Path, save_lines: Save
+    row: dict[str, Any], letter: str, layout: str, tmp_path: Path, save_lines: Save
 ) -> None:
     samples = texts(save_lines, tmp_path / "a.jsonl", row)
+    if layout == "parquet":
+        pq.write_table(pa.Table.from_pylist([{"question": f"{i}?", **row} for i in range(5)]), tmp_path / "a.parquet")
+        samples = everything(tmp_path / "a.parquet")
     assert {s.answers for s in samples} == {(letter,)}
     assert all(s.metric.startswith("multiple_choice:") and "A: cat" in s.question for s in samples)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"my_options": ["cat", "dog"], "answer": "B"}, "'my_options' is .* looks like options"),
+        ({"wrongChoices": ["cat", "dog"], "answer": "whale"}, "'wrong_choices' is .* looks like options"),
+        ({"choices": {"text": ["cat", "dog"]}, "answer": "cat"}, "choices is .*give a list of texts"),
+        ({"choices": "cat, dog", "answer": 0}, "choices is .*give a list of texts"),
+        ({"A": "cat", "B": "dog", "answer": "whale"}, "answer is 'whale': give one of the 2 options"),
+        ({"choices": ["cat", "dog"], "answer": "2"}, "answer is '2'"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
+def test_options_that_cannot_be_read_are_refused(
+    row: dict[str, Any], reason: str, layout: str, tmp_path: Path, save_lines: Save
+) -> None:
+    rows = [{"question": f"{i}?", **row} for i in range(5)]
+    path = tmp_path / f"a.{layout}"
+    save_lines(path, rows) if layout == "jsonl" else pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(UserError, match=reason):
+        everything(path)
+
+
+def test_words_about_options_are_no_options(tmp_path: Path, save_lines: Save) -> None:
+    row = {"multiple_choice_answer": "yes", "num_choices": 4, "candidates": None, "A": "alone", "answers": ["yes"]}
+    assert {s.answers for s in texts(save_lines, tmp_path / "a.jsonl", row)} == {("yes",)}
 
 
 # 4: answers altered
@@ -145,11 +185,34 @@ def test_answers_are_taken_as_they_stand(row: Any, answers: Any, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    "row", ['"answers": ["yes", null]', '"answers": "[\\"yes\\", null]"', '"answer": NaN', '"answers": [Infinity]']
+    "row",
+    [
+        *('"answers": ["yes", null]', '"answers": "[\\"yes\\", null]"', '"answer": NaN', '"answers": [Infinity]'),
+        *('"answers": "[\'yes\' nan]"', '"answers": "[nan]"', '"answers": "[None \'yes\']"', '"answers": "[NaN]"'),
+    ],
 )
 def test_answers_that_are_none_are_refused(row: str, tmp_path: Path, save_lines: Save) -> None:
     with pytest.raises(UserError, match=r"line 1: (an answer is|answers are missing)"):
         everything(save_lines(tmp_path / "a.jsonl", [f'{{"question": "q", {row}}}']))
+
+
+@pytest.mark.parametrize("text", ["['a' 'b' ... 'z']", "['a', 'b'", "['a' array('b')]", '["a" "b\\" ]'])
+def test_a_list_that_cannot_be_read_is_refused_if_it_ends_like_one(text: str, tmp_path: Path, save_lines: Save) -> None:
+    path = tmp_path / "a.jsonl"
+    if text.endswith("]"):
+        with pytest.raises(UserError, match="is a list that cannot be read"):
+            texts(save_lines, path, {"answers": text})
+    else:
+        assert {s.answers for s in texts(save_lines, path, {"answers": text})} == {(text,)}
+
+
+@pytest.mark.parametrize("names", [("Question", "Answer"), ("QUESTION", "answers"), ("query", "Direct Answers")])
+def test_names_count_in_any_case(names: tuple[str, str], tmp_path: Path, save_lines: Save) -> None:
+    rows = [{names[0]: f"{i}?", names[1]: "x", "Split": "test" if i < 2 else "train"} for i in range(5)]
+    path = save_lines(tmp_path / "a.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for file in (path, tmp_path / "a.parquet"):
+        assert {s.question for s in load_task(str(file), "test")} == {"0?", "1?"}
 
 
 @pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64(), pa.decimal128(4, 1)])
@@ -240,7 +303,7 @@ def test_half_characters_are_broken_rows(
         everything(path)
     caught.value.message.encode()
     with caplog.at_level(logging.WARNING):
-        assert sum(len(load_task(str(path), split, on_broken="skip")) for split in SPLITS) == 4
+        assert sum(len(load_task(str(path), split, on_invalid_row="skip")) for split in SPLITS) == 4
     caplog.text.encode()
 
 

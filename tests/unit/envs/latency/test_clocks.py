@@ -14,10 +14,10 @@ from envs.errors import UserError
 from envs.knobs import ExecutionPlan
 from envs.latency import (
     DEVICES,
+    LatencyProfile,
     LatencyRecord,
     MeasuredClock,
     ProfiledClock,
-    ProfileTable,
     RequestShape,
     RooflineClock,
     hold_out,
@@ -195,10 +195,10 @@ def test_profiled_clock_never_falls_when_more_is_run(table, shape, plan, new_tok
 def test_a_profile_round_trips_and_is_written_atomically(table, tmp_path):
     path = tmp_path / "deep" / "table.json"
     table.save(path)
-    assert ProfileTable.load(path) == table
+    assert LatencyProfile.load(path) == table
     assert [file.name for file in path.parent.iterdir()] == ["table.json"]
     shape, plan = reference_shape(CONFIG), ExecutionPlan()
-    assert ProfiledClock(ProfileTable.load(path)).latency(shape, plan, 3) == ProfiledClock(table).latency(
+    assert ProfiledClock(LatencyProfile.load(path)).latency(shape, plan, 3) == ProfiledClock(table).latency(
         shape, plan, 3
     )
 
@@ -211,7 +211,7 @@ def test_a_failed_write_leaves_the_old_table(table, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("envs.latency.profile_table.os.fsync", fail)
+    monkeypatch.setattr("envs.latency.latency_profile.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         table.save(path)
     assert path.read_bytes() == before
@@ -250,12 +250,12 @@ def test_broken_tables_are_named(tmp_path, content, named):
     path = tmp_path / "table.json"
     path.write_text(content)
     with pytest.raises(UserError, match=named):
-        ProfileTable.load(path)
+        LatencyProfile.load(path)
 
 
 def test_a_missing_table_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nothing.json"):
-        ProfileTable.load(tmp_path / "nothing.json")
+        LatencyProfile.load(tmp_path / "nothing.json")
 
 
 def test_a_damaged_cell_is_refused(table, tmp_path):
@@ -265,7 +265,7 @@ def test_a_damaged_cell_is_refused(table, tmp_path):
     body["cells"][0]["median"]["vision"] = -5
     path.write_text(json.dumps(body))
     with pytest.raises(UserError, match="damaged"):
-        ProfileTable.load(path)
+        LatencyProfile.load(path)
 
 
 def test_too_small_a_table_is_refused(table):

@@ -47,6 +47,40 @@ def test_fixed_settings_and_overrides_reach_every_trial() -> None:
     assert (config.grpo.epochs, config.run.seed, config.grpo.lr, config.controller.hidden) == (3, 5, 0.003, 16)
 
 
+def test_text_and_paths_in_a_sweeps_file_are_as_in_a_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial runs in Ray's own folder, where a relative path would name another file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").touch()
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        "preset: smoke\ntrials: 2\nset: {model.revision: 0123456, run.name: 010, grpo.lr: 1e-3}\n"
+        "space:\n  task.name: {choice: [scenes, mine.jsonl]}\n  store.path: {choice: [null, a.sqlite]}\n"
+        "  run.tracker: {choice: ['mlflow:a', 'mlflow:b']}\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr("ray_ctrl.preflight.plan_layout", lambda config: None)
+    found = load_sweep(file)
+    assert (found.base.model.revision, found.base.run.name, found.base.grpo.lr) == ("0123456", "010", 1e-3)
+    here = str(tmp_path)
+    values = {item.key: item.values for item in found.space}
+    assert values["task.name"] == ("scenes", f"{here}/mine.jsonl")
+    assert values["store.path"] == (None, f"{here}/a.sqlite")
+    assert values["run.tracker"] == (f"mlflow:{here}/a", f"mlflow:{here}/b")
+    again = make_sweep(yaml.safe_load(dump(found)), Path())
+    assert (again.base, again.space) == (found.base, found.space)
+
+
+@pytest.mark.parametrize(
+    "text", ["trials: 1\ntrials: 2\n", "set: {grpo.lr: 1, grpo.lr: 2}\n", "space: {a: 1}\nspace: {}"]
+)
+def test_a_key_given_twice_is_an_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"sweep\.yaml is not valid YAML.*is given twice"):
+        load_sweep(tmp_path / "sweep.yaml")
+
+
 def test_a_grid_counts_its_own_trials() -> None:
     found = sweep(search="grid", trials=None, space={"grpo.epochs": {"grid": [1, 2, 3]}, "run.seed": {"grid": [0, 1]}})
     assert found.trials == 6

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from envs.errors import UserError
 from envs.files import atomic_write
 from ray_ctrl.load_config import load_config
-from ray_ctrl.run_folder import RunFolder
+from ray_ctrl.run_folder import RunFolder, locked
 from ray_ctrl.tune.summary import read_results, write_summary
 from ray_ctrl.tune.sweep import Sweep, dump, make_sweep
 
@@ -84,7 +85,7 @@ def test_a_process_that_ends_a_trial_slowly_still_takes_the_next(
     monkeypatch.delenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", raising=False)
     monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
     monkeypatch.setattr(train, "Trainer", lambda *given: Slow())
-    monkeypatch.setattr(trial, "open_context", lambda config: SimpleNamespace(with_clock=lambda place: None))
+    monkeypatch.setattr(trial, "open_context", lambda config: SimpleNamespace(with_profile=lambda place: None))
     found = sweep()
     monkeypatch.setattr(storing, "_get_ray_train_session_dir", lambda: str(tmp_path / "session"))
     storage = storing.StorageContext(storage_path=str(tmp_path), experiment_dir_name="tune", trial_dir_name="one")
@@ -117,7 +118,7 @@ def test_what_tune_may_have_missed_is_reported_again(tmp_path: Path, monkeypatch
     trainer = SimpleNamespace(done=2, iterate=iterate, _due=lambda: False, stop=lambda: None)
     monkeypatch.setenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", "1")
     monkeypatch.setattr(train, "Trainer", lambda *given: trainer)
-    monkeypatch.setattr(trial, "open_context", lambda config: SimpleNamespace(with_clock=lambda place: None))
+    monkeypatch.setattr(trial, "open_context", lambda config: SimpleNamespace(with_profile=lambda place: None))
     monkeypatch.setattr(trial.tune, "get_context", lambda: SimpleNamespace(get_trial_id=lambda: "me"))
     reported: list[int] = []
     monkeypatch.setattr(trial.tune, "report", lambda numbers, **more: reported.append(numbers["iteration"]))
@@ -133,7 +134,7 @@ def test_an_interruption_before_tune_listens_is_passed_on_later() -> None:
     from ray_ctrl.tune.progress import Progress
 
     heard: list[int] = []
-    with Stopper() as stopper, _tune_signal_kept(), stopper.patient("stopping"):
+    with Stopper() as stopper, _tune_signal_kept(), stopper.defer_interrupt("stopping"):
         progress = Progress(sweep(), lambda: stopper.requested)
         progress.on_step_begin(0, [])
         os.kill(os.getpid(), signal.SIGINT)
@@ -172,6 +173,33 @@ def test_an_ended_sweep_says_so_and_is_finished_again(tmp_path: Path, capsys: py
         assert "all 2 trials of this sweep have ended" in capsys.readouterr().out
         assert (tmp_path / "controller" / "name").read_text("utf-8") == "b 1"
     assert json.loads((tmp_path / "statuses.json").read_text("utf-8")) == {"a": "TERMINATED", "b": "TERMINATED"}
+
+
+def test_a_sweep_that_runs_or_exists_is_refused(tmp_path: Path) -> None:
+    from ray_ctrl import tune
+
+    run(tmp_path, "a", {1: 0.1}, lr=0.01)
+    atomic_write(tmp_path / "sweep.yaml", dump(sweep(trials=1)))
+    with locked(tmp_path), pytest.raises(UserError, match="is in use by another process"):
+        tune.run(None, run_dir=tmp_path, resume=True)
+    with pytest.raises(UserError, match="exists already"):
+        tune.run("smoke", run_dir=tmp_path)
+
+
+def test_results_of_a_sweep_are_saved_before_they_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray_ctrl import tune
+
+    def closed(*given: Any, **more: Any) -> None:
+        raise BrokenPipeError
+
+    run(tmp_path, "a", {1: 0.1}, lr=0.01)
+    monkeypatch.setattr(tune.console, "print", closed)
+    with pytest.raises(BrokenPipeError):
+        tune.summarize(sweep(trials=1), tmp_path, {"a": "TERMINATED"})
+    with pytest.raises(BrokenPipeError):
+        tune.finish(sweep(trials=1), tmp_path, read_results(sweep(), tmp_path, {"a": "TERMINATED"}))
+    for name in ("statuses.json", "summary.csv", "summary.md", "sweep.png", "controller/name"):
+        assert (tmp_path / name).stat().st_size
 
 
 def test_statuses_are_known_if_tune_had_nothing_left_to_run(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class ProfileTable:
+class LatencyProfile:
     """Cells of one identity, with the sizes of the model's reference request; stored as JSON."""
 
     identity: Identity
@@ -109,7 +109,7 @@ class ProfileTable:
         atomic_write(target, json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1))
 
     @classmethod
-    def load(cls, path: str | Path) -> "ProfileTable":
+    def load(cls, path: str | Path) -> "LatencyProfile":
         """Read a profile; a UserError if the file is missing, damaged or of another format version."""
         advice = "measure a new one with `ray-ctrl profile`"
         try:
