@@ -39,7 +39,7 @@ from policies.grpo.lagrangian import FloatArray, PenaltyMultipliers, greedy_viol
 from policies.grpo.learner import ENTROPY_SHARES, WEIGHTS, kill_on_timeout, learner_errors
 from policies.grpo.metrics import as_runner_results, episode_metrics, learner_metrics, rollout_metrics
 from policies.grpo.objective import GroupAdvantages, group_advantages, minibatches
-from policies.grpo.rllib_adapter import QuietAlgorithm, RunnerPool, each_learner, startup_errors
+from policies.grpo.rllib_adapter import QuietAlgorithm, RunnerPool, each_learner
 from policies.grpo.sampling import Dispatcher, Sampler, summed
 
 STATE: Final = "grpo"
@@ -69,16 +69,13 @@ class GRPO(QuietAlgorithm):
         self.evaluation_request: EvaluationRequest | None = None
         self.evaluation_rows: list[Row] = []
         self._row: dict[str, float] = {}
-        with startup_errors():
-            super().setup(config)
+        super().setup(config)
         self.sampler = self._sampler()
         self._publish()
 
     def _sampler(self) -> Sampler:
         config = self.config
-        runners = RunnerPool(
-            self.env_runner_group, restarts=config.restart_failed_env_runners, restore=self.restore_env_runners
-        )
+        runners = RunnerPool(self.env_runner_group, "env", restarts=config.restart_failed_env_runners)
         dispatcher = Dispatcher(
             runners,
             "sample_shard",

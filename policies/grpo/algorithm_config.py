@@ -1,6 +1,8 @@
 """`GRPOConfig`: RLlib's configuration with GRPO's sections in it, and what it refuses before anything starts."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
@@ -30,7 +32,10 @@ UNSUPPORTED: Final = {
     "_module_to_env_connector": "the environment takes the controller's actions",
     "_learner_connector": "the driver makes the batches",
     "observation_filter": "observations are normalized by the environment",
-    "output": "write episodes from an on_sample_end callback",
+    "output_write_episodes": "complete episodes are written",
+    "output_write_method": "a file of Parquet is written for each shard",
+    "output_max_rows_per_file": "a file of Parquet is written for each shard",
+    "output_filesystem": "give an address such as s3://bucket/folder as output",
     "input_": "GRPO learns from its own rollouts only",
     "train_batch_size_per_learner": "an iteration is groups_per_iteration times group_size rollouts",
 }
@@ -56,6 +61,8 @@ class GRPOConfig(AlgorithmConfig):
         evaluation_contexts: contexts of an evaluation every `evaluation_interval` iterations, of which the first
             `evaluation_duration` are run: all by default.
     """
+
+    output: str | None
 
     def __init__(self, algo_class: type | None = None) -> None:
         from policies.grpo.algorithm import GRPO
@@ -185,6 +192,11 @@ class GRPOConfig(AlgorithmConfig):
         for name, instead in UNSUPPORTED.items():
             if getattr(self, name) != getattr(defaults, name):
                 raise UserError(f"{name} = {getattr(self, name)!r} has no effect on GRPO: {instead}")
+        if self.output:
+            if find_spec("msgpack_numpy") is None:
+                raise UserError(f"output = {self.output!r} needs a package that is missing: pip install msgpack-numpy")
+            if "://" not in self.output:  # runners may work in another folder
+                self.output = str(Path(self.output).absolute())
         if self.evaluation_interval and not self.evaluation_contexts:
             raise UserError(
                 f"evaluation_interval = {self.evaluation_interval} evaluates nothing: give evaluation_contexts="

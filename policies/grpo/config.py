@@ -103,7 +103,11 @@ class TimeoutSettings(Section):
 
     sample_timeout_s: float = Field(default=600.0, gt=0, le=86400, description="Wait for one runner's rollouts, s.")
     restart_timeout_s: float = Field(
-        default=300.0, gt=0, le=86400, description="Wait for a first runner to come back when all are dead, s."
+        default=300.0,
+        gt=0,
+        le=86400,
+        description="Wait for a first runner to come back when all are dead, s. To start, runners have this long or "
+        "`sample_timeout_s`, whichever is more.",
     )
     learner_timeout_s: float = Field(
         default=600.0, gt=0, le=86400, description="Wait for learners' answer to an update, s."

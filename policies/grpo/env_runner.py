@@ -5,6 +5,7 @@ of (seed, iteration, group) and of the weights that come with the request, never
 how groups are cut into shards changes nothing, and a shard lost with a dead runner is run again anywhere.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -25,6 +26,7 @@ STEPS: Final = 2
 """Decisions of an episode."""
 BLOCK: Final = 64
 """Rows of one forward pass: matrix products round differently for other numbers of rows."""
+RETRY_S: Final = 1.0
 MULTIPLIERS: Final = "penalty_multipliers"
 """Where the penalty multipliers travel among the weights."""
 
@@ -89,6 +91,19 @@ class RolloutRunner(EnvRunnerBase):
             torch.set_num_threads(config.runner_threads)
         super().__init__(config=config, **kwargs)
 
+    def make_env(self) -> None:
+        # The process before a restarted runner may not have given back the memory of their only GPU yet.
+        deadline = time.monotonic() + self.config.timeouts.restart_timeout_s
+        while True:
+            try:
+                super().make_env()
+                return
+            except torch.OutOfMemoryError:
+                if not self.is_successor() or time.monotonic() > deadline:
+                    raise
+            torch.cuda.empty_cache()
+            time.sleep(RETRY_S)
+
     def load_weights(self, weights: Any) -> None:
         """Take the controller's weights, whatever their age.
 
@@ -115,7 +130,7 @@ class RolloutRunner(EnvRunnerBase):
             groups = range(shard * count, (shard + 1) * count)
             uniforms = group_uniforms(self.config.seed, iteration, groups, size)
         rollouts = self._roll_out(self.module, uniforms)
-        self.make_callbacks(rollouts)
+        self.hand_out_episodes(rollouts, f"iteration_{iteration:06d}-shard_{shard:05d}")
         stats = environment.stats() if hasattr(environment, "stats") else {}
         return replace(rollouts, metrics=self.get_metrics(), runner=int(self.worker_index or 0), stats=stats)
 

@@ -68,7 +68,7 @@ def evaluate_with_runners(algorithm: "GRPO", group: EnvRunnerGroup | None) -> tu
     width = algorithm.evaluation_config.num_envs_per_env_runner
     weights = None if request.baseline else algorithm.evaluated_weights()
     config = algorithm.evaluation_config
-    runners = RunnerPool(group, restarts=config.restart_failed_env_runners, restore=algorithm.restore_env_runners)
+    runners = RunnerPool(group, "evaluation", restarts=config.restart_failed_env_runners)
     dispatcher = Dispatcher(
         runners,
         "run_contexts",

@@ -18,7 +18,7 @@ from envs.errors import UserError
 from policies.grpo.checkpoint import state_checksum
 from policies.grpo.objective import LossInputs, grpo_loss
 from policies.grpo.rl_module import REFERENCE_LOGITS, ControllerModule
-from policies.grpo.rllib_adapter import force_next_weights, kill_learners
+from policies.grpo.rllib_adapter import cause_of, force_next_weights, kill_learners
 
 WEIGHTS = "row_weights"
 ENTROPY_SHARES = "entropy_shares"
@@ -38,13 +38,8 @@ def learner_errors(iteration: int) -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayActorError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        cause = next(
-            (line for line in reversed(lines) if "exit" in line or "dead" in line), lines[-1] if lines else "?"
-        )
         raise LearnerDied(
-            f"a learner died in iteration {iteration}: {cause.split(' Some common causes')[0]}; resume from the last "
-            "checkpoint"
+            f"a learner died in iteration {iteration}: {cause_of(error)}; resume from the last checkpoint"
         ) from error
 
 

@@ -4,14 +4,15 @@ Ray has no public way to ask which runner actors are alive, to call one of them,
 weights on a learner. When a new Ray moves one of these names, the contract test says which and what it is needed for.
 """
 
-import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import ray
+from ray.rllib.algorithms import algorithm as rllib_algorithm
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.callbacks.utils import make_callback
@@ -35,9 +36,10 @@ CALLBACKS: Final = (
     "on_episode_end",
     "on_sample_end",
 )
-ERROR_LOGGERS: Final = ("ray.rllib.utils.actor_manager", "ray.rllib.env.env_runner_group")
 PRIVATE_NAMES: Final = (
     (EnvRunnerGroup, "_worker_manager", "to know which env runners live and to call one of them"),
+    (rllib_algorithm, "EnvRunnerGroup", "to bound the time in which env runners start"),
+    (EnvRunnerGroup, "_remote_config", "to know the timeouts of a group"),
     (FaultTolerantActorManager, "actors", "to call one env runner"),
     (FaultTolerantActorManager, "healthy_actor_ids", "to know which env runners live"),
     (FaultTolerantActorManager, "set_actor_state", "to take a dead env runner out of service"),
@@ -59,12 +61,12 @@ class RunnerPool:
     """The env runners of one RLlib group, as the dispatcher sees them: numbered actors that come and go.
 
     Args:
+        kind: of the runners, for messages.
         restarts: whether Ray starts dead runners again.
-        restore: brings restarted runners back into service and returns their numbers.
     """
 
-    def __init__(self, group: EnvRunnerGroup, *, restarts: bool, restore: Callable[[EnvRunnerGroup], Any]) -> None:
-        self.group, self.restarts, self._restore = group, restarts, restore
+    def __init__(self, group: EnvRunnerGroup, kind: str, *, restarts: bool) -> None:
+        self.group, self.kind, self.restarts = group, kind, restarts
         self._manager = group._worker_manager
 
     @property
@@ -95,7 +97,38 @@ class RunnerPool:
     def revive(self) -> bool:
         """Bring restarted runners back; True when any is in service."""
         # RLlib keeps restarted runners unhealthy until a call to them succeeds.
-        return bool(self._restore(self.group)) or bool(self.healthy())
+        return bool(self.group.probe_unhealthy_env_runners()) or bool(self.healthy())
+
+    def start_failure(self) -> str | None:
+        """The exception with which a runner started again, and is gone for good; None if there is no such runner."""
+        calls = [actor.ping.remote() for actor in self._manager.actors().values()]
+        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=STOP_TIMEOUT_S)
+        for call in ready:
+            try:
+                ray.get(call)
+            except ray.exceptions.RayActorError as error:
+                if error.actor_init_failed:
+                    return f"a runner could not start again: {cause_of(error)}"
+        return None
+
+
+def write_episodes(episodes: Sequence[SingleAgentEpisode], output: str, name: str) -> None:
+    """Write episodes to `output`/`name`.parquet as RLlib records them: `input_read_episodes=True` reads them back.
+
+    Args:
+        output: folder, or an address that pyarrow knows, such as s3://bucket/folder.
+    """
+    import msgpack
+    import msgpack_numpy
+    import pyarrow as pa
+    from pyarrow import fs, parquet
+
+    packed = [msgpack.packb(episode.get_state(), default=msgpack_numpy.encode) for episode in episodes]
+    system, folder = fs.FileSystem.from_uri(output if "://" in output else Path(output).absolute().as_uri())
+    system.create_dir(folder)
+    # Readers that look into the folder meanwhile find complete files only.
+    parquet.write_table(pa.table({"item": packed}), f"{folder}/.{name}", filesystem=system)
+    system.move(f"{folder}/.{name}", f"{folder}/{name}.parquet")
 
 
 def stop_runners(group: EnvRunnerGroup | None) -> None:
@@ -127,40 +160,62 @@ def force_next_weights(learner: TorchLearner) -> None:
     learner._weights_seq_no = 0
 
 
-@contextmanager
-def startup_errors() -> Iterator[None]:
-    """Say why no runner could start: RLlib only logs it, then stumbles over the empty group.
+def cause_of(error: BaseException) -> str:
+    """The line of a Ray error that names the cause: of an actor that could not start, the exception in it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if getattr(error, "actor_init_failed", False):
+        return lines[-1]
+    named = [line for line in reversed(lines) if "exit" in line or "dead" in line]
+    return (named or lines[-1:])[0].split(" Some common causes")[0]
 
-    Raises:
-        UserError: with the first cause RLlib logged.
+
+class PromptRunnerGroup(EnvRunnerGroup):
+    """RLlib's group, all of whose runners start within the configured timeouts, or the error says which did not.
+
+    RLlib would wait indefinitely for a runner that dies while it starts, and continue without one that fails.
     """
-    causes: list[str] = []
 
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            causes.append(record.getMessage())
-
-    listener = Listener(logging.ERROR)
-    sources = [logging.getLogger(name) for name in ERROR_LOGGERS]
-    for source in sources:
-        source.addHandler(listener)
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if not causes:
+    def add_workers(self, num_workers: int, validate: bool = False) -> None:
+        super().add_workers(num_workers, validate=False)
+        try:
+            timeouts = self._remote_config.timeouts
+            self._await_start(max(timeouts.sample_timeout_s, timeouts.restart_timeout_s))
+        except BaseException:
+            for actor in self._worker_manager.actors().values():
+                ray.kill(actor)
             raise
-        lines = [line.strip() for line in causes[0].splitlines() if line.strip()]
-        # The last line of a Ray error names the exception, followed by Ray's own remark.
-        raise UserError(f"no env runner could start: {lines[-1].split('), taking actor')[0]}") from error
-    finally:
-        for source in sources:
-            source.removeHandler(listener)
+
+    def _await_start(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        calls = {actor.ping.remote(): number for number, actor in self._worker_manager.actors().items()}
+        while calls:
+            ready, _ = ray.wait(list(calls), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise UserError(
+                    f"env runners {', '.join(map(str, sorted(calls.values())))} did not start within {timeout_s:g} s: "
+                    "look at the logs of their processes and the cluster's free resources, or raise sample_timeout_s"
+                )
+            number = calls.pop(ready[0])
+            try:
+                ray.get(ready[0])
+            except ray.exceptions.RayError as error:
+                raise UserError(f"env runner {number} could not start: {cause_of(error)}") from error
 
 
 class QuietAlgorithm(Algorithm):
     """RLlib's algorithm without a folder left in the user's home, and with evaluation runners whenever configured."""
+
+    def setup(self, config: Any) -> None:
+        # RLlib does not let an algorithm choose the class of its groups.
+        original, rllib_algorithm.EnvRunnerGroup = rllib_algorithm.EnvRunnerGroup, PromptRunnerGroup
+        try:
+            super().setup(config)
+        finally:
+            rllib_algorithm.EnvRunnerGroup = original
+
+    def restore_env_runners(self, env_runner_group: EnvRunnerGroup) -> list[int]:
+        # RLlib would also send its own state, for up to half an hour; these runners are sent weights with each task.
+        return env_runner_group.probe_unhealthy_env_runners()
 
     @classmethod
     def _should_create_evaluation_env_runners(cls, eval_config: Any) -> bool:
@@ -190,20 +245,36 @@ class EnvRunnerBase(SingleAgentEnvRunner):
         """Where the module is."""
         return self._device
 
-    def make_callbacks(self, rollouts: Any) -> None:
-        """Run the configured episode and sample callbacks on finished rollouts, in the order in which RLlib would.
+    def is_successor(self) -> bool:
+        """Whether Ray started this runner in place of one that died."""
+        return bool(self.worker_index) and bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
-        Episodes are only made when a callback is set. The observation after the last decision is that of the decision.
+    def hand_out_episodes(self, rollouts: Any, name: str) -> None:
+        """Finished rollouts as RLlib's episodes: to the configured callbacks, in RLlib's order, and to `output`.
+
+        Episodes are only made when someone asks for them. The observation after the last decision is that of the
+        decision.
+
+        Args:
+            name: of the file in `output`, the same if these rollouts are made again.
         """
-        if not self._wants_callbacks():
+        wanted = self._wants_callbacks()
+        if not wanted and not self.config.output:
             return
         episodes = [self._replayed(rollouts, row) for row in range(len(rollouts))]
-        make_callback(
-            "on_sample_end",
-            callbacks_objects=self._callbacks,
-            callbacks_functions=self.config.callbacks_on_sample_end,
-            kwargs={"env_runner": self, "metrics_logger": self.metrics, "samples": episodes},
-        )
+        if self.config.output:
+            write_episodes(episodes, self.config.output, name)
+        if wanted:
+            make_callback(
+                "on_sample_end",
+                callbacks_objects=self._callbacks,
+                callbacks_functions=self.config.callbacks_on_sample_end,
+                kwargs={
+                    "env_runner": self,
+                    "metrics_logger": self.metrics,
+                    "samples": [episode.to_numpy() for episode in episodes],
+                },
+            )
 
     def _wants_callbacks(self) -> bool:
         functions = [getattr(self.config, f"callbacks_{name}") for name in CALLBACKS]
@@ -235,7 +306,7 @@ class EnvRunnerBase(SingleAgentEnvRunner):
             )
             self._make_on_episode_callback("on_episode_step", row, place)
         self._make_on_episode_callback("on_episode_end", row, place)
-        return episode.to_numpy()
+        return episode
 
     def count_steps(self, steps: int, episodes: int) -> None:
         """Log environment steps and finished episodes under RLlib's usual keys."""

@@ -202,8 +202,9 @@ class Dispatcher:
             return
         dead = ", ".join(str(runner) for runner in self.runners.all())
         raise UserError(
-            f"all env runners are dead (runners {dead}; waited {waited:.0f} s for a restart); last cause: "
-            f"{self.last_cause}; look at the runners' logs, then resume from the last checkpoint"
+            f"all {self.runners.kind} runners are dead (runners {dead}; waited {waited:.0f} s for a restart); last "
+            f"cause: {self.runners.start_failure() or self.last_cause}; look at the runners' logs, then resume from "
+            "the last checkpoint"
         )
 
 

@@ -62,6 +62,7 @@ class ToyVectorEnv(gym.vector.VectorEnv):
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, self.num_envs)
         if not isinstance(settings.get("samples", SAMPLES), int):
             raise UserError(f"samples must be a number, not {settings['samples']!r}")
+        self._break_start()
         table = np.random.default_rng(7)
         self.features = table.normal(size=(int(settings.get("samples", SAMPLES)), WIDTH)).astype(np.float32)
         self.needed = np.digitize(self.features[:, 0], (-0.4, 0.4))
@@ -146,6 +147,23 @@ class ToyVectorEnv(gym.vector.VectorEnv):
             "action_mask": np.stack(masks),
         }
         return {key: value.astype(np.float32) for key, value in observation.items()}
+
+    def _break_start(self) -> None:
+        """Fail to start if the test asks for it: always, or only after `once` was written."""
+        kind, once = self.settings.get("break_start"), self.settings.get("once")
+        if kind is None or (once and not Path(once).exists()):
+            return
+        if kind == "die":
+            os._exit(1)
+        if kind == "no_memory":
+            import torch
+
+            tries = Path(f"{once}-tries")
+            tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
+            if len(tries.read_text()) < 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return
+        raise ValueError("a bug at the start")
 
     def _break(self) -> None:
         """Die, fail or hang if the test asks for it; `once` names a file that marks it as done."""

@@ -218,7 +218,7 @@ def test_a_killed_learner_is_named_and_the_run_goes_on_from_its_checkpoint(
     saved = Path(algorithm.save_to_path(tmp_path / "saved"))
     learner = next(iter(algorithm.learner_group._worker_manager.actors().values()))
     os.kill(pid_of(learner), signal.SIGKILL)
-    with pytest.raises(UserError, match=r"a learner died in round 1: .*resume from the last checkpoint") as caught:
+    with pytest.raises(UserError, match=r"a learner died in iteration 1: .*resume from the last checkpoint") as caught:
         algorithm.train()
     assert "\n" not in caught.value.message
     algorithm.stop()

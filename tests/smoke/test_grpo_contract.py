@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import grpo_toy
+import msgpack
+import msgpack_numpy
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 from grpo_toy import SAMPLES, configuration, numbers, resumable
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core.rl_module.rl_module import RLModule
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from envs.errors import UserError
 from policies.grpo.algorithm import GRPO, VALIDATED_MODULE, GRPOConfig
@@ -129,6 +133,25 @@ def test_callbacks_and_their_metrics_are_honoured(runners: int) -> None:
     algorithm.stop()
 
 
+@pytest.mark.parametrize("runners", [0, 1])
+def test_episodes_are_written_once_as_rllib_reads_them(runners: int, tmp_path: Path) -> None:
+    algorithm = configuration(runners).offline_data(output=str(tmp_path / "episodes")).build_algo()
+    rewards = [algorithm.train()["grpo"]["reward_mean"] for _ in range(2)]
+    algorithm.sampler.collect(1, algorithm.weights())  # shards that are run again write the same files
+    algorithm.stop()
+    files = sorted((tmp_path / "episodes").iterdir())
+    assert [path.name for path in files] == [
+        f"iteration_{iteration:06d}-shard_{shard:05d}.parquet" for iteration in (0, 1) for shard in (0, 1)
+    ]
+    states = [state for path in files for state in pq.read_table(path)["item"].to_pylist()]
+    unpacked = [msgpack.unpackb(state, object_hook=msgpack_numpy.decode) for state in states]
+    episodes = [SingleAgentEpisode.from_state(state) for state in unpacked]
+    assert len(episodes) == 64
+    assert all(episode.is_terminated and len(episode) == 2 for episode in episodes)
+    assert np.mean([episode.get_return() for episode in episodes[:32]]) == pytest.approx(rewards[0])
+    assert episodes[0].get_observations(0)["language_feature"].shape == (grpo_toy.WIDTH,)
+
+
 def test_without_exploration_the_most_likely_actions_are_taken() -> None:
     algorithm = configuration().env_runners(explore=False).build_algo()
     rollouts, *_ = algorithm._sample()
@@ -145,7 +168,7 @@ def test_without_exploration_the_most_likely_actions_are_taken() -> None:
         (lambda config: config.env_runners(module_to_env_connector=lambda *_: None), "_module_to_env_connector"),
         (lambda config: config.training(learner_connector=lambda *_: None), "_learner_connector"),
         (lambda config: config.training(train_batch_size_per_learner=500), "train_batch_size_per_learner"),
-        (lambda config: config.offline_data(output="/nowhere"), "output"),
+        (lambda config: config.offline_data(output="/nowhere", output_write_episodes=False), "output_write_episodes"),
         (lambda config: config.evaluation(evaluation_interval=1), "evaluation_interval = 1 evaluates nothing"),
     ],
 )

@@ -10,6 +10,8 @@ import ray
 from grpo_toy import configuration, numbers
 
 from envs.errors import UserError
+from policies.grpo.checkpoint import restore_checkpoint
+from policies.grpo.evaluation import evaluate_contexts
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,9 +93,74 @@ def test_a_failure_that_repeats_is_given_up_with_its_cause() -> None:
     algorithm.stop()
 
 
-def test_runners_that_cannot_start_say_why() -> None:
-    with pytest.raises(UserError, match=r"no env runner could start.*samples must be a number"):
+def test_a_runner_that_cannot_start_says_why() -> None:
+    with pytest.raises(UserError, match=r"env runner 1 could not start.*samples must be a number"):
         configuration(1, broken={"samples": "many"}).build_algo()
+
+
+@pytest.mark.parametrize("evaluation", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_runners_that_die_while_they_start_are_an_error_within_the_timeouts(evaluation: bool) -> None:
+    broken = {"break_start": "die"}
+    config = configuration(0 if evaluation else 1, broken={} if evaluation else broken, restart_timeout_s=8)
+    config.env_runners(sample_timeout_s=8)
+    if evaluation:
+        config.evaluation(evaluation_num_env_runners=1, evaluation_config={"env_config": broken})
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"env runners 1 did not start within 8 s"):
+        config.build_algo()
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.slow
+def test_a_successor_that_fails_to_start_is_named_with_its_cause(tmp_path: Path) -> None:
+    once = tmp_path / "died"
+    broken = {"break": "die", "break_round": 1, "break_start": "bug", "once": str(once)}
+    algorithm = configuration(1, broken=broken, restart_timeout_s=30).build_algo()
+    algorithm.train()
+    with pytest.raises(
+        UserError, match=r"all env runners are dead.*could not start again: ValueError: a bug at the start"
+    ):
+        algorithm.train()
+    algorithm.stop()
+
+
+@pytest.mark.slow
+def test_a_successor_waits_for_the_memory_of_the_only_gpu(tmp_path: Path, undisturbed: list[dict[str, float]]) -> None:
+    once = tmp_path / "died"
+    broken = {"break": "die", "break_round": 1, "break_start": "no_memory", "once": str(once)}
+    algorithm, results = run(1, broken, 2)
+    assert [numbers(result) for result in results] == undisturbed[:2]
+    assert (tmp_path / "died-tries").read_text() == "xxx"
+    algorithm.stop()
+
+
+def test_dead_evaluation_runners_are_one_error_within_the_timeout() -> None:
+    config = configuration(0, restart_timeout_s=4)
+    config.evaluation(evaluation_num_env_runners=1, evaluation_config={"env_config": {"group_size": 1}})
+    algorithm = config.build_algo()
+    ray.kill(algorithm.eval_env_runner_group._worker_manager.actors()[1], no_restart=True)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"all evaluation runners are dead \(runners 1"):
+        evaluate_contexts(algorithm, [(0, 50.0)])
+    assert time.monotonic() - started < 30
+    assert algorithm.train()["grpo"]["updates"] == 0.0
+    algorithm.stop()
+
+
+@pytest.mark.slow
+def test_a_runner_without_an_answer_after_a_restore_is_an_error_within_the_timeout(tmp_path: Path) -> None:
+    algorithm = configuration(1).env_runners(sample_timeout_s=5).build_algo()
+    algorithm.save_to_path(tmp_path / "saved")
+
+    def deafen(runner: Any) -> None:
+        runner.load_weights = lambda weights: time.sleep(60)
+
+    algorithm.env_runner_group.foreach_env_runner(deafen, local_env_runner=False)
+    started = time.monotonic()
+    with pytest.raises(UserError, match="without an answer do not have the restored weights after 5 s"):
+        restore_checkpoint(algorithm, tmp_path / "saved")
+    assert time.monotonic() - started < 30
+    algorithm.stop()
 
 
 def test_groups_that_are_not_complete_are_refused() -> None:

@@ -22,14 +22,12 @@ def ray_session() -> None:
 
 
 def tuner(
-    config: GRPOConfig, folder: Path, scheduler: Any = None, iterations: int = 4, samples: int = 1, every: int = 0
+    config: GRPOConfig, folder: Path, scheduler: Any = None, iterations: int = 4, every: int = 0, concurrent: int = 2
 ) -> tune.Tuner:
     return tune.Tuner(
         GRPO,
         param_space=config,
-        tune_config=tune.TuneConfig(
-            metric=RETURN, mode="max", scheduler=scheduler, num_samples=samples, max_concurrent_trials=2
-        ),
+        tune_config=tune.TuneConfig(metric=RETURN, mode="max", scheduler=scheduler, max_concurrent_trials=concurrent),
         run_config=tune.RunConfig(
             name="trials",
             storage_path=str(folder),
@@ -38,6 +36,10 @@ def tuner(
             verbose=0,
         ),
     )
+
+
+def returned(result: Any) -> float:
+    return float(result.metrics["env_runners"]["episode_return_mean"])
 
 
 def test_grid_search_trains_each_value_and_restores_what_is_finished(tmp_path: Path) -> None:
@@ -50,7 +52,7 @@ def test_grid_search_trains_each_value_and_restores_what_is_finished(tmp_path: P
     assert found[1e-3]["kl_old"] > found[1e-5]["kl_old"]
     restored = tune.Tuner.restore(str(tmp_path / "trials"), GRPO, param_space=config, resume_errored=True)
     again = restored.fit()
-    assert [result.metrics[RETURN] for result in again] == [result.metrics[RETURN] for result in results]
+    assert list(map(returned, again)) == list(map(returned, results))
     best = results.get_best_result(metric=RETURN, mode="max")
     algorithm = GRPO.from_checkpoint(best.checkpoint.path)
     assert algorithm.updates == 2
@@ -59,13 +61,13 @@ def test_grid_search_trains_each_value_and_restores_what_is_finished(tmp_path: P
 
 
 def test_asha_stops_trials_early(tmp_path: Path) -> None:
-    config = configuration(lr=tune.grid_search([1e-3, 1e-5, 1e-4]))
-    asha = ASHAScheduler(max_t=4, grace_period=1, reduction_factor=3)
-    results = tuner(config, tmp_path, asha).fit()
+    # One after the other, the best first: the others are stopped where they are compared with it.
+    config = configuration(lr=tune.grid_search([3e-3, 1e-6, 1e-7]))
+    asha = ASHAScheduler(max_t=4, grace_period=2, reduction_factor=2)
+    results = tuner(config, tmp_path, asha, concurrent=1).fit()
     assert not results.errors
-    lengths = sorted(result.metrics["training_iteration"] for result in results)
-    assert lengths[-1] == 4
-    assert lengths[0] < 4
+    lengths = {result.config["lr"]: result.metrics["training_iteration"] for result in results}
+    assert lengths == {3e-3: 4, 1e-6: 2, 1e-7: 2}
 
 
 def test_population_based_training_copies_trials_and_changes_their_learning_rate(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ray
 
-from policies.grpo.rllib_adapter import ERROR_LOGGERS, PRIVATE_NAMES
+from policies.grpo.rllib_adapter import PRIVATE_NAMES
 
 FOLDER = Path(__file__).parents[4] / "policies" / "grpo"
 
@@ -17,19 +17,12 @@ FOLDER = Path(__file__).parents[4] / "policies" / "grpo"
     ("owner", "name", "purpose"), PRIVATE_NAMES, ids=lambda value: getattr(value, "__name__", value)
 )
 def test_the_private_name_still_exists(owner: Any, name: str, purpose: str) -> None:
-    families = inspect.getmro(owner)
+    families = inspect.getmro(owner) if inspect.isclass(owner) else ()
     sources = "".join(inspect.getsource(one) for one in families if one.__module__.startswith("ray."))
     assert hasattr(owner, name) or f"self.{name}" in sources, (
         f"Ray {ray.__version__} has no {owner.__name__}.{name} any more, which policies/grpo/rllib_adapter.py needs "
         f"{purpose}: look for its successor there, or pin an older Ray"
     )
-
-
-@pytest.mark.parametrize("name", ERROR_LOGGERS)
-def test_the_logger_of_start_up_errors_still_exists(name: str) -> None:
-    source = Path(ray.__file__).parent / "rllib" / f"{name.removeprefix('ray.rllib.').replace('.', '/')}.py"
-    assert source.is_file()
-    assert "getLogger" in source.read_text("utf-8")
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.name)

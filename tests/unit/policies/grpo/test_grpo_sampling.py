@@ -19,6 +19,7 @@ class Runners:
     """Runners with queues of calls, in place of the pool of RLlib's actors."""
 
     local = None
+    kind = "env"
     restarts = True
 
     def __init__(self, runners: int) -> None:
@@ -51,6 +52,9 @@ class Runners:
 
     def revive(self) -> bool:
         return bool(self.in_service)
+
+    def start_failure(self) -> None:
+        return None
 
     # What the dispatcher asks of Ray.
 
