@@ -3,14 +3,20 @@
 `ray_ctrl.config` composes them; help and docs/config.md are generated from the fields.
 """
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from envs.section import Int, Section
 
 Latency = Literal["profiled", "roofline", "measured"]
 DType = Literal["float32", "bfloat16", "float16"]
+
+
+def absolute(path: str | None) -> str | None:
+    """A path as processes in other folders find it."""
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 class ModelSettings(Section):
@@ -60,6 +66,14 @@ class ModelSettings(Section):
         "was trained with.",
     )
 
+    _file = field_validator("block_importance")(absolute)
+
+    @field_validator("name")
+    @classmethod
+    def _folder(cls, name: str) -> str:
+        is_folder = name != "embedded" and Path(name).expanduser().is_dir()
+        return str(absolute(name)) if is_folder else name
+
 
 class TaskSettings(Section):
     """Questions and images."""
@@ -84,6 +98,13 @@ class TaskSettings(Section):
         default="refuse",
         description="Rows of a data file that cannot be used: `refuse` stops at the first, `skip` leaves them out.",
     )
+
+    @field_validator("name")
+    @classmethod
+    def _paths(cls, name: str) -> str:
+        from envs.data.task_spec import absolute_task
+
+        return absolute_task(name)
 
 
 class LatencySettings(Section):
@@ -118,6 +139,8 @@ class LatencySettings(Section):
     profile_samples: Int = Field(default=8, ge=1, le=1000, description="Samples measured per tiling when profiling.")
     profile_repeats: Int = Field(default=5, ge=1, le=100, description="Timed repeats of each profiled point.")
 
+    _paths = field_validator("profile", "profile_dir")(absolute)
+
 
 class StoreSettings(Section):
     """The outcome store: answers of the frozen model, kept for reuse."""
@@ -133,6 +156,8 @@ class StoreSettings(Section):
         le=10_000,
         description="Largest file, GB. Latency tokens are evicted before outcomes, the least recently used first.",
     )
+
+    _file = field_validator("path")(absolute)
 
 
 class BudgetSettings(Section):

@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ConfigDict, field_validator
 
 from envs.budgets import BudgetDistribution, budget_range
 from envs.config import (
@@ -87,6 +88,8 @@ class EnvConfig(Section):
         guardrail: fitted by `envs.calibrate_guardrail`; None is off.
     """
 
+    model_config = ConfigDict(validate_default=True)
+
     model: ModelSettings = ModelSettings()
     task: TaskSettings = TaskSettings()
     latency: LatencySettings = LatencySettings()
@@ -96,6 +99,12 @@ class EnvConfig(Section):
     split: str = "train"
     distribution: BudgetDistribution | None = None
     guardrail: Guardrail | None = None
+
+    @field_validator("model", "task", "latency", "store", mode="before")
+    @classmethod
+    def _absolute(cls, section: Any) -> Any:
+        """Validated anew, also if it is the default: relative paths mean this process's folder, not a runner's."""
+        return section.model_dump() if isinstance(section, Section) else section
 
     def model_post_init(self, context: Any) -> None:
         if self.latency.source == "profiled" and self.latency.profile is None:

@@ -4,7 +4,9 @@ Each section is declared where it is used; here they are composed. `ray_ctrl.loa
 overrides into `Config`; `ray_ctrl.preflight` checks what spans several fields. `docs/config.md` is generated.
 """
 
-from pydantic import Field
+import re
+
+from pydantic import Field, field_validator
 
 from envs.config import (
     BudgetSettings,
@@ -14,9 +16,13 @@ from envs.config import (
     RewardSettings,
     StoreSettings,
     TaskSettings,
+    absolute,
 )
 from envs.section import Flag, Int, Section
 from policies.grpo.config import ControllerSettings, GRPOSettings, TimeoutSettings
+
+_LOCAL_TRACKER = re.compile(r"(mlflow:(?:sqlite:///|file:(?!/)|(?!databricks\b|[\w+-]+:)))(.+)")
+"""mlflow:FOLDER, mlflow:file:FOLDER and mlflow:sqlite:///FILE."""
 
 
 class RunnersConfig(TimeoutSettings):
@@ -104,6 +110,14 @@ class RunConfig(Section):
         description="Experiment tracker in addition to TensorBoard: `mlflow:URI` (a server or `sqlite:///FILE`) "
         "or `wandb:PROJECT`; `null` is none.",
     )
+
+    _folder = field_validator("folder")(absolute)
+
+    @field_validator("tracker")
+    @classmethod
+    def _local_tracker(cls, tracker: str | None) -> str | None:
+        local = _LOCAL_TRACKER.fullmatch(tracker or "")
+        return f"{local[1]}{absolute(local[2])}" if local else tracker
 
 
 class Config(Section):

@@ -26,10 +26,6 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 }
 
-
-PATHS = ("run.folder", "store.path", "latency.profile", "latency.profile_dir", "model.block_importance")
-_LOCAL_TRACKER = re.compile(r"(mlflow:(?:sqlite:///|file:(?!/)|(?!databricks\b|[\w+-]+:)))(.+)")
-"""mlflow:FOLDER, mlflow:file:FOLDER and mlflow:sqlite:///FILE."""
 OLD_KEYS: Mapping[str, str] = {
     "clock": "latency",
     "clock.kind": "latency.source",
@@ -106,7 +102,7 @@ def load_config(
         _merge(tree, _file_tree(Path(file)))
     for override in overrides:
         _merge(tree, _override_tree(override))
-    return with_absolute_paths(parse(tree))
+    return parse(parse(tree).model_dump())  # once more: default paths become absolute, too
 
 
 def parse(tree: Mapping[str, Any]) -> Config:
@@ -130,7 +126,7 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     tree: Tree = config.model_dump()
     for override in overrides:
         _merge(tree, _override_tree(override))
-    return with_absolute_paths(parse(tree))
+    return parse(tree)
 
 
 def to_yaml(config: Config) -> str:
@@ -285,27 +281,3 @@ def _nearest_key(path: str) -> str:
     if close:
         return f"the nearest valid key is {close[0]!r}"
     return f"sections are {', '.join(Config.model_fields)}; see docs/config.md"
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """`config` with every file and folder it names as an absolute path: processes in other folders find the same."""
-    tree: Tree = config.model_dump()
-    return parse({s: {k: absolute(f"{s}.{k}", v) for k, v in keys.items()} for s, keys in tree.items()})
-
-
-def absolute(key: str, value: Any) -> Any:
-    """The value of `section.key`, as an absolute path if it is a path."""
-    if not isinstance(value, str):
-        return value
-    if key == "task.name":
-        from envs.data.task_spec import absolute_task
-
-        return absolute_task(value)
-    if key == "run.tracker" and (local := _LOCAL_TRACKER.fullmatch(value)):
-        return local[1] + _absolute(local[2])
-    is_model = key == "model.name" and value != "embedded" and Path(value).expanduser().is_dir()
-    return _absolute(value) if key in PATHS or is_model else value
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())

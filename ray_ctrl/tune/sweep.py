@@ -7,7 +7,7 @@ mistake.
 import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from envs.errors import UserError
 from envs.section import Flag, Int, Section
 from ray_ctrl.config import Config
-from ray_ctrl.load_config import absolute, load_config, read_yaml, to_yaml, valid_keys, with_overrides
+from ray_ctrl.load_config import load_config, read_yaml, to_yaml, valid_keys, with_overrides
 
 KINDS = ("uniform", "log_uniform", "int", "log_int", "choice", "grid")
 # Trials that differ here have different profiles or budgets.
@@ -148,7 +148,7 @@ def make_sweep(tree: Mapping[str, Any], folder: Path, overrides: Sequence[str] =
     fixed = [f"{key}={_as_yaml(value)}" for key, value in file.set.items()]
     config = folder / file.config if file.config else None
     base = load_config(file.preset, config, [*fixed, *overrides])
-    space = tuple(_range(key, given) for key, given in file.space.items())
+    space = tuple(_with_absolute_paths(_range(key, given), base) for key, given in file.space.items())
     sweep = Sweep(file, base, space)
     _check(sweep)
     return sweep
@@ -175,13 +175,25 @@ def _range(key: str, given: Mapping[str, Any]) -> Range:
         allowed = "give a list"
     elif kind in ("choice", "grid"):
         if len({_as_yaml(value) for value in values}) == len(values):
-            return Range(key, kind, tuple(absolute(key, value) for value in values))
+            return Range(key, kind, tuple(values))
         allowed = "each value once"
     else:
         ends, allowed = _ends(kind, values)
         if ends:
             return Range(key, kind, ends)
     raise UserError(f"space: {key}.{kind} = {values!r} is not allowed: {allowed}")
+
+
+def _with_absolute_paths(item: Range, base: Config) -> Range:
+    """The choices as a configuration reads them: a trial runs in Ray's own folder."""
+    section, _, name = item.key.partition(".")
+    changed = [
+        getattr(getattr(with_overrides(base, [f"{item.key}={_as_yaml(value)}"]), section), name)
+        if isinstance(value, str)
+        else value
+        for value in item.values
+    ]
+    return replace(item, values=tuple(changed))
 
 
 def _ends(kind: str, values: Sequence[Any]) -> tuple[tuple[Any, ...], str]:

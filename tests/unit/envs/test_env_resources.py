@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from doubles import EngineDouble, make_resources
 
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution
-from envs.config import BudgetSettings, LatencySettings, RewardSettings, TaskSettings
+from envs.config import BudgetSettings, LatencySettings, ModelSettings, RewardSettings, TaskSettings
 from envs.contracts import Engine, VectorEnvironment
 from envs.engine import RolloutEngine
 from envs.env_resources import EnvConfig
@@ -25,6 +26,24 @@ def test_the_profiled_source_needs_a_profile():
 
 def _config(**budgets):
     return EnvConfig(latency=LatencySettings(source="roofline"), budgets=BudgetSettings(**budgets))
+
+
+def test_relative_paths_are_those_of_the_process_that_describes_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A cluster's workers run in the folder in which Ray was started."""
+    (tmp_path / "mine.jsonl").touch()
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    latency = LatencySettings(source="roofline", profile="p.json")
+    for config in (
+        EnvConfig(latency=latency, model=ModelSettings(name="model"), task=TaskSettings(name="mine.jsonl")),
+        EnvConfig.model_validate({"latency": latency, "model": {"name": "model"}, "task": {"name": "mine.jsonl"}}),
+    ):
+        assert config.store.path == str(tmp_path / "runs/outcomes.sqlite")
+        assert config.latency.profile == str(tmp_path / "p.json")
+        assert config.model.name == str(tmp_path / "model")
+        assert config.task.name == str(tmp_path / "mine.jsonl")
 
 
 def test_settings_travel_to_workers():

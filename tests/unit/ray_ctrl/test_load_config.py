@@ -18,7 +18,7 @@ from ray_ctrl.load_config import (
     presets,
     to_yaml,
     valid_keys,
-    with_absolute_paths,
+    with_overrides,
 )
 from ray_ctrl.preflight import plan_layout
 from ray_ctrl.profiles import fit_warning
@@ -122,7 +122,7 @@ def test_docs_page_is_current_and_complete() -> None:
 
 def test_defaults_live_in_the_models_alone() -> None:
     """The laptop preset changes nothing, so that defaults are in one place."""
-    assert load_config("laptop") == with_absolute_paths(Config())
+    assert load_config("laptop") == with_overrides(Config(), [])
     assert yaml.safe_load(to_yaml(Config()))["grpo"]["lr"] == Config().grpo.lr
 
 
@@ -133,11 +133,10 @@ def test_a_profile_that_does_not_fit_comes_with_a_warning() -> None:
 
 def test_files_named_in_settings_are_found_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    config = load_config("smoke", None, ["latency.profile=mine.json", "model.block_importance=~/scores.json"])
-    moved = with_absolute_paths(config)
+    moved = load_config("smoke", None, ["latency.profile=mine.json", "model.block_importance=~/scores.json"])
     assert moved.latency.profile == str(tmp_path / "mine.json")
     assert moved.model.block_importance == str(Path.home() / "scores.json")
-    assert with_absolute_paths(moved) == moved
+    assert with_overrides(moved, []) == moved
 
 
 @pytest.mark.parametrize("text", ["~/runs", "runs", "./runs"])
@@ -194,7 +193,7 @@ def test_a_trackers_files_are_absolute(given: str, read: str, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     config = load_config("smoke", None, [f"run.tracker={given}"])
     assert config.run.tracker == read.format(cwd=tmp_path)
-    assert with_absolute_paths(config) == config
+    assert with_overrides(config, []) == config
 
 
 @pytest.mark.parametrize("text", ["grpo: {lr: 1}\ngrpo: {epochs: 1}\n", "grpo:\n  lr: 1\n  lr: 2\n"])
