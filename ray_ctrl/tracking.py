@@ -1,13 +1,15 @@
 """Experiment trackers (`run.tracker`) through Ray's own integrations, and Ray's Prometheus endpoint.
 
-`mlflow:URI` (a server or `sqlite:///FILE`) or `wandb:PROJECT`. A resumed run continues its entry. Iterations repeated
-after a crash have the same numbers as before, and a tracker that already has them does not get them twice.
+`mlflow:URI` (a server or `sqlite:///FILE`) or `wandb:PROJECT`. A resumed run continues its entry: iterations of
+metrics.jsonl that never arrived are sent, and those repeated after a crash, with the same numbers, are not sent twice.
 """
 
 import json
 import os
 import re
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,12 +27,15 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-def open_tracker(track: str | None, config: Mapping[str, Any], folder: Path) -> Tracker | None:
+def open_tracker(
+    track: str | None, config: Mapping[str, Any], folder: Path, rows: Iterable[Mapping[str, Any]] = ()
+) -> Tracker | None:
     """The tracker of a run; None if none is configured.
 
     Args:
         config: the run's configuration, logged as parameters.
         folder: the run folder, where the tracker's id of the run is stored.
+        rows: metrics.jsonl of a resumed run.
 
     Raises:
         UserError: the tracker's package is missing, or it cannot be reached.
@@ -40,7 +45,7 @@ def open_tracker(track: str | None, config: Mapping[str, Any], folder: Path) -> 
     kind, _, target = track.partition(":")
     flat = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
     try:
-        return _MLflow(target, flat, folder) if kind == "mlflow" else _WandB(target, flat, folder)
+        return (_MLflow if kind == "mlflow" else _WandB)(target, flat, folder, rows)
     except ImportError as error:
         package = "mlflow-skinny" if kind == "mlflow" else "wandb"
         raise UserError(
@@ -50,6 +55,33 @@ def open_tracker(track: str | None, config: Mapping[str, Any], folder: Path) -> 
         raise UserError(
             f"run.tracker = {track!r} cannot be used ({first_line(error)}): check it, or set run.tracker=null"
         ) from error
+
+
+class _Entry(ABC):
+    """A run's entry in a tracker, which has every step up to `last_step` once.
+
+    Args:
+        missing: rows of metrics.jsonl so far; those that the entry does not have are sent.
+    """
+
+    last_step: int
+
+    def __init__(self, target: str, config: Mapping[str, Any], folder: Path, missing: Iterable[Mapping[str, Any]]):
+        self._open(target, config, folder, _known(folder))
+        for row in missing:
+            self.log({key: value for key, value in row.items() if key != "iteration"}, row["iteration"])
+
+    def log(self, row: Mapping[str, float], step: int) -> None:
+        """Sends a row unless the entry has it."""
+        if step > self.last_step:
+            self._send(dict(row), step)
+            self.last_step = step
+
+    @abstractmethod
+    def _open(self, target: str, config: Mapping[str, Any], folder: Path, known: str | None) -> None: ...
+
+    @abstractmethod
+    def _send(self, row: dict[str, float], step: int) -> None: ...
 
 
 class Gauges:
@@ -88,14 +120,13 @@ def _known(folder: Path) -> str | None:
 _MLFLOW_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
-class _MLflow:
-    def __init__(self, uri: str, config: Mapping[str, Any], folder: Path) -> None:
+class _MLflow(_Entry):
+    def _open(self, uri: str, config: Mapping[str, Any], folder: Path, known: str | None) -> None:
         for name, value in _MLFLOW_RETRIES.items():
             os.environ.setdefault(name, value)
         if uri.startswith(("file:", "/")):
             # Folders are deprecated; MLflow requires this variable to use one.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        known = _known(folder)
         self.last_step = -1
         if known is not None:
             import mlflow
@@ -105,9 +136,9 @@ class _MLflow:
             self.mlflow: Any = mlflow
             self.last_step = _last_step(mlflow.MlflowClient(uri), known)
             return
-        try:
-            from ray.air.integrations.mlflow import setup_mlflow
+        from ray.air.integrations.mlflow import setup_mlflow
 
+        with _missing_package():
             self.mlflow = setup_mlflow(
                 dict(config),
                 tracking_uri=uri,
@@ -116,15 +147,10 @@ class _MLflow:
                 create_experiment_if_not_exists=True,
                 rank_zero_only=False,
             )
-        except RuntimeError as error:
-            if "not found" in str(error):
-                raise ImportError(str(error)) from None
-            raise
         write_json(folder / FILE, {"id": self.mlflow.active_run().info.run_id})
 
-    def log(self, row: Mapping[str, float], step: int) -> None:
-        if step > self.last_step:
-            self.mlflow.log_metrics(dict(row), step=step)
+    def _send(self, row: dict[str, float], step: int) -> None:
+        self.mlflow.log_metrics(row, step=step)
 
     def close(self) -> None:
         self.mlflow.end_run()
@@ -137,12 +163,11 @@ def _last_step(client: Any, run_id: str) -> int:
     return max(steps, default=-1)
 
 
-class _WandB:
-    def __init__(self, project: str, config: Mapping[str, Any], folder: Path) -> None:
+class _WandB(_Entry):
+    def _open(self, project: str, config: Mapping[str, Any], folder: Path, known: str | None) -> None:
         from ray.air.integrations.wandb import setup_wandb
 
-        known = _known(folder)
-        try:
+        with _missing_package():
             self.run: Any = setup_wandb(
                 dict(config),
                 project=project,
@@ -151,14 +176,23 @@ class _WandB:
                 rank_zero_only=False,
                 **({"id": known, "resume": "must"} if known else {}),
             )
-        except RuntimeError as error:
-            if "not found" in str(error):
-                raise ImportError(str(error)) from None
-            raise
+        self.last_step = self.run.step - 1
         write_json(folder / FILE, {"id": self.run.id})
 
-    def log(self, row: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(row), step=step)
+    def _send(self, row: dict[str, float], step: int) -> None:
+        # Without `commit` W&B keeps the row until the next one comes, and loses it if the process is killed before.
+        self.run.log(row, step=step, commit=True)
 
     def close(self) -> None:
         self.run.finish()
+
+
+@contextmanager
+def _missing_package() -> Iterator[None]:
+    """Ray's integrations raise a RuntimeError for a package that is not installed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "not found" in str(error):
+            raise ImportError(str(error)) from None
+        raise

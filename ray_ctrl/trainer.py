@@ -51,7 +51,8 @@ class Trainer:
     def __post_init__(self) -> None:
         run = self.config.run
         self.folder.check_inputs(self.context.inputs)
-        tracker = open_tracker(run.tracker, self.config.model_dump(mode="json"), self.folder.root)
+        config = self.config.model_dump(mode="json")
+        tracker = open_tracker(run.tracker, config, self.folder.root, self.folder.metrics())
         gauges = Gauges(self.folder.root) if run.prometheus else None
         self.trackers = [found for found in (tracker, gauges) if found is not None]
         self.contexts = validation_contexts(len(self.context.build("validation").samples), self.context.budgets)

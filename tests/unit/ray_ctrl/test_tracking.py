@@ -45,6 +45,78 @@ def test_mlflow_keeps_rows_and_settings_over_a_resume(tmp_path: Path) -> None:
     assert entries[0].info.status == "FINISHED"
 
 
+def points_of(uri: str) -> list[tuple[int, float]]:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow-skinny is a development dependency")
+    client = mlflow.MlflowClient(uri)
+    entries = client.search_runs([client.get_experiment_by_name("ray-ctrl").experiment_id])
+    assert len(entries) == 1
+    return [(point.step, point.value) for point in client.get_metric_history(entries[0].info.run_id, "reward")]
+
+
+def test_mlflow_gets_what_it_missed_and_nothing_twice(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    rows = [{"iteration": step, "reward": step / 10} for step in (1, 2, 3, 4)]
+    tracker = open_tracker(f"mlflow:{uri}", CONFIG, tmp_path)
+    assert tracker is not None
+    for step in (1, 2, 2, 1, 2):  # a learner died twice within the process, and its iterations were done again
+        tracker.log({"reward": step / 10}, step)
+    tracker.close()
+    # Iterations 3 and 4 were written to metrics.jsonl while the tracker was away, or switched off.
+    resumed = open_tracker(f"mlflow:{uri}", CONFIG, tmp_path, rows)
+    assert resumed is not None
+    resumed.log({"reward": 0.5}, 5)
+    resumed.close()
+    assert points_of(uri) == [(step, step / 10) for step in (1, 2, 3, 4, 5)]
+
+
+class WandBServer:
+    """What Weights & Biases keeps of a run: committed steps; a resumed run continues after the last of them."""
+
+    def __init__(self) -> None:
+        self.history: dict[int, float] = {}
+        self.resumed: list[dict[str, Any]] = []
+
+    def setup_wandb(self, config: Any, **given: Any) -> "WandBServer.Run":
+        self.resumed.append({key: given[key] for key in ("id", "resume") if key in given})
+        return WandBServer.Run(self)
+
+    class Run:
+        id = "entry-1"
+
+        def __init__(self, server: "WandBServer") -> None:
+            self.server, self.step = server, max(server.history, default=-1) + 1
+
+        def log(self, row: dict[str, float], step: int, commit: bool | None = None) -> None:
+            if step < self.step:  # W&B warns and drops it
+                return
+            self.step = step
+            if commit:
+                self.server.history[step] = row["reward"]
+                self.step += 1
+
+        def finish(self) -> None:
+            pass
+
+
+def test_wandb_gets_what_it_missed_and_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = WandBServer()
+    monkeypatch.setattr("ray.air.integrations.wandb.setup_wandb", server.setup_wandb)
+    rows = [{"iteration": step, "reward": step / 10} for step in (1, 2, 3, 4)]
+    tracker = open_tracker("wandb:me", CONFIG, tmp_path)
+    assert tracker is not None
+    for step in (1, 2):
+        tracker.log({"reward": step / 10}, step)
+    # Killed: nothing is closed. What was logged last is there; iterations 3 and 4 never arrived.
+    assert server.history == {1: 0.1, 2: 0.2}
+    resumed = open_tracker("wandb:me", CONFIG, tmp_path, rows)
+    assert resumed is not None
+    for step in (4, 5):
+        resumed.log({"reward": step / 10}, step)
+    resumed.close()
+    assert server.history == {step: step / 10 for step in (1, 2, 3, 4, 5)}
+    assert server.resumed == [{}, {"id": "entry-1", "resume": "must"}]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed here")
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run.tracker = 'wandb:me' needs a package.*pip install wandb"):
