@@ -78,22 +78,11 @@ def upload(folder: Path, excludes: Sequence[str] = ()) -> Upload:
     Raises:
         ConnectError: it is no folder, or larger than a job should carry.
     """
-    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
+    from cluster.ray_adapter import sent_files
 
     if not folder.is_dir():
         raise ConnectError(f"working directory {folder} is not a folder: give the checkout with --working-dir")
-    root = folder.absolute()
-    files: list[tuple[str, int]] = []
-
-    def note(path: Path) -> None:
-        if path.is_file() and not path.is_symlink():
-            files.append((path.relative_to(root).as_posix(), path.stat().st_size))
-
-    quiet = logging.getLogger("ray_ctrl.upload")
-    quiet.setLevel(logging.WARNING)
-    patterns = [_get_excludes(root, list(excludes))] if excludes else []
-    _dir_travel(root, patterns, note, include_gitignore=True, logger=quiet)
-    found = Upload(tuple(sorted(files, key=lambda file: (-file[1], file[0]))))
+    found = Upload(tuple(sorted(sent_files(folder, excludes), key=lambda file: (-file[1], file[0]))))
     if found.bytes > LARGEST_UPLOAD:
         largest = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for name, size in found.files[:3])
         raise ConnectError(

@@ -1,7 +1,8 @@
-"""The only file that touches private names of Ray and RLlib. `PRIVATE_NAMES` lists them; a contract test checks each.
+"""The only file that touches private names of RLlib and Tune. `PRIVATE_NAMES` lists them; a contract test checks each.
 
-Ray has no public way to ask which runner actors are alive, to call one of them, to kill a learner, or to force older
-weights on a learner. When a new Ray moves one of these names, the contract test says which and what it is needed for.
+They have no public way to ask which runner actors are alive, to call one of them, to kill a learner, to force older
+weights on a learner, or to give a restored tuner new callbacks. When a new Ray moves one of these names, the contract
+test says which and what it is needed for.
 """
 
 import shutil
@@ -24,6 +25,8 @@ from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
+from ray.tune import Tuner
+from ray.tune.impl.tuner_internal import TunerInternal
 
 from envs.errors import UserError
 
@@ -53,6 +56,9 @@ PRIVATE_NAMES: Final = (
     (SingleAgentEnvRunner, "_callbacks", "to honour callbacks"),
     (SingleAgentEnvRunner, "_make_on_episode_callback", "to honour callbacks"),
     (SingleAgentEnvRunner, "_increase_sampled_metrics", "to count environment steps and episodes"),
+    (Tuner, "_local_tuner", "to give a restored sweep its callbacks and scheduler"),
+    (TunerInternal, "_tune_config", "to give a restored sweep its scheduler"),
+    (TunerInternal, "get_run_config", "to give a restored sweep its callbacks"),
 )
 """(owner, name, what for) of every name used here that Ray does not promise to keep."""
 
@@ -158,6 +164,12 @@ def each_learner(group: LearnerGroup, ask: Callable[[Any], T]) -> list[T]:
 def force_next_weights(learner: TorchLearner) -> None:
     """Make a learner's next `set_state` take the weights given: RLlib skips those older than its own."""
     learner._weights_seq_no = 0
+
+
+def replace_restored(tuner: Tuner, *, callbacks: list[Any], scheduler: Any) -> None:
+    """Give a restored tuner callbacks and a scheduler in place of those that were pickled with it."""
+    tuner._local_tuner.get_run_config().callbacks = callbacks
+    tuner._local_tuner._tune_config.scheduler = scheduler
 
 
 def cause_of(error: BaseException) -> str:

@@ -193,6 +193,7 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, stopper: Stop
     """Ray Tune's part; returns each trial's last status."""
     from ray import tune
 
+    from policies.grpo.rllib_adapter import replace_restored
     from ray_ctrl.tune.progress import Progress
     from ray_ctrl.tune.schedulers import scheduler
     from ray_ctrl.tune.search import param_space, searcher, silence_tune, trial_resources
@@ -212,8 +213,7 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, stopper: Stop
         tuner = tune.Tuner.restore(str(state), trainable, restart_errored=True, param_space=space)
         progress.recall(score for result in read_results(sweep, root, {}) for _, score in result.curve)
         # Tune restores the objects pickled at the start, without what they learned and with the old configuration.
-        tuner._local_tuner.get_run_config().callbacks = [progress]
-        tuner._local_tuner._tune_config.scheduler = halving
+        replace_restored(tuner, callbacks=[progress], scheduler=halving)
     else:
         config = tune.TuneConfig(  # schedulers and searchers have their own metric and mode
             reuse_actors=True,  # a trial begins in a process that has everything loaded

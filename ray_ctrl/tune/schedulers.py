@@ -23,26 +23,27 @@ def scheduler(sweep: Sweep, root: Path) -> TrialScheduler:
         return FIFOScheduler()
     grace = min(file.asha.grace, last)
     return Halving(
-        root, time_attr=TIME, max_t=last, grace_period=grace, reduction_factor=file.asha.reduction,
-        metric=file.metric, mode=file.mode,
+        root, file.metric, file.mode, time_attr=TIME, max_t=last, grace_period=grace,
+        reduction_factor=file.asha.reduction,
     )  # fmt: skip
 
 
 class Halving(AsyncHyperBandScheduler):
     """ASHA that also counts the scores from before an interruption."""
 
-    def __init__(self, root: Path, **options: Any) -> None:
-        super().__init__(**options)
-        self._root = root
+    def __init__(self, root: Path, metric: str, mode: str, **options: Any) -> None:
+        super().__init__(metric=metric, mode=mode, **options)
+        self.root, self.score = root, metric
+        self.seen: set[str] = set()
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        known = trial.trial_id in self._trial_info  # added again after its process died
         super().on_trial_add(tune_controller, trial)
-        place = self._root / TRIALS / trial.trial_id
-        if known or not place.is_dir():
+        place = self.root / TRIALS / trial.trial_id
+        if trial.trial_id in self.seen or not place.is_dir():  # or added again after its process died
             return
+        self.seen.add(trial.trial_id)
         reported = (trial.last_result or {}).get(TIME, 0)
         for row in RunFolder(place).metrics():
-            if self._metric in row and row[TIME] <= reported:
+            if self.score in row and row[TIME] <= reported:
                 # Only recorded: whether the trial was stopped there was decided then.
-                self._trial_info[trial.trial_id].on_result(trial, row[TIME], self._metric_op * row[self._metric])
+                self.on_trial_result(tune_controller, trial, row)
