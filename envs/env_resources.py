@@ -132,10 +132,8 @@ class EnvConfig(Section):
         return EnvResources(engine, samples, clock, budgets, self.reward, space, self.guardrail, self._noise(clock))
 
     def build_engine(self) -> "RolloutEngine":
-        """The engine alone; equal settings share one engine in a process."""
-        model = self.model
-        importance = read_importance(model.name, model.block_importance)
-        return _engine(model, self.store, importance, resolve_device(model.device))
+        """The engine alone."""
+        return load_engine(self.model, self.store)
 
     def build_clock(self, engine: Engine) -> Clock | MeasuringClock:
         """The latency source alone."""
@@ -169,6 +167,16 @@ class EnvConfig(Section):
 
 # One measured clock per engine, as its reference latency is measured once.
 _measured = lru_cache(maxsize=2)(MeasuredClock)
+
+
+def load_engine(model: ModelSettings, store: StoreSettings) -> "RolloutEngine":
+    """The engine of a model; equal settings share one in a process.
+
+    Raises:
+        UserError: an unreadable checkpoint, file of block importance or store, or a device that is not there.
+    """
+    importance = read_importance(model.name, model.block_importance)
+    return _engine(model, store, importance, resolve_device(model.device))
 
 
 @lru_cache(maxsize=2)

@@ -189,7 +189,7 @@ class KnobSpace:
         pairs = np.ones((len(TIERS), len(INSERTIONS)), np.bool_)
         pairs[1:] = has_image
         if fits is not None:
-            pairs &= (fits & _LEGAL).any(axis=(2, 3))
+            pairs &= (fits & LEGAL).any(axis=(2, 3))
         mask[:STAGE1_PAIRS] = pairs.reshape(-1) if pairs.any() else _PINNED[:STAGE1_PAIRS]
         return mask
 
@@ -202,7 +202,7 @@ class KnobSpace:
                 and the fewest blocks are left.
         """
         mask = _PINNED.copy()
-        structural = _LEGAL[0, INSERTIONS.index(insertion)]
+        structural = LEGAL[0, INSERTIONS.index(insertion)]
         pairs = structural if fits is None else structural & fits
         if not pairs.any():
             pairs = structural & (np.arange(structural.size).reshape(structural.shape) == structural[0].argmax())
@@ -237,7 +237,7 @@ def nearest_legal(actions: npt.NDArray[np.int64], pairs: BoolArray) -> npt.NDArr
     return result
 
 
-_LEGAL: Final = np.broadcast_to(
+LEGAL: Final = np.broadcast_to(
     np.array([[n in block_options(p) for n in BLOCK_COUNTS] for p in INSERTIONS])[None, :, None, :], HEAD_SIZES
 )
 """Which of the 3 x 5 x 5 x 5 actions decode to knobs."""

@@ -83,7 +83,11 @@ def command(group: typer.Typer = app, module: str = "", name: str = "run", **mor
 
         @functools.wraps(declaration)
         def call(**options: Any) -> None:
-            status = getattr(import_module(home), name)(**_with_overrides(options))
+            try:
+                status = getattr(import_module(home), name)(**_with_overrides(options))
+            except ModuleNotFoundError as error:
+                _raise_if_extra(error, "serve" if declaration.__name__ == "serve" else "train")
+                raise
             if status:
                 raise typer.Exit(status)
 
@@ -91,6 +95,13 @@ def command(group: typer.Typer = app, module: str = "", name: str = "run", **mor
         return declaration
 
     return register
+
+
+def _raise_if_extra(error: ModuleNotFoundError, extra: str) -> None:
+    """A UserError that names the extra to install, unless a module of this project is missing: that is a bug."""
+    package = (error.name or "").partition(".")[0]
+    if package not in ("envs", "policies", "cluster", "ray_ctrl"):
+        raise UserError(f"this command needs {package}: pip install 'ray-ctrl[{extra}]'") from error
 
 
 def _with_overrides(options: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Mistakes about models, tasks and profiles surface here, before a run folder is m
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,17 +17,16 @@ from envs.data import load_task
 from envs.env_resources import EnvConfig, EnvResources
 from envs.errors import UserError
 from envs.files import write_json
-from envs.knobs import MAX_DROPPED, ExecutionPlan, KnobSpace
+from envs.knobs import BLOCK_COUNTS, INSERTIONS, TIERS, TOP_KS
 from envs.latency import Identity, LatencyProfile, ProfiledClock, is_measuring
 from envs.latency.guardrail import Guardrail
-from envs.model.block_importance import removal_order
 from ray_ctrl.config import Config
 from ray_ctrl.console import console
 from ray_ctrl.profiles import PROFILE_FILE, Measure, Use, find_profile, measure_profile
 from ray_ctrl.provenance import hardware, versions
 from ray_ctrl.run_folder import check_writable
 
-__all__ = ["BUDGETS_FILE", "PROFILE_FILE", "RunContext", "check_importance", "env_config", "open_context"]
+__all__ = ["BUDGETS_FILE", "PROFILE_FILE", "RunContext", "env_config", "open_context"]
 BUDGETS_FILE = "budgets.json"
 GUARDRAIL_FILE = "guardrail-{clock}.json"
 SPLITS = ("train", "validation", "test")
@@ -86,12 +85,15 @@ class RunContext:
     def metadata(self) -> dict[str, Any]:
         """What an exported controller needs to be used: model, encoder, configuration, reference latency, origin."""
         clock = self.env_config("train").build_clock(self.engine)
+        identity = Identity.of(self.engine)
         return {
             "fingerprint": self.engine.model.fingerprint,
             "importance": list(self.engine.importance),
             "config": self.config.model_dump(mode="json"),
             "reference_ms": float(clock.reference_ms),
-            "device": Identity.of(self.engine).device,
+            "device": identity.device,
+            "identity": asdict(identity),
+            "knobs": {"tiers": TIERS, "insertions": INSERTIONS, "top_ks": TOP_KS, "block_counts": BLOCK_COUNTS},
             "budgets": asdict(self.budgets),
             "guardrail": None if self.guardrail is None else self.guardrail.to_dict(),
             "hardware": hardware(),
@@ -194,26 +196,6 @@ def open_context(config: Config) -> RunContext:
         if config.latency.source == "roofline":
             described.build_clock(engine)
     return RunContext(config, engine)
-
-
-def check_importance(engine: Any, metadata: Mapping[str, Any]) -> None:
-    """Refuses a controller whose block counts would remove other blocks here than in training.
-
-    Raises:
-        UserError: with the scores in use some knobs would run other blocks.
-    """
-    trained = metadata.get("importance")
-    if trained is not None and _plans(trained) != _plans(engine.importance):
-        first, now = (", ".join(map(str, removal_order(s)[:MAX_DROPPED])) for s in (trained, engine.importance))
-        raise UserError(
-            f"the controller was trained with another block importance (blocks {first} first, here {now}): set "
-            "model.block_importance to the file it was trained with, or train again"
-        )
-
-
-def _plans(importance: Sequence[float]) -> list[ExecutionPlan]:
-    space = KnobSpace(importance)
-    return [space.plan(knobs) for knobs in space.all]
 
 
 def _stored(path: Path, restore: Callable[[Any], Any]) -> Any:

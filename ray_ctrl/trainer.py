@@ -11,6 +11,7 @@ import numpy as np
 
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, iteration_line, progress_bar
+from ray_ctrl.model_card import describe_export
 from ray_ctrl.preflight import Layout
 from ray_ctrl.run_folder import Metrics, RunFolder
 from ray_ctrl.signals import Stopper
@@ -197,7 +198,7 @@ class Trainer:
         def write(folder: Path) -> None:
             self.algorithm.save_to_path(folder.absolute())
             metadata = self.context.metadata() | {"iteration": self.done, "validation_score": score}
-            self.algorithm.controller().save(folder / "controller", metadata)
+            describe_export(self.algorithm.controller().save(folder / "controller", metadata))
 
         self.folder.save_checkpoint(self.done, score, write, score_error=error)
         self.folder.prune(self.config.run.keep_checkpoints)

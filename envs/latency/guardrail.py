@@ -8,18 +8,19 @@ calibrated on validation samples by split conformal prediction.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from operator import mul
+from functools import cached_property, lru_cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from cachetools import LRUCache
 
 from envs.errors import UserError
-from envs.knobs import HEAD_SIZES, TIERS, KnobSpace
+from envs.knobs import BLOCK_COUNTS, HEAD_SIZES, INSERTIONS, LEGAL, TIERS, TOP_KS, KnobSpace
 from envs.latency.clock import Clock
-from envs.latency.profiled import quantities
-from envs.latency.record import STAGES, LatencyRecord, RequestShape
+from envs.latency.profiled import stage_ms
+from envs.latency.record import LatencyRecord, RequestShape
 
 if TYPE_CHECKING:
     from envs.contracts import Engine
@@ -28,6 +29,8 @@ Array = npt.NDArray[np.float64]
 WIDTH: Final = 32
 """Dimensions of a question's key: distances survive a random projection (Johnson and Lindenstrauss 1984)."""
 NEIGHBORS: Final = 16
+_ENTRIES: Final = 1 << 14
+"""Request sizes whose predictions are remembered; a server sees no end of them."""
 
 
 class Costs(Protocol):
@@ -47,8 +50,19 @@ class ProfileCosts:
     stages: Mapping[str, Sequence[float]]
 
     def latency(self, shape: RequestShape, plan: Any, new_tokens: int) -> LatencyRecord:
-        rows = quantities(shape, plan, new_tokens)
-        return LatencyRecord(*(sum(map(mul, rows[stage], self.stages[stage])) for stage in STAGES))
+        return LatencyRecord(*stage_ms(self.stages, shape, plan.insertion, plan.top_k, len(plan.blocks), new_tokens))
+
+    def all_plans(self, shapes: Sequence[RequestShape], new_tokens: int) -> Array:
+        """Latency, ms, of every action at one answer length, (3, 5, 5, 5), illegal ones included.
+
+        Args:
+            shapes: sizes of the request at the three tiers.
+        """
+        names = ("prompt_tokens", "crops", "pixels")
+        columns = np.array([[getattr(shape, name) for shape in shapes] for name in names]).reshape(3, -1, 1, 1, 1)
+        insertion, top_k, blocks = np.ix_(np.array(INSERTIONS), np.array(TOP_KS), np.array(BLOCK_COUNTS))
+        sizes = SimpleNamespace(**dict(zip(names, columns, strict=True)))
+        return np.asarray(sum(stage_ms(self.stages, sizes, insertion, top_k, blocks, new_tokens)))
 
 
 @dataclass(frozen=True)
@@ -87,15 +101,16 @@ class AnswerLengths:
 
     def predict(self, features: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Predicted lengths (B,), 1 or more, for language features (B, D)."""
-        distance = ((_keys(features)[:, None] - self._known) ** 2).sum(-1)
+        keys, lengths = self._known
+        distance = ((_keys(features)[:, None] - keys) ** 2).sum(-1)
         nearest = np.argsort(distance, axis=1, kind="stable")[:, :NEIGHBORS]
-        lengths = np.asarray(self.lengths)[nearest].reshape(len(nearest), -1)
-        found = np.quantile(lengths, self.quantile, axis=1, method="higher")
-        return np.maximum(found.astype(np.int64), 1)
+        near = np.sort(lengths[nearest].reshape(len(nearest), -1), axis=1)
+        place = math.ceil((near.shape[1] - 1) * self.quantile)  # the quantile, the higher of two neighbors
+        return np.maximum(near[:, place], 1)
 
     @cached_property
-    def _known(self) -> Array:
-        return np.asarray(self.keys, np.float64)
+    def _known(self) -> tuple[Array, npt.NDArray[np.int64]]:
+        return np.asarray(self.keys, np.float64), np.asarray(self.lengths, np.int64)
 
 
 @dataclass(frozen=True)
@@ -155,17 +170,19 @@ class LatencyPredictor:
             raise UserError("the guardrail has no profile to predict latencies from: profile this device first")
         self.guardrail, self.engine, self.space, self.costs = guardrail, engine, space, costs
         self.factor = guardrail.factor if factor is None else factor
-        self._known: dict[tuple[Any, ...], Array] = {}
+        self._known: LRUCache[tuple[Any, ...], Array] = LRUCache(_ENTRIES)
 
     def predicted_ms(self, sample: Any) -> Array:
         """Latency times the conformal factor, ms, of every plan on `sample`, (3, 5, 5, 5); infinite if illegal."""
-        features = self.engine.language_features([sample]).numpy()
-        length = int(self.guardrail.lengths.predict(features)[0])
         shapes = tuple(self.engine.shape(sample, tier) for tier in TIERS)
-        key = (shapes, length)
+        key = (shapes, self.length(sample))
         if key not in self._known:
-            self._known[key] = plan_latencies(self.costs, self.space, shapes, length) * self.factor
+            self._known[key] = plan_latencies(self.costs, self.space, *key) * self.factor
         return self._known[key]
+
+    def length(self, sample: Any) -> int:
+        """Predicted length of the answer, tokens."""
+        return int(self.guardrail.lengths.predict(self.engine.language_features([sample]).numpy())[0])
 
 
 def plan_latencies(clock: Costs, space: KnobSpace, shapes: Sequence[RequestShape], new_tokens: int) -> Array:
@@ -174,6 +191,8 @@ def plan_latencies(clock: Costs, space: KnobSpace, shapes: Sequence[RequestShape
     Args:
         shapes: sizes of the request at the three tiers.
     """
+    if isinstance(clock, ProfileCosts):
+        return np.where(LEGAL, clock.all_plans(shapes, new_tokens), np.inf)
     ms = np.full(HEAD_SIZES, np.inf)
     known: dict[tuple[RequestShape, Any], float] = {}
     for knobs in space.all:
@@ -214,6 +233,11 @@ def conformal_factor(ratios: npt.ArrayLike, confidence: float) -> float:
 def _keys(features: npt.ArrayLike) -> Array:
     """Unit vectors (B, 32) by a fixed random projection of features (B, D)."""
     rows = np.asarray(features, np.float64)
-    mix = np.random.Generator(np.random.Philox(rows.shape[1])).standard_normal((rows.shape[1], WIDTH))
-    keys = np.einsum("bd,dw->bw", rows, mix)
+    keys = np.einsum("bd,dw->bw", rows, _mix(rows.shape[1]))
     return np.asarray(keys / np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), 1e-12), np.float64)
+
+
+@lru_cache(maxsize=4)
+def _mix(width: int) -> Array:
+    """The projection (width, 32)."""
+    return np.random.Generator(np.random.Philox(width)).standard_normal((width, WIDTH))

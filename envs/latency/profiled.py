@@ -4,10 +4,10 @@ A stage is a sum of non-negative costs per crop, position, block, expert and ans
 in each and extrapolates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from operator import mul
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -63,8 +63,7 @@ class ProfiledClock:
         """Median stage times of one request at batch 1, ms."""
         if new_tokens < 0:
             raise UserError(f"{new_tokens!r} new tokens are not allowed: give 0 or more")
-        rows = quantities(shape, plan, new_tokens)
-        return LatencyRecord(*(sum(map(mul, rows[stage], self._costs[stage])) for stage in STAGES))
+        return LatencyRecord(*stage_ms(self._costs, shape, plan.insertion, plan.top_k, len(plan.blocks), new_tokens))
 
     @property
     def costs(self) -> dict[str, tuple[float, ...]]:
@@ -91,16 +90,27 @@ class ProfiledClock:
         return self.latency(cell.shape, cell.plan, cell.new_tokens).total
 
 
-def quantities(shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> dict[str, tuple[float, ...]]:
+def stage_ms(
+    costs: Mapping[str, Sequence[float]], shape: Any, insertion: Any, top_k: Any, blocks: Any, new_tokens: int
+) -> list[Any]:
+    """Milliseconds of each stage: numbers, or arrays if sizes and knobs are arrays that broadcast together."""
+    rows = quantities(shape, insertion, top_k, blocks, new_tokens)
+    return [sum(map(mul, rows[stage], costs[stage])) for stage in STAGES]
+
+
+def quantities(shape: Any, insertion: Any, top_k: Any, blocks: Any, new_tokens: int) -> dict[str, tuple[Any, ...]]:
     """Regressors of each stage's latency, scaled to about 1.
 
     The last block of the prompt pass runs for the last position alone, apart from its keys and values.
+
+    Args:
+        shape: a `RequestShape`, or arrays under its names.
+        insertion, top_k, blocks: of the plan, `blocks` the number of those it keeps.
     """
-    thousands, first, top_k = shape.prompt_tokens / 1000, plan.insertion, plan.top_k / 8
-    blocks = len(plan.blocks)
-    full = max(blocks - first - 1, 0)  # suffix blocks that run for all positions
+    thousands, first, top_k = shape.prompt_tokens / 1000, insertion, top_k / 8
+    full = (blocks - first - 1) * (blocks > first)  # suffix blocks that run for all positions
     context = (shape.prompt_tokens + new_tokens / 2) / 1000
-    image, crops = float(shape.crops > 0), shape.crops / 10
+    image, crops = (shape.crops > 0) * 1.0, shape.crops / 10
     return {
         "processor": (1.0, image, crops, shape.pixels / 1e6, thousands),
         "vision": (image, crops, crops**2),
@@ -113,7 +123,8 @@ def quantities(shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> dic
 
 def _fit(stage: str, cells: Sequence[Cell]) -> tuple[float, ...]:
     """Non-negative costs of one stage with the least squared relative error over the cells."""
-    rows = np.array([quantities(cell.shape, cell.plan, cell.new_tokens)[stage] for cell in cells])
+    knobs = [(cell.plan.insertion, cell.plan.top_k, len(cell.plan.blocks)) for cell in cells]
+    rows = np.array([quantities(c.shape, *k, c.new_tokens)[stage] for c, k in zip(cells, knobs, strict=True)])
     times = np.array([getattr(cell.median, stage) for cell in cells])
     if stage == "controller":
         return (float(np.median(times)),)

@@ -107,7 +107,7 @@ def dependencies(config: Config) -> Findings:
 
     wrong, found = [], {}
     for requirement in map(Requirement, requirements()):
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in ("", "train")):
             continue
         version = _version(requirement.name)
         if version is None:
@@ -117,21 +117,22 @@ def dependencies(config: Config) -> Findings:
         else:
             found[requirement.name] = version
     if wrong:
-        yield Finding("wrong", "; ".join(wrong), "pip install -c constraints.txt -e .")
+        yield Finding("wrong", "; ".join(wrong), "pip install -c constraints.txt -e '.[train]'")
     else:
         main = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "ray") if name in found)
         yield Finding("ok", f"{len(found)} as required; {main}")
 
 
 def requirements() -> list[str]:
-    """Dependencies in the checkout's pyproject.toml, else of the installed package.
+    """Dependencies and those of training in the checkout's pyproject.toml, else all of the installed package.
 
     Raises:
         UserError: neither is there.
     """
     project = ROOT / "pyproject.toml"
     if project.is_file():
-        return list(tomllib.loads(project.read_text("utf-8"))["project"]["dependencies"])
+        declared = tomllib.loads(project.read_text("utf-8"))["project"]
+        return [*declared["dependencies"], *declared["optional-dependencies"]["train"]]
     try:
         return list(metadata.requires("ray-ctrl") or [])
     except metadata.PackageNotFoundError:

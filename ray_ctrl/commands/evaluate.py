@@ -17,22 +17,15 @@ from policies.controller import Controller
 from ray_ctrl import report
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted, table
-from ray_ctrl.load_config import parse, with_overrides
+from ray_ctrl.controllers import controller_config, find_controller
+from ray_ctrl.load_config import with_overrides
 from ray_ctrl.lookup import baselines
+from ray_ctrl.pipeline import check_importance
 from ray_ctrl.plots import accuracy_over_budget, latency_over_budget
 from ray_ctrl.preflight import plan_layout
 from ray_ctrl.provenance import provenance
-from ray_ctrl.run_context import RunContext, check_importance, open_context
-from ray_ctrl.run_folder import (
-    RunFolder,
-    check_writable,
-    claim_folder,
-    explained,
-    free_folder,
-    newest_runs,
-    remove_on_error,
-    select_checkpoint,
-)
+from ray_ctrl.run_context import RunContext, open_context
+from ray_ctrl.run_folder import check_writable, claim_folder, explained, free_folder, remove_on_error
 from ray_ctrl.serving import clamped_budget_ms
 
 VALIDATED_MODULE = "validated_module"  # in an RLlib checkpoint: the controller as an RLModule
@@ -122,33 +115,6 @@ def profile_folders(stored: Config, config: Config, home: Path | None, out: Path
     return home, home if same else out, changed
 
 
-def find_controller(path: Path) -> tuple[Path, Path]:
-    """The export at `path`, and the folder that keeps what belongs to it (run, sweep, or the export's parent).
-
-    Raises:
-        UserError: no run folder, sweep, checkpoint or export with a controller.
-    """
-    with explained(path):
-        if (path / "run.json").is_file():
-            folder = RunFolder.open(path)
-            if folder.controller.is_dir():
-                return folder.controller, path
-            chosen = select_checkpoint(folder.checkpoints())
-            if chosen is None:
-                raise UserError(f"run {path} has no checkpoint yet: continue it with --resume")
-            return chosen.path / "controller", path
-        if (path / "controller" / "controller.json").is_file():  # a sweep, or a checkpoint of a run
-            run = path.absolute().parent.parent
-            return path / "controller", run if (run / "run.json").is_file() else path
-        if (path / "sweep.yaml").is_file():
-            raise UserError(
-                f"sweep {path} has exported no controller yet: continue it with ray-ctrl tune --resume --run-dir {path}"
-            )
-        if not path.is_dir():
-            raise UserError(f"no run folder or exported controller at {path}: train first with 'ray-ctrl train'")
-    return path, path.absolute().parent
-
-
 def export_rllib(checkpoint: Path, folder: Path) -> None:
     """Exports the controller of an algorithm's own checkpoint (pickle: only of your own) with its settings.
 
@@ -171,29 +137,6 @@ def export_rllib(checkpoint: Path, folder: Path) -> None:
         ) from error
     config = Config(**sections, guardrail=GuardrailSettings(confidence=fitted.confidence if fitted else None))
     controller.save(folder, {"config": config.model_dump(mode="json")})
-
-
-def newest_controller(folder: Path) -> Path:
-    """The controller of the newest run in `folder` that has one.
-
-    Raises:
-        UserError: there is none.
-    """
-    for run in newest_runs(folder):
-        with suppress(UserError):
-            return find_controller(run.root)[0]
-    raise UserError(f"no run with a controller in {folder}: train first with 'ray-ctrl train'")
-
-
-def controller_config(metadata: Mapping[str, Any], folder: Path) -> Config:
-    """The configuration a controller was trained with.
-
-    Raises:
-        UserError: an export without it.
-    """
-    if not isinstance(metadata.get("config"), dict):
-        raise UserError(f"controller {folder} contains no settings: export it with 'ray-ctrl train'")
-    return parse(metadata["config"])
 
 
 def with_moved_store(config: Config, home: Path) -> Config:

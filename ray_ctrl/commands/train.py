@@ -122,6 +122,7 @@ def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None
     """Open the run, train, export, evaluate."""
     from cluster.connect import connect
     from ray_ctrl.commands.evaluate import evaluate_context, new_folder
+    from ray_ctrl.model_card import describe_export
     from ray_ctrl.run_context import open_context
 
     started = time.monotonic()
@@ -140,7 +141,7 @@ def _train(config: Config, layout: Layout, root: Path, resumed: RunFolder | None
             with hint_on_interrupt(f"the controller is ready; evaluate it with: ray-ctrl evaluate {root}"):
                 stopper.raise_if_interrupted()
                 with new_folder(None, folder.root) as out:
-                    evaluate_context(context, folder.controller, out)
+                    describe_export(folder.controller, evaluate_context(context, folder.controller, out))
     console.print(
         f"finished in {(time.monotonic() - started) / 60:.1f} minutes\n"
         f"next: ray-ctrl answer IMAGE QUESTION --budget-ms {context.budgets.high_ms:.0f} --controller {root}"

@@ -1,12 +1,15 @@
 """`ray-ctrl answer` and the example, with a trained run."""
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, fine, ray_ctrl
+from PIL import Image
 
 
 def test_a_sample_is_asked_and_compared_with_its_reference(
@@ -33,11 +36,31 @@ def test_settings_reach_the_model_and_the_run_folder(trained: Path, tmp_path: Pa
     assert "max_sequence_length" in ray_ctrl("answer", "-", "what is it " * 3000, *given).err
 
 
-def test_the_example_answers(trained: Path) -> None:
-    program = ROOT / "examples" / "answer_one_question.py"
-    assert len(program.read_text("utf-8").splitlines()) <= 30
+PIPELINE = """
+import runpy, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in TRAINING:
+            raise ModuleNotFoundError(f"{name} is blocked here")
+TRAINING = sys.argv.pop().split(",")
+sys.meta_path.insert(0, Blocked())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+assert not set(TRAINING) & {name.partition(".")[0] for name in sys.modules}
+"""
+
+
+def test_the_pipeline_answers_where_only_the_core_is_installed(trained: Path, tmp_path: Path) -> None:
+    """Everything that the extras bring is hidden, Ray and gymnasium among it."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    names = {re.split(r"[\[><=]", requirement)[0] for requirement in extras["train"]}
+    assert {"ray", "gymnasium"} <= names
+    hidden = ",".join({"scikit-learn": "sklearn"}.get(name, name) for name in sorted(names))
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "red.png")
+    program = ROOT / "examples" / "use_the_pipeline.py"
     done = subprocess.run(
-        [sys.executable, program, trained, "500"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        [sys.executable, "-c", PIPELINE, program, trained, tmp_path / "red.png", "what color is it?", "500", hidden],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

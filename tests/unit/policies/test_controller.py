@@ -9,6 +9,7 @@ import torch
 from envs.errors import UserError
 from envs.knobs import STAGE1_PAIRS, KnobSpace
 from policies.controller import CARD_FILE, WEIGHTS_FILE, Controller
+from policies.networks import budget_feature
 
 
 def observation(stage: int, rows: int = 5, d_model: int = 6, insertion: int = 2) -> dict[str, torch.Tensor]:
@@ -34,6 +35,24 @@ def test_actions_are_legal(stage: int, insertion: int) -> None:
     assert actions.shape == (5, 4)
     assert mask[actions[:, 0] * 5 + actions[:, 1]].all()
     assert mask[STAGE1_PAIRS + actions[:, 2] * 5 + actions[:, 3]].all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_one_stage_alone_decides_as_both_in_a_batch_do(seed: int) -> None:
+    torch.manual_seed(seed)
+    controller = Controller(6, 32).eval()
+    for parameter in controller.parameters():  # far from uniform
+        torch.nn.init.normal_(parameter, std=0.7)
+    first, second = observation(0, 1), observation(1, 1, insertion=3)
+    budget = budget_feature(first["budget"])
+    legal = [obs["action_mask"][0].bool().numpy() for obs in (first, second)]
+    assert controller.decide_stage1(first["language_feature"][0], budget, legal[0]) == tuple(
+        controller.act(first)[0, :2].tolist()
+    )
+    second["budget"] = first["budget"]
+    assert controller.decide_stage2(second["latency_token"][0], budget, 3, legal[1]) == tuple(
+        controller.act(second)[0, 2:].tolist()
+    )
 
 
 def test_both_stages_may_be_mixed_in_a_batch() -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ import pytest
 from cluster.connect import ConnectError
 from envs.budgets import BudgetDistribution
 from envs.errors import UserError
-from ray_ctrl import cli, console, lookup, trainer
-from ray_ctrl.commands import answer, evaluate, train
+from ray_ctrl import cli, console, controllers, lookup, pipeline, trainer
+from ray_ctrl.commands import evaluate, train
 from ray_ctrl.config import Config
 from ray_ctrl.load_config import load_config, with_overrides
 from ray_ctrl.run_folder import RunFolder, free_folder
@@ -171,7 +172,7 @@ def test_what_looks_like_markup_is_text(
 @pytest.mark.parametrize("question", ["\udcff what", "q\ud83d"])
 def test_half_a_character_in_a_question_is_named(question: str) -> None:
     with pytest.raises(UserError, match="half a character") as caught:
-        answer.make_sample("-", question)
+        pipeline.make_sample(None, question)
     caught.value.message.encode()
 
 
@@ -235,26 +236,26 @@ def test_free_folder(tmp_path: Path) -> None:
 
 def test_finding_a_controller(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run folder or exported controller"):
-        evaluate.find_controller(tmp_path / "none")
+        controllers.find_controller(tmp_path / "none")
     run = RunFolder.create(tmp_path / "run", load_config("smoke"))
     with pytest.raises(UserError, match="no checkpoint yet"):
-        evaluate.find_controller(run.root)
+        controllers.find_controller(run.root)
     run.save_checkpoint(2, 0.1, lambda place: (place / "controller").mkdir())
-    assert evaluate.find_controller(run.root) == (run.root / "checkpoints/iteration_000002/controller", run.root)
+    assert controllers.find_controller(run.root) == (run.root / "checkpoints/iteration_000002/controller", run.root)
     checkpoint = run.root / "checkpoints/iteration_000002"
     (checkpoint / "controller/controller.json").touch()
-    assert evaluate.find_controller(checkpoint) == (checkpoint / "controller", run.root)
+    assert controllers.find_controller(checkpoint) == (checkpoint / "controller", run.root)
     run.controller.mkdir()
-    assert evaluate.find_controller(run.root) == (run.controller, run.root)
+    assert controllers.find_controller(run.root) == (run.controller, run.root)
 
 
 def test_finding_a_sweeps_controller(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").touch()
     with pytest.raises(UserError, match="exported no controller yet: continue it with ray-ctrl tune --resume"):
-        evaluate.find_controller(tmp_path)
+        controllers.find_controller(tmp_path)
     (tmp_path / "controller").mkdir()
     (tmp_path / "controller/controller.json").touch()
-    assert evaluate.find_controller(tmp_path) == (tmp_path / "controller", tmp_path)
+    assert controllers.find_controller(tmp_path) == (tmp_path / "controller", tmp_path)
 
 
 def test_a_foreign_rllib_checkpoint_is_named(tmp_path: Path) -> None:
@@ -311,3 +312,21 @@ def test_lookup_samples_are_all_or_drawn_at_random() -> None:
     assert ten == drawn("evaluation.lookup_samples=10") != drawn("evaluation.lookup_samples=10", "run.seed=1")
     assert max(ten) > 20  # not the first ones
     assert drawn("evaluation.lookup_samples=0") == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"), [("ray.tune", r"needs ray: pip install 'ray-ctrl\[train\]'"), ("envs.x", "")]
+)
+def test_a_package_of_an_extra_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str, words: str
+) -> None:
+    def run(**options: object) -> None:
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr(evaluate, "run", run)
+    if not words:
+        with pytest.raises(ModuleNotFoundError):
+            cli.main(["evaluate", "somewhere"])
+        return
+    assert cli.main(["evaluate", "somewhere"]) == 2
+    assert re.search(words, capsys.readouterr().err)

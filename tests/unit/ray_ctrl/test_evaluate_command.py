@@ -13,7 +13,7 @@ import pytest
 from envs.budgets import BudgetDistribution
 from envs.errors import UserError
 from policies.controller import Controller
-from ray_ctrl import report
+from ray_ctrl import controllers, report
 from ray_ctrl.commands import evaluate
 from ray_ctrl.config import Config
 from ray_ctrl.load_config import with_overrides
@@ -117,12 +117,12 @@ def test_a_newer_run_without_a_controller_is_no_place_to_take_one_from(run: RunF
     (newer.root / "checkpoints/iteration_000010").mkdir(parents=True)  # damaged
     assert newest_run(runs) == newer
     with pytest.warns(UserWarning, match="is left out"):
-        assert evaluate.newest_controller(runs) == run.controller
+        assert controllers.newest_controller(runs) == run.controller
     newer.save_checkpoint(20, 0.5, lambda place: (place / "controller").mkdir())
     with pytest.warns(UserWarning, match="is left out"):
-        assert evaluate.newest_controller(runs) == newer.root / "checkpoints/iteration_000020/controller"
+        assert controllers.newest_controller(runs) == newer.root / "checkpoints/iteration_000020/controller"
     with pytest.raises(UserError, match="no run with a controller"):
-        evaluate.newest_controller(run.root)
+        controllers.newest_controller(run.root)
 
 
 def test_measuring_what_was_computed_is_a_change() -> None:

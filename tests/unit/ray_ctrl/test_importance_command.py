@@ -9,7 +9,7 @@ import pytest
 from envs.errors import UserError
 from envs.model.block_importance import PUBLISHED_IMPORTANCE, Importance
 from envs.model.config import MolmoEConfig, VisionConfig
-from ray_ctrl import run_context
+from ray_ctrl import pipeline
 from ray_ctrl.cli import main
 from ray_ctrl.commands import importance
 from ray_ctrl.commands import inspect as inspection
@@ -94,9 +94,9 @@ def test_an_importance_file_is_inspected(tmp_path: Path) -> None:
 
 def test_a_controller_requires_the_order_it_was_trained_with() -> None:
     engine = SimpleNamespace(importance=SCORES)
-    run_context.check_importance(engine, {})
-    run_context.check_importance(engine, {"importance": [2 * score for score in SCORES]})
+    pipeline.check_importance(engine, {})
+    pipeline.check_importance(engine, {"importance": [2 * score for score in SCORES]})
     # Blocks 1 and 2 are never among those left out: that they changed places changes nothing.
-    run_context.check_importance(engine, {"importance": [9.0, SCORES[2], SCORES[1], *SCORES[3:]]})
+    pipeline.check_importance(engine, {"importance": [9.0, SCORES[2], SCORES[1], *SCORES[3:]]})
     with pytest.raises(UserError, match=r"blocks 4, 13, 10, 2 first, here 15, 14, 13, 12\)"):
-        run_context.check_importance(engine, {"importance": list(PUBLISHED_IMPORTANCE)})
+        pipeline.check_importance(engine, {"importance": list(PUBLISHED_IMPORTANCE)})

@@ -104,6 +104,10 @@ def test_a_profiles_costs_predict_as_its_clock_does():
     for knobs in resources.space.all[::31]:
         plan = resources.space.plan(knobs)
         assert costs.latency(shape, plan, 4) == clock.latency(shape, plan, 4)
+    shapes = [resources.engine.shape(resources.samples[1], tier) for tier in TIERS]
+    assert (
+        plan_latencies(costs, resources.space, shapes, 4) == plan_latencies(clock, resources.space, shapes, 4)
+    ).all()
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
