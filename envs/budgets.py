@@ -114,10 +114,11 @@ class BudgetDistribution:
         # exp may overshoot an edge by rounding.
         return np.clip(budgets, np.exp(self._starts[piece]), np.exp(self._starts[piece] + self._widths[piece]))
 
-    def held_out(self) -> tuple[float, ...]:
-        """Budgets never trained on, rising, ms: one below the range, the middle of every band, one above."""
-        middles = (math.sqrt(low * high) for low, high in self.bands)
-        return (self.low_ms / _OUTSIDE, *middles, self.high_ms * _OUTSIDE)
+    def held_out(self, points: int = 1) -> tuple[float, ...]:
+        """Budgets never trained on, rising, ms: one below the range, `points` evenly in every band, one above."""
+        shares = [(point + 0.5) / points for point in range(points)]
+        inside = (low ** (1 - share) * high**share for low, high in self.bands for share in shares)
+        return (self.low_ms / _OUTSIDE, *inside, self.high_ms * _OUTSIDE)
 
     def nearest(self, budget_ms: float, scale: float = 1.0) -> float:
         """`budget_ms` clamped to the training range: the controller does not extrapolate reliably.

@@ -94,6 +94,12 @@ class TaskSettings(Section):
     )
     test_samples: Int = Field(default=200, ge=1, description="Samples of the test split in the final table.")
     seed: Int = Field(default=0, ge=0, description="Seed of the choice of samples.")
+    fresh_seed: Int | None = Field(
+        default=None,
+        ge=0,
+        lt=2**31,
+        description="Seed of new scenes that replace the test split; `null` takes the split. `scenes` only.",
+    )
     on_invalid_row: Literal["refuse", "skip"] = Field(
         default="refuse",
         description="Rows of a data file that cannot be used: `refuse` stops at the first, `skip` leaves them out.",

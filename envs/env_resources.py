@@ -125,7 +125,14 @@ class EnvConfig(Section):
         engine = self.build_engine()
         task = self.task
         limit = {"train": task.train_samples, "validation": task.validation_samples, "test": task.test_samples}
-        samples = load_task(task.name, self.split, limit[self.split], task.seed, on_invalid_row=task.on_invalid_row)
+        samples = load_task(
+            task.name,
+            self.split,
+            limit[self.split],
+            task.seed,
+            on_invalid_row=task.on_invalid_row,
+            fresh=task.fresh_seed,
+        )
         space = KnobSpace(engine.importance)
         clock = self.build_clock(engine)
         budgets = self.distribution or self._budgets(engine, clock, space, samples)

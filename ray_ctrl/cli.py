@@ -69,6 +69,9 @@ Task = Annotated[
         "--task", "--tasks", help="Sets `task.name`: `scenes`, `textvqa=FOLDER`, a file of your own, or a mix of them."
     ),
 ]
+Fresh = Annotated[int | None, _option(help="Draw new test scenes from this seed; sets `task.fresh_seed`.", min=0)]
+TestSamples = Annotated[int | None, _option("--samples", help="Test samples; sets `task.test_samples`.", min=1)]
+OPTIONS = {"seed": "run.seed", "task": "task.name", "fresh": "task.fresh_seed", "test_samples": "task.test_samples"}
 RunDir = Annotated[Path | None, _option(help="Its folder; by default a new one named by time.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run and its resources; write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -105,16 +108,15 @@ def _raise_if_extra(error: ModuleNotFoundError, extra: str) -> None:
 
 
 def _with_overrides(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with lists for None; `--seed` and `--task` as overrides, quoted as a task's name may look like YAML."""
-    found = {key: value for key, value in options.items() if key not in ("seed", "task")}
+    """Options with lists for None; those that set a configuration key as overrides."""
+    found = {key: value for key, value in options.items() if key not in OPTIONS}
     for name in ("overrides", "arguments", "env"):
         if name in found:
             found[name] = list(found[name] or [])
-    if "overrides" in found:
-        if options.get("seed") is not None:
-            found["overrides"].append(f"run.seed={options['seed']}")
-        if options.get("task") is not None:
-            found["overrides"].append(f"task.name={json.dumps(options['task'], ensure_ascii=False)}")
+    given = {OPTIONS[name]: value for name, value in options.items() if name in OPTIONS}
+    if given:  # quoted, as a task's name may look like YAML
+        quoted = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
+        found["overrides"] = [*found.get("overrides", []), *quoted]
     return found
 
 
@@ -157,6 +159,8 @@ def evaluate(
     path: Annotated[Path, typer.Argument(help="Run folder, or folder of an exported controller.")],
     overrides: Overrides = None,
     task: Task = None,
+    fresh: Fresh = None,
+    test_samples: TestSamples = None,
     out: Annotated[
         Path | None,
         _option(help="Folder of tables and plots; by default a new one in the run folder, or next to an export."),
@@ -166,6 +170,27 @@ def evaluate(
 
     Prints the table and saves it as CSV, Markdown and JSON, with two plots. The run's own configuration is used;
     overrides change it for this evaluation.
+    """
+
+
+@command()
+def compare(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[[LABEL=]RUN]... [SECTION.KEY=VALUE]...",
+            help="Run folders or exported controllers, those of one label as its seeds; by default the newest run.",
+            show_default=False,
+        ),
+    ] = None,
+    fresh: Fresh = None,
+    test_samples: TestSamples = None,
+    out: Annotated[Path | None, _option(help="Folder of the report; by default a new one in the first run.")] = None,
+) -> None:
+    """Compare controllers with every rule and the oracle, on outcomes of all plans: tables and one HTML report.
+
+    Rules are fitted on the controller's training samples; every method is calibrated to the same violation rate on
+    validation samples. What the store does not know is run: about 200 plans of each sample.
     """
 
 

@@ -1,11 +1,11 @@
 """Rules fitted on the outcomes of all plans on training samples: one interface, with or without the guardrail.
 
-A rule scores every plan for every request; `choose` takes the best of those allowed: with the guardrail those predicted
-to fit this very request, without it those that kept the budget on nearly all training samples. Predict-then-choose
-rules score a plan by its predicted accuracy. Numpy and scikit-learn only.
+A rule scores every plan for every request; the best of those allowed is chosen: with the guardrail those predicted to
+fit this very request, without it those that kept the budget on nearly all training samples. Predict-then-choose rules
+score a plan by its predicted accuracy. Numpy and scikit-learn only; rules of two stages are in `two_stage`.
 """
 
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -15,8 +15,12 @@ import numpy.typing as npt
 from envs.errors import UserError
 
 Array = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
 SAFE_RATE: Final = 0.05
 """Share of training samples on which an allowed plan may exceed the budget, without the guardrail."""
+COMPONENTS: Final = 32
+"""Principal components of each wide input of gradient boosting."""
 KNOBS: Final = ("tier", "insertion", "top_k", "blocks")
 
 
@@ -29,13 +33,17 @@ class KnownOutcomes:
         actions: (P, 4) indices of each plan's knobs.
         accuracy, latency_ms: (S, P).
         families: (S,) kinds of question, where the task names them.
+        sizes: (S, K) of each request, such as its image's width and height.
+        tokens: (S, 15, D) latency tokens after each (tier, position) pair; None for rules that see the question alone.
     """
 
     features: Array
-    actions: npt.NDArray[np.int64]
+    actions: IntArray
     accuracy: Array
     latency_ms: Array
     families: npt.NDArray[Any] | None = None
+    sizes: Array | None = None
+    tokens: Array | None = None
 
     def __post_init__(self) -> None:
         samples, plans = self.accuracy.shape
@@ -56,6 +64,8 @@ class Requests:
         predicted_ms: (B, P) latencies with the guardrail's margin; None chooses without the guardrail.
         families: (B,), where the task names them.
         accuracy: (B, P) true accuracies, for the oracle alone.
+        sizes, tokens: as in `KnownOutcomes`, for the requests.
+        log_ratio: (B,) log(observed budget / reference latency), for trained controllers.
     """
 
     features: Array
@@ -63,6 +73,27 @@ class Requests:
     predicted_ms: Array | None = None
     families: npt.NDArray[Any] | None = None
     accuracy: Array | None = None
+    sizes: Array | None = None
+    tokens: Array | None = None
+    log_ratio: Array | None = None
+
+
+class Scores(Protocol):
+    """What a rule makes of B requests."""
+
+    def best(self, allowed: BoolArray) -> IntArray:
+        """Plan (B,) with the highest score among those allowed (B, P); -1 for a request with none."""
+
+
+@dataclass(frozen=True)
+class PlanScores:
+    """One score per plan, (B, P); those of -inf are never chosen."""
+
+    values: Array
+
+    def best(self, allowed: BoolArray) -> IntArray:
+        scores = np.where(allowed, self.values, -np.inf)
+        return np.where(np.isfinite(scores).any(1), scores.argmax(1), -1)
 
 
 class Rule(Protocol):
@@ -77,22 +108,34 @@ class Rule(Protocol):
     ignores_budget: bool
 
     def fit(self, known: KnownOutcomes) -> None: ...
-    def scores(self, requests: Requests) -> Array: ...
+    def scores(self, requests: Requests) -> Scores: ...
 
 
-def choose(rule: Rule, known: KnownOutcomes, requests: Requests) -> npt.NDArray[np.int64]:
-    """Plan (B,) of each request, by a fitted rule; if none is allowed, the plan that is cheapest on average."""
-    cheapest = int(known.latency_ms.mean(0).argmin())
+def allowed_plans(rule: Rule, known: KnownOutcomes, requests: Requests, margin: float = 1.0) -> BoolArray:
+    """Plans (B, P) that `rule` may choose: with the guardrail those predicted to fit, else those safe in training.
+
+    Args:
+        margin: factor on the latencies that are compared with the budget.
+    """
     if requests.predicted_ms is not None:
-        allowed = requests.predicted_ms <= requests.budget_ms[:, None]
-    elif rule.ignores_budget:
-        allowed = np.ones((len(requests.budget_ms), known.accuracy.shape[1]), np.bool_)
-    else:
-        violation_rate = np.stack([(known.latency_ms > ms).mean(0) for ms in requests.budget_ms])
-        allowed = violation_rate <= SAFE_RATE
-    scores = np.where(allowed, rule.scores(requests), -np.inf)
-    found: npt.NDArray[np.int64] = np.where(np.isfinite(scores).any(1), scores.argmax(1), cheapest)
-    return found
+        return requests.predicted_ms * margin <= requests.budget_ms[:, None]
+    if rule.ignores_budget:
+        return np.ones((len(requests.budget_ms), known.accuracy.shape[1]), np.bool_)
+    budgets, rows = np.unique(requests.budget_ms, return_inverse=True)
+    return np.stack([(known.latency_ms * margin > ms).mean(0) for ms in budgets])[rows] <= SAFE_RATE
+
+
+def choose(
+    rule: Rule, known: KnownOutcomes, requests: Requests, margin: float = 1.0, scores: Scores | None = None
+) -> IntArray:
+    """Plan (B,) of each request, by a fitted rule; if none is allowed, the plan that is cheapest on average.
+
+    Args:
+        margin: see `allowed_plans`.
+        scores: of these requests; None computes them.
+    """
+    found = (scores or rule.scores(requests)).best(allowed_plans(rule, known, requests, margin))
+    return np.where(found < 0, known.latency_ms.mean(0).argmin(), found)
 
 
 @dataclass
@@ -103,8 +146,8 @@ class _ByPlan:
     ignores_budget: bool = False
     _scores: Array = field(default_factory=lambda: np.empty(0))
 
-    def scores(self, requests: Requests) -> Array:
-        return np.broadcast_to(self._scores, (len(requests.budget_ms), len(self._scores)))
+    def scores(self, requests: Requests) -> PlanScores:
+        return PlanScores(np.broadcast_to(self._scores, (len(requests.budget_ms), len(self._scores))))
 
 
 @dataclass
@@ -167,8 +210,8 @@ class RandomFeasible:
     def fit(self, known: KnownOutcomes) -> None:
         self._plans = known.accuracy.shape[1]
 
-    def scores(self, requests: Requests) -> Array:
-        return np.random.default_rng(self.seed).random((len(requests.budget_ms), self._plans))
+    def scores(self, requests: Requests) -> PlanScores:
+        return PlanScores(np.random.default_rng(self.seed).random((len(requests.budget_ms), self._plans)))
 
 
 @dataclass
@@ -192,10 +235,10 @@ class MeanByFamily:
             rows = known.accuracy[known.families == family]
             self._means[family] = (rows.sum(0) + self.prior * self._mean) / (len(rows) + self.prior)
 
-    def scores(self, requests: Requests) -> Array:
+    def scores(self, requests: Requests) -> PlanScores:
         if requests.families is None:
             raise UserError("requests without families cannot be chosen for by the rule per family")
-        return np.stack([self._means.get(family, self._mean) for family in requests.families])
+        return PlanScores(np.stack([self._means.get(family, self._mean) for family in requests.families]))
 
 
 @dataclass
@@ -208,10 +251,10 @@ class Oracle:
     def fit(self, known: KnownOutcomes) -> None:
         self._mean = known.accuracy.mean(0)
 
-    def scores(self, requests: Requests) -> Array:
+    def scores(self, requests: Requests) -> PlanScores:
         if requests.accuracy is None:
             raise UserError("the oracle needs the true accuracies of the requests")
-        return requests.accuracy + 1e-6 * self._mean
+        return PlanScores(requests.accuracy + 1e-6 * self._mean)
 
 
 @dataclass
@@ -228,8 +271,8 @@ class _Predictor:
         self._model = make_pipeline(StandardScaler(), self._regressor(len(known.features)))
         self._model.fit(known.features, known.accuracy)
 
-    def scores(self, requests: Requests) -> Array:
-        return np.asarray(self._model.predict(requests.features), np.float64)
+    def scores(self, requests: Requests) -> PlanScores:
+        return PlanScores(np.asarray(self._model.predict(requests.features), np.float64))
 
     def _regressor(self, samples: int) -> Any:
         raise NotImplementedError
@@ -268,26 +311,41 @@ class Neural(_Predictor):
     seed: int = 0
     name: str = "MLP"
 
-    def _regressor(self, samples: int) -> Any:
-        from sklearn.neural_network import MLPRegressor
+    def fit(self, known: KnownOutcomes) -> None:
+        self._model = fitted_network(known.features, known.accuracy, self.hidden, self.seed)
 
-        return MLPRegressor(hidden_layer_sizes=(self.hidden,), alpha=1.0, max_iter=400, random_state=self.seed)
+
+def fitted_network(inputs: Array, targets: Array, hidden: int, seed: int) -> Any:
+    """A regression MLP of one hidden layer with weight decay, on standardized inputs (N, D), targets (N, K)."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPRegressor
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    network = MLPRegressor(hidden_layer_sizes=(hidden,), alpha=1.0, max_iter=100, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # weight decay, not the optimizer, sets the fit
+        return make_pipeline(StandardScaler(), network).fit(inputs, targets)
 
 
 @dataclass
 class Boosted:
-    """Gradient boosting over (request, plan) rows: language feature and knobs together, the practical ceiling."""
+    """Gradient boosting over (request, plan) rows: the practical ceiling.
+
+    A row has the main components of the language feature and of the latency tokens, the sizes and the knobs.
+    """
 
     iterations: int = 200
     seed: int = 0
     name: str = "gradient boosting"
     ignores_budget: bool = False
-    extra: Callable[[Requests | KnownOutcomes], Array] | None = None
 
     def fit(self, known: KnownOutcomes) -> None:
+        from sklearn.decomposition import PCA
         from sklearn.ensemble import HistGradientBoostingRegressor
 
         self._actions = known.actions
+        self._parts = [PCA(min(COMPONENTS, *rows.shape)).fit(rows) for rows in _dense(known)]
         self._model = HistGradientBoostingRegressor(
             max_iter=self.iterations,
             learning_rate=0.1,
@@ -297,11 +355,17 @@ class Boosted:
         )
         self._model.fit(self._rows(known), known.accuracy.reshape(-1))
 
-    def scores(self, requests: Requests) -> Array:
+    def scores(self, requests: Requests) -> PlanScores:
         predicted = self._model.predict(self._rows(requests))
-        return np.asarray(predicted, np.float64).reshape(len(requests.features), -1)
+        return PlanScores(np.asarray(predicted, np.float64).reshape(len(requests.features), -1))
 
     def _rows(self, some: Requests | KnownOutcomes) -> Array:
-        features = some.features if self.extra is None else np.hstack((some.features, self.extra(some)))
+        parts = [part.transform(rows) for part, rows in zip(self._parts, _dense(some), strict=True)]
+        features = np.hstack([*parts, *([] if some.sizes is None else [some.sizes])])
         plans = len(self._actions)
         return np.hstack((np.repeat(features, plans, axis=0), np.tile(self._actions, (len(features), 1))))
+
+
+def _dense(some: Requests | KnownOutcomes) -> list[Array]:
+    """Wide inputs that boosting reads by their main components: the question, and the tokens of all pairs."""
+    return [some.features, *([] if some.tokens is None else [some.tokens.reshape(len(some.tokens), -1)])]

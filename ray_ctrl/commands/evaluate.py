@@ -55,14 +55,14 @@ def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
         load_controller(folder, context)  # before anything takes time: does it fit this model?
         runners = config.runners
         with connect(runners.address, layout.resources, timeout_s=runners.connect_timeout_s):
-            evaluate_context(_with_profile(context, stored, home, place), folder, place)
+            evaluate_context(with_profile_of(context, stored, home, place), folder, place)
 
 
 @contextmanager
-def new_folder(out: Path | None, home: Path) -> Iterator[Path]:
-    """The folder of this evaluation, made before the work; removed if an error leaves it empty."""
+def new_folder(out: Path | None, home: Path, name: str = "evaluation") -> Iterator[Path]:
+    """The folder of an evaluation, by default a new one in `home`, made before the work; removed if it stays empty."""
     if out is None:
-        place = claim_folder(home / "evaluation")
+        place = claim_folder(home / name)
     else:
         with explained(out):
             if out.exists():
@@ -76,7 +76,7 @@ def new_folder(out: Path | None, home: Path) -> Iterator[Path]:
             place.rmdir()
 
 
-def _with_profile(context: RunContext, stored: Config, home: Path, out: Path) -> RunContext:
+def with_profile_of(context: RunContext, stored: Config, home: Path, out: Path) -> RunContext:
     """The context with profile and budgets of the run at `home` as far as they apply, else with new ones in `out`."""
     of_run = any((home / name).is_file() for name in ("run.json", "sweep.yaml"))
     profile_folder, budgets_folder, changed = profile_folders(stored, context.config, home if of_run else None, out)

@@ -7,7 +7,7 @@ import numpy as np
 from envs.data.sample import Sample
 from envs.data.scenes.layout import Scene, SceneObject, make_scene
 from envs.data.scenes.questions import FAMILIES, Question, all_questions, caption
-from envs.data.scenes.splits import SceneImage, load_scenes
+from envs.data.scenes.splits import SceneImage, fresh_scenes, load_scenes
 
 __all__ = [
     "FAMILIES",
@@ -17,6 +17,7 @@ __all__ = [
     "SceneObject",
     "all_questions",
     "caption",
+    "fresh_scenes",
     "load",
     "load_scenes",
     "make_scene",

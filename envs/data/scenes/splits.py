@@ -75,14 +75,33 @@ def load_scenes(split: str) -> tuple[Sample, ...]:
         raise UserError(f"scenes has no split {split!r}: choose one of {', '.join(SPLITS)}")
     size = SPLITS[split]
     rng = np.random.default_rng([VERSION, STREAMS.index(split), 1])
+    return tuple(sample for seed in range(size.scenes) for sample in _ask(split, seed, size.questions, rng))
+
+
+@cache
+def fresh_scenes(seed: int, limit: int) -> tuple[Sample, ...]:
+    """`limit` samples of new scenes: handwriting that neither training nor validation uses, no scene of the test split.
+
+    A stream of its own for each seed; a larger limit continues a smaller one.
+    """
+    questions = SPLITS["test"].questions
+    first = (seed + 1) << 32  # past every scene of the split
     samples: list[Sample] = []
-    for seed in range(size.scenes):
-        image = SceneImage(split, seed)
-        for question in pick_questions(image.scene, size.questions, rng):
-            answers = (question.answer,) * ANNOTATORS
-            identity = content_id(image.digest, question.text, answers)
-            samples.append(Sample(identity, image, question.text, answers, family=question.family))
-    return tuple(samples)
+    while len(samples) < limit:
+        scene = first + len(samples) // questions
+        samples += _ask("test", scene, questions, np.random.default_rng([VERSION, STREAMS.index("test"), 2, scene]))
+    return tuple(samples[:limit])
+
+
+def _ask(stream: str, seed: int, count: int, rng: np.random.Generator) -> list[Sample]:
+    """`count` questions about one scene."""
+    image = SceneImage(stream, seed)
+    found = []
+    for question in pick_questions(image.scene, count, rng):
+        answers = (question.answer,) * ANNOTATORS
+        identity = content_id(image.digest, question.text, answers)
+        found.append(Sample(identity, image, question.text, answers, family=question.family))
+    return found
 
 
 def pick_questions(scene: Scene, count: int, rng: np.random.Generator) -> list[Question]:

@@ -7,7 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from envs.data.scenes import FAMILIES, all_questions, caption, load_scenes, make_scene
+from envs.data import load_task
+from envs.data.scenes import FAMILIES, all_questions, caption, fresh_scenes, load_scenes, make_scene
 from envs.data.scenes.draw import draw_scene
 from envs.data.scenes.layout import COLORS, DIGIT_BLOCKS, STREAMS, handwriting
 from envs.data.scenes.questions import CORNERS
@@ -167,3 +168,25 @@ def test_an_image_is_a_name_until_it_is_loaded() -> None:
 def test_an_unknown_split_is_named() -> None:
     with pytest.raises(UserError, match=r"'dev'.*train, validation, test"):
         load_scenes("dev")
+
+
+def test_fresh_scenes_are_new_and_keep_to_the_handwriting_of_the_test_split() -> None:
+    fresh = fresh_scenes(7, 41)
+    assert len(fresh) == len({sample.id for sample in fresh}) == 41
+    assert fresh_scenes(7, 9) == fresh[:9]
+    start, stop = DIGIT_BLOCKS["test"]
+    digits = [digit.digit for sample in fresh for digit in sample.image.scene.digits]  # type: ignore[union-attr]
+    assert digits
+    assert all(digit is not None and start <= digit < stop for digit in digits)
+    known = {sample.image.digest for split in SPLITS for sample in load_scenes(split)}  # type: ignore[union-attr]
+    for seed in (0, 8, 20261126):
+        images = {sample.image.digest for sample in fresh_scenes(seed, 20)}  # type: ignore[union-attr]
+        assert not images & known
+        assert not images & {sample.image.digest for sample in fresh}  # type: ignore[union-attr]
+
+
+def test_fresh_scenes_replace_the_test_split_alone() -> None:
+    assert load_task("scenes", "test", 4, fresh=3) == fresh_scenes(3, 4)
+    assert load_task("scenes", "train", 4, fresh=3) == load_task("scenes", "train", 4)
+    with pytest.raises(UserError, match="only scenes are drawn anew"):
+        load_task("textvqa", "test", 4, fresh=3)
