@@ -19,6 +19,7 @@ from envs.env_resources import EnvConfig, EnvResources
 from envs.errors import UserError
 from envs.knobs import BLOCK_COUNTS, HEAD_SIZES, INSERTIONS, STAGE1_PAIRS, TIERS, TOP_KS, head_masks, nearest_legal
 from envs.observation import Observation, observation_bounds, observe_latency_token, observe_question, plans_that_fit
+from envs.plan_tree import KnownPlans, plan_tree
 from envs.schedule import Context, ContextTuple, ListedSchedule, Schedule, TrainingSchedule, listed
 from envs.scoring_step import score
 
@@ -72,6 +73,7 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         self._worker, self._workers, self._iteration = 0, 1, 0
         self._stage: int | None = None
         self._contexts: list[Context] = []
+        self._known: dict[int, KnownPlans] = {}
         self._choices = np.zeros((self.num_envs, len(HEAD_SIZES)), np.int64)
         self.schedule: Schedule = self._training_schedule()
         if config.get("contexts") is not None:
@@ -184,6 +186,16 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         Two allowed options may form an illegal pair; `action_mask` of the observation gives the legal pairs.
         """
         return head_masks(self._observation["action_mask"] > 0)
+
+    def plan_tree(self) -> tuple[Observation, Array, Array]:
+        """Every second decision of each group, and returns of plans whose outcomes are known (`envs.plan_tree`).
+
+        Call it after `reset` and before the first step.
+        """
+        rows = slice(None, None, self.group_size)
+        first = self._observation["action_mask"][rows, :STAGE1_PAIRS] > 0
+        contexts, log_ratios, fits = self._contexts[rows], self._log_ratios[rows], self._fits[rows]
+        return plan_tree(self.resources, contexts, log_ratios, fits, first, self.multipliers, self._known)
 
     def current(self) -> Context:
         """Context of the first environment's episode."""

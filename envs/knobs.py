@@ -176,6 +176,15 @@ class KnobSpace:
             seen.setdefault((knobs.tier, self.plan(knobs).top_k_per_block), knobs)
         return tuple(seen.values())
 
+    @cached_property
+    def executions(self) -> npt.NDArray[np.int64]:
+        """Index into `distinct` of every action's execution, (3, 5, 5, 5); -1 for illegal actions."""
+        places = {(knobs.tier, self.plan(knobs).top_k_per_block): place for place, knobs in enumerate(self.distinct)}
+        found = np.full(HEAD_SIZES, -1)
+        for knobs in self.all:
+            found[self.encode(knobs)] = places[knobs.tier, self.plan(knobs).top_k_per_block]
+        return found
+
     @staticmethod
     def stage1_mask(*, has_image: bool = True, fits: BoolArray | None = None) -> BoolArray:
         """Legal pairs (40,) before vision; only the first pair of stage 2 is legal.

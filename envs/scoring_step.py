@@ -34,7 +34,8 @@ def score(
     Returns:
         Rewards (B,), and infos, arrays (B,) by name: accuracy, latency_ms, budget_ms, budget_bin, multiplier, feasible,
         avoidable (whether the cheapest plan would have met the budget with an answer of the same length), context,
-        sample, new_tokens and the four choices as numbers (tier as its index).
+        sample, new_tokens, execution (index into `KnobSpace.distinct`) and the four choices as numbers (tier as its
+        index).
     """
     decoded = {
         tuple(row): resources.space.plan(resources.space.decode(row)) for row in np.unique(choices, axis=0).tolist()
@@ -56,6 +57,7 @@ def score(
         "avoidable": feasible & (_lowest_ms(resources, samples, new_tokens) <= budget_ms),
         "context": np.array([context.id for context in contexts], np.int64),
         "sample": np.array([context.sample for context in contexts], np.int64),
+        "execution": resources.space.executions[tuple(choices.T)],
         "tier": choices[:, 0].copy(),
         "insertion": choices[:, 1] + INSERTIONS[0],
         "top_k": choices[:, 2] + TOP_KS[0],
@@ -74,7 +76,7 @@ def run_plans(
         pairs = [resources.clock.measure(s, plan) for s, plan in zip(samples, plans, strict=True)]
         return [outcome for outcome, _ in pairs], np.array([record.total for _, record in pairs])
     outcomes = resources.engine.outcomes(samples, plans)
-    return outcomes, _latencies(resources, samples, plans, [outcome.n_tokens for outcome in outcomes])
+    return outcomes, latencies(resources, samples, plans, [outcome.n_tokens for outcome in outcomes])
 
 
 def _lowest_ms(resources: EnvResources, samples: Sequence[Sample], new_tokens: Array) -> npt.NDArray[np.float64]:
@@ -82,18 +84,19 @@ def _lowest_ms(resources: EnvResources, samples: Sequence[Sample], new_tokens: A
     if is_measuring(resources.clock):
         return np.zeros(len(samples))
     cheapest = resources.space.plan(resources.space.cheapest)
-    return _latencies(resources, samples, [cheapest] * len(samples), new_tokens.tolist())
+    return latencies(resources, samples, [cheapest] * len(samples), new_tokens.tolist())
 
 
-def _latencies(
+def latencies(
     resources: EnvResources, samples: Sequence[Sample], plans: Sequence[ExecutionPlan], new_tokens: Sequence[int]
 ) -> npt.NDArray[np.float64]:
+    """Latencies by the latency source in use, which must not be a measuring one, with its noise, ms (B,)."""
     clock: Any = resources.clock
     known: dict[tuple[RequestShape, ExecutionPlan, int], float] = {}
-    latencies = []
+    found = []
     for sample, plan, tokens in zip(samples, plans, new_tokens, strict=True):
         key = (resources.engine.shape(sample, plan.tier), plan, tokens)
         if key not in known:
             known[key] = clock.latency(*key).total
-        latencies.append(known[key] * (1.0 if resources.noise is None else resources.noise.factor(sample.id, plan)))
-    return np.array(latencies, np.float64)
+        found.append(known[key] * (1.0 if resources.noise is None else resources.noise.factor(sample.id, plan)))
+    return np.array(found, np.float64)

@@ -5,7 +5,7 @@ What is known comes from memory or the store; what is not is run in shared, mixe
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -145,16 +145,19 @@ class RolloutEngine:
 
     def outcomes(self, samples: Sequence[Sample], plans: Sequence[ExecutionPlan]) -> list[Outcome]:
         """The answer of each sample under its plan. Equal executions run once; what is known is not run."""
-        jobs = [
-            Job(self.prompts.prompt(sample, plan.tier), _top_k(plan))
-            for sample, plan in zip(samples, plans, strict=True)
-        ]
+        jobs = self._jobs(samples, plans)
         found, ran = self._get_or_run({job.key: job for job in jobs})
         misses = sum(job.key in ran for job in jobs)
         self._count("outcome_misses", misses)
         self._count("outcome_hits", len(jobs) - misses)
         self._count("seconds_saved", sum(found[job.key].seconds for job in jobs if job.key not in ran))
         return [Outcome(found[job.key].token_ids, found[job.key].finished) for job in jobs]
+
+    def known_outcomes(self, samples: Sequence[Sample], plans: Sequence[ExecutionPlan]) -> list[Outcome | None]:
+        """The answers that are in memory or in the store; None for those that would have to be run."""
+        jobs = self._jobs(samples, plans)
+        found = self._find({job.key for job in jobs})
+        return [Outcome(found[j.key].token_ids, found[j.key].finished) if j.key in found else None for j in jobs]
 
     def text(self, outcome: Outcome) -> str:
         """The answer as text."""
@@ -206,19 +209,29 @@ class RolloutEngine:
         keep(self._features, question, feature)
         return feature
 
+    def _jobs(self, samples: Sequence[Sample], plans: Sequence[ExecutionPlan]) -> list[Job]:
+        return [Job(self.prompts.prompt(s, plan.tier), _top_k(plan)) for s, plan in zip(samples, plans, strict=True)]
+
+    def _find(self, keys: Collection[ExecutionKey]) -> dict[ExecutionKey, StoredOutcome]:
+        """Outcomes in memory, else in the store."""
+        found = {key: value for key in keys if (value := self._known.get(key)) is not None}
+        if self.store is not None:
+            digests = {outcome_key(self.fingerprint, *key): key for key in keys if key not in found}
+            found |= {digests[digest]: value for digest, value in self.store.get_outcomes(list(digests)).items()}
+        self._known.update(found)
+        return found
+
     def _get_or_run(
         self, jobs: Mapping[ExecutionKey, Job]
     ) -> tuple[dict[ExecutionKey, StoredOutcome], set[ExecutionKey]]:
         """Every job's outcome from memory, else from the store, else by running it; and which were run."""
-        found = {key: value for key in jobs if (value := self._known.get(key)) is not None}
-        if self.store is not None:
-            digests = {outcome_key(self.fingerprint, *key): key for key in jobs if key not in found}
-            found |= {digests[digest]: value for digest, value in self.store.get_outcomes(list(digests)).items()}
+        found = self._find(jobs)
         missing = [job for key, job in jobs.items() if key not in found]
         missing.sort(key=lambda job: (job.prompt.key in self.prefixes, job.prompt.tokens))
         for start in range(0, len(missing), _WRITE_EVERY):
-            found |= self._run(missing[start : start + _WRITE_EVERY])
-        self._known.update(found)
+            ran = self._run(missing[start : start + _WRITE_EVERY])
+            self._known.update(ran)
+            found |= ran
         return found, {job.key for job in missing}
 
     def _run(self, jobs: Sequence[Job]) -> dict[ExecutionKey, StoredOutcome]:

@@ -17,7 +17,6 @@ import numpy.typing as npt
 import ray
 import torch
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
-from ray.rllib.core.columns import Columns
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
@@ -32,11 +31,19 @@ from policies.controller import Controller
 from policies.distribution import KnobDistribution
 from policies.grpo import checkpoint
 from policies.grpo.algorithm_config import GRPOConfig
+from policies.grpo.decisions import (
+    ENTROPY_SHARES,
+    WEIGHTS,
+    executions_used,
+    known_decisions,
+    sampled_decisions,
+    take,
+)
 from policies.grpo.ema import WeightAverage, Weights
 from policies.grpo.env_runner import MULTIPLIERS, STEPS, Rollouts
 from policies.grpo.evaluation import EvaluationRequest, Row
 from policies.grpo.lagrangian import FloatArray, PenaltyMultipliers, greedy_violation_sums
-from policies.grpo.learner import ENTROPY_SHARES, WEIGHTS, kill_on_timeout, learner_errors
+from policies.grpo.learner import kill_on_timeout, learner_errors
 from policies.grpo.metrics import as_runner_results, episode_metrics, learner_metrics, rollout_metrics
 from policies.grpo.objective import GroupAdvantages, group_advantages, minibatches
 from policies.grpo.rllib_adapter import QuietAlgorithm, RunnerPool, each_learner
@@ -66,6 +73,7 @@ class GRPO(QuietAlgorithm):
         lagrangian, bins = self.config.lagrangian, self.config.penalty_bins
         self.multipliers = PenaltyMultipliers.start(lagrangian, bins) if lagrangian else None
         self.average = WeightAverage(self.config.grpo.ema_decay)
+        self.executions = np.empty(0, np.int64)
         self.evaluation_request: EvaluationRequest | None = None
         self.evaluation_rows: list[Row] = []
         self._row: dict[str, float] = {}
@@ -108,10 +116,10 @@ class GRPO(QuietAlgorithm):
             groups = group_advantages(
                 returns.reshape(-1, self.config.grpo.group_size), normalize_by_std=self.config.grpo.normalize_by_std
             )
-            learner_results = self._learn(rollouts, groups)
+            learner_results = self._learn(rollouts, returns, groups)
             if self.average.decay:
                 self.average = self.average.updated(self._latest())
-            row = rollout_metrics(rollouts, groups, self.multipliers)
+            row = rollout_metrics(rollouts, groups, self.multipliers) | self._count_executions(rollouts)
             if self.multipliers is not None:
                 self.multipliers = self.multipliers.updated(_violation_sums(rollouts, self.config.penalty_bins))
             self._refresh_reference()
@@ -130,12 +138,12 @@ class GRPO(QuietAlgorithm):
         The next `train()` then repeats the iteration with the same numbers: what is drawn depends on (seed, iteration),
         and the sampler samples again under the same weights and multipliers.
         """
-        begun = self.multipliers, self.average, self.updates
+        begun = self.multipliers, self.average, self.updates, self.executions
         self._each_learner(lambda learner: learner.remember())
         try:
             yield
         except BaseException:
-            self.multipliers, self.average, self.updates = begun
+            self.multipliers, self.average, self.updates, self.executions = begun
             with suppress(ray.exceptions.RayError, UserError):  # a learner that died cannot, and was the error
                 self._each_learner(lambda learner: learner.roll_back())
             raise
@@ -171,26 +179,41 @@ class GRPO(QuietAlgorithm):
             )
         return returns
 
-    def _learn(self, rollouts: Rollouts, groups: GroupAdvantages) -> list[Any]:
-        """Epochs of minibatches over both decisions of every rollout, with the rollout's advantage given to both."""
-        rows = np.arange(len(rollouts))
-        if self.config.grpo.skip_uniform_groups:
-            rows = rows.reshape(groups.uniform.size, -1)[~groups.uniform].reshape(-1)
-        if not rows.size:
+    def _count_executions(self, rollouts: Rollouts) -> dict[str, float]:
+        """Distinct model executions that the run has learned from so far, whoever ran them."""
+        if "execution" not in rollouts.infos:
+            return {}
+        self.executions = np.union1d(self.executions, executions_used(rollouts, self.config.grpo.group_size))
+        return {"model_executions": float(self.executions.size)}
+
+    def _decisions(
+        self, rollouts: Rollouts, returns: npt.NDArray[np.float64], groups: GroupAdvantages
+    ) -> dict[str, Any]:
+        """The rows to learn from."""
+        grpo = self.config.grpo
+        if grpo.advantages == "known":
+            return known_decisions(rollouts, returns.reshape(-1, grpo.group_size))
+        if not grpo.skip_uniform_groups:
+            return sampled_decisions(rollouts, groups.values.reshape(-1))
+        rows = np.arange(len(rollouts)).reshape(groups.uniform.size, -1)[~groups.uniform].reshape(-1)
+        return sampled_decisions(rollouts.take(rows), groups.values.reshape(-1)[rows])
+
+    def _learn(self, rollouts: Rollouts, returns: npt.NDArray[np.float64], groups: GroupAdvantages) -> list[Any]:
+        """Epochs of minibatches over all decisions."""
+        columns = self._decisions(rollouts, returns, groups)
+        count = len(columns[WEIGHTS])
+        if not count:
             return []
         # Schedules count decisions sampled, not those that are left after skipping: they never run backwards.
         decisions = (self.updates + 1) * self.config.rollouts_per_iteration * STEPS
-        if rows.size < len(rollouts):
-            rollouts = rollouts.take(rows)
-        columns = _columns(rollouts, groups.values.reshape(-1)[rows])
-        columns[ENTROPY_SHARES] = np.full(2 * rows.size, self.config.entropy_share(self.updates), np.float32)
+        columns[ENTROPY_SHARES] = np.full(count, self.config.entropy_share(self.updates), np.float32)
         learners = max(1, self.config.num_learners)
         results: list[Any] = []
         for epoch in range(self.config.grpo.epochs):
             generator = np.random.default_rng([self.config.seed, self.updates, epoch])
-            count = 2 * rows.size
             order, weights, size = minibatches(count, self.config.grpo.minibatch_size or count, learners, generator)
-            batch = SampleBatch(_take(columns, order) | {WEIGHTS: weights})
+            rows = take(columns, order)
+            batch = SampleBatch(rows | {WEIGHTS: weights * rows[WEIGHTS]})
             with kill_on_timeout(self.learner_group, self.config.timeouts.learner_timeout_s):
                 results += self.learner_group.update(
                     batch=MultiAgentBatch({DEFAULT_MODULE_ID: batch}, env_steps=len(order)),
@@ -240,6 +263,7 @@ class GRPO(QuietAlgorithm):
             "multipliers": self.multipliers and self.multipliers.state(),
             "sampler": self.sampler.state(self.updates),
             "average": self.average.state(),
+            "executions": self.executions,
         }
         return state
 
@@ -258,6 +282,7 @@ class GRPO(QuietAlgorithm):
             if self.multipliers is not None:
                 self.multipliers = self.multipliers.restored(stored)
             self.average = self.average.restored(state[STATE]["average"])
+            self.executions = np.asarray(state[STATE]["executions"], np.int64)
 
     def save_to_path(self, path: Any = None, **kwargs: Any) -> str:
         with kill_on_timeout(self.learner_group, self.config.timeouts.learner_timeout_s):
@@ -281,26 +306,6 @@ class GRPO(QuietAlgorithm):
 def _shared(state: Mapping[str, Any]) -> Any:
     """Weights as runners take them: in the object store if they are remote."""
     return ray.put(state) if ray.is_initialized() else state
-
-
-def _columns(rollouts: Rollouts, advantages: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """Learner columns with one row per decision: (N, 2, ...) to (2 N, ...)."""
-    steps = rollouts.log_probs.shape[1]
-
-    def flat(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return array.reshape(-1, *array.shape[2:])
-
-    return {
-        Columns.OBS: {key: flat(value) for key, value in rollouts.obs.items()},
-        Columns.ACTIONS: flat(rollouts.actions),
-        Columns.ACTION_LOGP: flat(rollouts.log_probs),
-        Columns.ACTION_DIST_INPUTS: flat(rollouts.logits),
-        Columns.ADVANTAGES: np.repeat(advantages, steps).astype(np.float32),
-    }
-
-
-def _take(columns: Mapping[str, Any], rows: npt.NDArray[np.int64]) -> dict[str, Any]:
-    return {key: _take(value, rows) if isinstance(value, Mapping) else value[rows] for key, value in columns.items()}
 
 
 def _violation_sums(rollouts: Rollouts, bins: int) -> FloatArray:

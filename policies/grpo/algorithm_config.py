@@ -183,6 +183,11 @@ class GRPOConfig(AlgorithmConfig):
                 f"max_policy_lag = {self.grpo.max_policy_lag} needs remote env runners, and there are none: set "
                 "num_env_runners to 1 or more, or max_policy_lag to 0"
             )
+        if self.grpo.advantages == "known" and (self.grpo.normalize_by_std or self.grpo.skip_uniform_groups):
+            raise UserError(
+                "advantages = 'known' has no use for a group's standard deviation or equal returns: set "
+                "normalize_by_std and skip_uniform_groups to false, or advantages to 'sampled'"
+            )
         if self.batch_mode != "complete_episodes":
             raise UserError(f"batch mode {self.batch_mode!r} is not allowed: use 'complete_episodes'")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal
 
 from pydantic import Field
 
@@ -46,6 +46,11 @@ class GRPOSettings(Section):
         default=1024,
         ge=1,
         description="Decisions (two per rollout) in a minibatch over all learners; `null` takes the entire iteration.",
+    )
+    advantages: Literal["sampled", "known"] = Field(
+        default="sampled",
+        description="`sampled`: from a group's rollouts alone; `known`: groups are completed with all plans whose "
+        "outcomes are in the store, weighted by their probability, which is the exact gradient once all are.",
     )
     clip_low: float = Field(default=0.2, gt=0, lt=1, description="Lower clip bound of the probability ratio, below 1.")
     clip_high: float = Field(default=0.28, gt=0, le=10, description="Upper clip bound of the ratio, above 1.")

@@ -18,6 +18,7 @@ from ray.rllib.core.columns import Columns
 
 from policies.baselines import Baseline
 from policies.distribution import STAGES, KnobDistribution
+from policies.grpo.known_plans import PlanTree
 from policies.grpo.rl_module import BaselineModule
 from policies.grpo.rllib_adapter import EnvRunnerBase
 
@@ -39,6 +40,7 @@ class Rollouts:
         metrics: RLlib's, of the runner that made them.
         runner: its index.
         stats: cumulative counters of its engine.
+        tree: the groups' other decisions, with `grpo.advantages=known`.
     """
 
     obs: Mapping[str, Array]
@@ -50,6 +52,7 @@ class Rollouts:
     metrics: Any = None
     runner: int = 0
     stats: Mapping[str, float] = field(default_factory=dict)
+    tree: PlanTree | None = None
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -78,6 +81,7 @@ class Rollouts:
             logits=np.concatenate([part.logits for part in parts]),
             rewards=np.concatenate([part.rewards for part in parts]),
             infos={key: np.concatenate([part.infos[key] for part in parts]) for key in parts[0].infos},
+            tree=None if parts[0].tree is None else PlanTree.concatenate([part.tree for part in parts if part.tree]),
         )
 
 
@@ -129,7 +133,7 @@ class RolloutRunner(EnvRunnerBase):
             count = self.num_envs // size
             groups = range(shard * count, (shard + 1) * count)
             uniforms = group_uniforms(self.config.seed, iteration, groups, size)
-        rollouts = self._roll_out(self.module, uniforms)
+        rollouts = self._roll_out(self.module, uniforms, tree=self.config.grpo.advantages == "known")
         self.hand_out_episodes(rollouts, f"iteration_{iteration:06d}-shard_{shard:05d}")
         stats = environment.stats() if hasattr(environment, "stats") else {}
         return replace(rollouts, metrics=self.get_metrics(), runner=int(self.worker_index or 0), stats=stats)
@@ -154,7 +158,7 @@ class RolloutRunner(EnvRunnerBase):
             module = BaselineModule(baseline, (first,), self.module)
         return _rows(self._roll_out(module, None), first, len(contexts))
 
-    def _roll_out(self, module: Any, uniforms: Array | None) -> Rollouts:
+    def _roll_out(self, module: Any, uniforms: Array | None, *, tree: bool = False) -> Rollouts:
         """Every environment from reset to the end of its episode, all in step.
 
         Straight between module and environment: RLlib's own `sample` makes an object of every episode and a list of
@@ -162,12 +166,14 @@ class RolloutRunner(EnvRunnerBase):
 
         Args:
             uniforms: (num_envs, STEPS, STAGES) in [0, 1), which choose the actions; None takes the most likely ones.
+            tree: also return every other decision, with what is known before the rollouts.
 
         Raises:
             RuntimeError: an episode that ends before the others.
         """
         environment = self.env.unwrapped
         observation, _ = environment.reset()
+        known = self._plan_tree(module) if tree else None
         steps: list[_Step] = []
         rewards, ended = np.zeros(self.num_envs), np.zeros(self.num_envs, np.bool_)
         infos: Mapping[str, Array] = {}
@@ -191,7 +197,15 @@ class RolloutRunner(EnvRunnerBase):
                 for key, value in infos.items()
                 if np.asarray(value).dtype.kind in "biuf" and not key.startswith("_")
             },
+            tree=known,
         )
+
+    @torch.no_grad()
+    def _plan_tree(self, module: Any) -> PlanTree:
+        obs, returns, executions = self.env.unwrapped.plan_tree()
+        rows = {key: value.reshape(-1, value.shape[-1]) for key, value in obs.items()}
+        logits = _forward(module, rows, self.device, explore=True)[Columns.ACTION_DIST_INPUTS].numpy(force=True)
+        return PlanTree(obs, logits.reshape(*returns.shape[:2], -1), returns, executions)
 
 
 @dataclass(frozen=True)

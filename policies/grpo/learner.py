@@ -16,12 +16,10 @@ from torch import Tensor
 
 from envs.errors import UserError
 from policies.grpo.checkpoint import state_checksum
+from policies.grpo.decisions import CREDITS, ENTROPY_SHARES, WEIGHTS
 from policies.grpo.objective import LossInputs, grpo_loss
 from policies.grpo.rl_module import REFERENCE_LOGITS, ControllerModule
 from policies.grpo.rllib_adapter import cause_of, force_next_weights, kill_learners
-
-WEIGHTS = "row_weights"
-ENTROPY_SHARES = "entropy_shares"
 
 
 class LearnerDied(UserError):
@@ -90,9 +88,7 @@ class GRPOLearner(TorchLearner):
     ) -> Tensor:
         inputs = LossInputs(
             old_logits=batch[Columns.ACTION_DIST_INPUTS],
-            actions=batch[Columns.ACTIONS],
-            old_log_prob=batch[Columns.ACTION_LOGP],
-            advantages=batch[Columns.ADVANTAGES],
+            credits=batch[CREDITS],
             weights=batch[WEIGHTS],
             reference_logits=fwd_out.get(REFERENCE_LOGITS),
             entropy_shares=batch[ENTROPY_SHARES],

@@ -1,6 +1,7 @@
 """The arithmetic of GRPO: advantages within groups (numpy), the loss (torch), minibatches. No Ray, no state.
 
-Shapes: N groups of G rollouts; B rows of a minibatch, one per decision (stage 1 and stage 2 mixed); H = 4 heads.
+Shapes: N groups of G rollouts; B rows of a minibatch, one per decision (stage 1 and stage 2 mixed); P = 40 pairs of
+choices, of which those of the other stage have credit 0.
 """
 
 import math
@@ -55,26 +56,23 @@ class LossInputs:
     """One minibatch.
 
     Attributes:
-        old_logits: (B, 18) masked logits of the policy that acted.
-        actions: (B, 4) indices.
-        old_log_prob: (B,) log-probability of the action when it was taken.
-        advantages: (B,).
+        old_logits: (B, 40) masked logits of the policy that acted.
+        credits: (B, 40) advantage of each pair times how often it counts: the advantage at the pair taken and 0
+            elsewhere for a rollout, probability times advantage if all pairs are known.
         weights: (B,) mean 1 over an epoch; 0 for padding.
         entropy_shares: (B,) part of the entropy bonus given, 0 to 1.
-        reference_logits: (B, 18) of the frozen reference, or None.
+        reference_logits: (B, 40) of the frozen reference, or None.
     """
 
     old_logits: Tensor
-    actions: Tensor
-    old_log_prob: Tensor
-    advantages: Tensor
+    credits: Tensor
     weights: Tensor
     entropy_shares: Tensor
     reference_logits: Tensor | None = None
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """min(r A, clip(r, 1 - low, 1 + high) A) per row (Schulman et al. 2017, eq. 7; bounds apart as in DAPO, 2025)."""
+    """min(r A, clip(r, 1 - low, 1 + high) A) (Schulman et al. 2017, eq. 7; bounds apart as in DAPO, 2025)."""
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     return torch.minimum(ratio * advantages, clipped * advantages)
 
@@ -91,13 +89,14 @@ def grpo_loss(logits: Tensor, inputs: LossInputs, settings: GRPOSettings) -> tup
     """Scalar loss (clipped surrogate, KL to the reference, entropy bonus), and its terms as detached scalars.
 
     Args:
-        logits: (B, 18) masked logits of the policy being trained.
+        logits: (B, 40) masked logits of the policy being trained.
     """
-    policy = KnobDistribution(logits)
-    log_prob_B = policy.log_prob(inputs.actions)
-    ratio_B = (log_prob_B - inputs.old_log_prob).exp()
-    limited_B = ratio_B.clamp(max=ratio_limit(settings))
-    surrogate_B = clipped_surrogate(limited_B, inputs.advantages, settings.clip_low, settings.clip_high)
+    policy, old = KnobDistribution(logits), KnobDistribution(inputs.old_logits)
+    log_ratio_BP = torch.cat(policy.stage_log_probs, -1) - torch.cat(old.stage_log_probs, -1)
+    # Masked pairs have huge logits, whose differences are noise; their credit is 0.
+    ratio_BP = torch.where(inputs.credits != 0, log_ratio_BP, 0.0).exp()
+    limited_BP = ratio_BP.clamp(max=ratio_limit(settings))
+    surrogate_B = clipped_surrogate(limited_BP, inputs.credits, settings.clip_low, settings.clip_high).sum(-1)
     loss_B = -surrogate_B - settings.entropy_coef * (policy.entropy() * inputs.entropy_shares)
     metrics = {}
     if inputs.reference_logits is not None:
@@ -109,7 +108,7 @@ def grpo_loss(logits: Tensor, inputs: LossInputs, settings: GRPOSettings) -> tup
     loss = _mean(loss_B, inputs.weights)
     metrics["loss"] = loss
     metrics["loss_policy"] = _mean(-surrogate_B, inputs.weights)
-    metrics |= _diagnostics(policy, ratio_B, inputs, settings)
+    metrics |= _diagnostics(policy, old, ratio_BP, inputs, settings)
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
@@ -119,21 +118,19 @@ def _mean(values_B: Tensor, weights_B: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _diagnostics(
-    policy: KnobDistribution, ratio_B: Tensor, inputs: LossInputs, settings: GRPOSettings
+    policy: KnobDistribution, old: KnobDistribution, ratio_BP: Tensor, inputs: LossInputs, settings: GRPOSettings
 ) -> dict[str, Tensor]:
-    """KL from the acting policy, clipped shares, and the entropy of each head over the rows that decide it."""
-    old = KnobDistribution(inputs.old_logits)
-    low_B = (ratio_B < 1.0 - settings.clip_low) & (inputs.advantages < 0)
-    high_B = (ratio_B > 1.0 + settings.clip_high) & (inputs.advantages > 0)
-    metrics = {
-        "kl_old": _mean(old.kl(policy), inputs.weights),
-        "clip_low_share": _mean(low_B.float(), inputs.weights),
-        "clip_high_share": _mean(high_B.float(), inputs.weights),
-    }
+    """KL from the acting policy, clipped shares of the credit, and each head's entropy over the rows that decide it."""
+    size_BP = inputs.credits.abs() / inputs.credits.abs().sum(-1, keepdim=True).clamp(min=1e-30)
     limit = ratio_limit(settings)
+    clipped = {
+        "clip_low_share": (ratio_BP < 1.0 - settings.clip_low) & (inputs.credits < 0),
+        "clip_high_share": (ratio_BP > 1.0 + settings.clip_high) & (inputs.credits > 0),
+    }
     if math.isfinite(limit):
-        limited_B = (ratio_B > limit) & (inputs.advantages < 0)
-        metrics["dual_clip_share"] = _mean(limited_B.float(), inputs.weights)
+        clipped["dual_clip_share"] = (ratio_BP > limit) & (inputs.credits < 0)
+    metrics = {name: _mean((hit_BP * size_BP).sum(-1), inputs.weights) for name, hit_BP in clipped.items()}
+    metrics["kl_old"] = _mean(old.kl(policy), inputs.weights)
     entropies_BH = policy.head_entropies()
     for column, (name, log_p) in enumerate(zip(HEADS, policy.log_probs, strict=True)):
         deciding_B = ((log_p > -1.0e6).sum(-1) > 1) & (inputs.weights > 0)

@@ -58,6 +58,23 @@ def test_ppo_trains_on_it() -> None:
     algorithm.stop()
 
 
+def test_known_plans_complete_the_groups_and_count_as_executions() -> None:
+    rows = {}
+    for advantages in ("sampled", "known"):
+        algorithm = (
+            grpo_toy.configuration(advantages=advantages)
+            .environment(ENVIRONMENT, env_config={"group_size": 4, "seed": 1}, clip_actions=False)
+            .build_algo()
+        )
+        rows[advantages] = [algorithm.train()["grpo"] for _ in range(3)]
+        algorithm.stop()
+    assert rows["known"][0]["reward_mean"] == rows["sampled"][0]["reward_mean"]
+    assert rows["known"][1]["loss_policy"] != rows["sampled"][1]["loss_policy"]
+    counts = [row["model_executions"] for row in rows["sampled"]]
+    assert 0 < counts[0] < counts[1] < counts[2] <= 3 * 8 * 4
+    assert rows["known"][0]["model_executions"] > 3 * 8 * 4
+
+
 def test_grpo_trains_and_evaluates_on_it(resources: Any) -> None:
     algorithm = (
         grpo_toy.configuration()

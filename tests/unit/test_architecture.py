@@ -32,6 +32,7 @@ RAY_FREE = [
     "envs.latency_token",
     "envs.scoring_step",
     "envs.observation",
+    "envs.plan_tree",
     "envs.calibrate_guardrail",
     "envs.latency.guardrail",
     "envs.rendering",
@@ -45,6 +46,7 @@ RAY_FREE = [
     "policies.baselines.rules",
     "policies.grpo.config",
     "policies.grpo.ema",
+    "policies.grpo.known_plans",
     "policies.grpo.objective",
     "policies.grpo.lagrangian",
 ]

@@ -109,6 +109,13 @@ class EngineDouble:
         need = int(hashlib.sha256(sample.id.encode()).hexdigest(), 16) % 100 / 100
         return Answer((1,) * (1 + int(need * 5)) if effort >= need else (0, 0))
 
+    def known_outcomes(self, samples: Sequence[Sample], plans: Sequence[ExecutionPlan]) -> list[Answer | None]:
+        return [self.outcome(s, p) if self.is_known(s, p) else None for s, p in zip(samples, plans, strict=True)]
+
+    def is_known(self, sample: Sample, plan: ExecutionPlan) -> bool:
+        """Some outcomes of every third sample, all of the others."""
+        return bool(int(sample.id[1:]) % 3) or plan.top_k < 7
+
     def accuracy(self, sample: Sample, outcome: Answer) -> float:
         return float(outcome.token_ids[0] == 1)
 

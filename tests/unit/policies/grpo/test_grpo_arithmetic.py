@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from envs.config import RewardSettings
 from envs.errors import UserError
-from envs.knobs import KnobSpace
+from envs.knobs import STAGE1_PAIRS, KnobSpace
 from policies.distribution import LOGITS_WIDTH, KnobDistribution, mask_logits
 from policies.grpo.algorithm_config import GRPOConfig
 from policies.grpo.config import GRPOSettings
@@ -84,12 +84,11 @@ def test_a_ratio_beyond_its_maximum_is_cut_off(advantage: float, value: float, s
     """An action five times as likely as when it was taken; uncut, a bad one would weigh five times as much."""
     logits = torch.zeros(1, LOGITS_WIDTH)
     logits.requires_grad_()
-    old = KnobDistribution(logits.detach()).log_prob(torch.zeros(1, 4, dtype=torch.long))
+    old = torch.zeros(1, LOGITS_WIDTH)
+    old[0, 0] = math.log(14 / 74)  # 1 / 75 of 15 pairs
     inputs = LossInputs(
-        old_logits=logits.detach(),
-        actions=torch.zeros(1, 4, dtype=torch.long),
-        old_log_prob=old - math.log(5.0),
-        advantages=torch.tensor([advantage]),
+        old_logits=old,
+        credits=advantage * torch.eye(1, LOGITS_WIDTH),
         weights=torch.ones(1),
         entropy_shares=torch.zeros(1),
     )
@@ -108,9 +107,7 @@ def test_the_kl_term_and_its_gradient_are_those_of_policy_against_reference() ->
     logits = p.logits.clone().requires_grad_()
     batch = LossInputs(
         old_logits=p.logits,
-        actions=actions,
-        old_log_prob=p.log_prob(actions),
-        advantages=torch.zeros(15),
+        credits=torch.zeros(15, LOGITS_WIDTH),
         weights=torch.ones(15),
         entropy_shares=torch.zeros(15),
         reference_logits=q.logits,
@@ -130,13 +127,11 @@ def inputs(rows: int = 8, **changes: torch.Tensor) -> LossInputs:
     generator = torch.Generator().manual_seed(1)
     mask = torch.as_tensor(KnobSpace.stage2_mask(1)).float().expand(rows, -1)
     logits = mask_logits(torch.randn(rows, LOGITS_WIDTH, generator=generator), mask)
-    policy = KnobDistribution(logits)
-    actions = policy.sample(generator)
+    pairs = STAGE1_PAIRS + KnobDistribution(logits).sample(generator)[:, 2:] @ torch.tensor([[5], [1]])
+    advantages = torch.randn(rows, 1, generator=generator)
     values = {
         "old_logits": logits,
-        "actions": actions,
-        "old_log_prob": policy.log_prob(actions),
-        "advantages": torch.randn(rows, generator=generator),
+        "credits": torch.zeros(rows, LOGITS_WIDTH).scatter(1, pairs, advantages),
         "weights": torch.ones(rows),
         "entropy_shares": torch.ones(rows),
     }
@@ -149,10 +144,11 @@ def test_first_step_is_the_policy_gradient() -> None:
     loss, metrics = grpo_loss(logits, batch, GRPOSettings(entropy_coef=0.0))
     (gradient,) = torch.autograd.grad(loss, logits)
     again = batch.old_logits.clone().requires_grad_()
-    objective = (KnobDistribution(again).log_prob(batch.actions) * batch.advantages).mean()
+    log_probs = torch.cat(KnobDistribution(again).stage_log_probs, -1)
+    objective = (log_probs * batch.credits).sum(-1).mean()
     (expected,) = torch.autograd.grad(-objective, again)
     torch.testing.assert_close(gradient, expected)
-    assert metrics["loss"].item() == pytest.approx(-batch.advantages.mean().item(), abs=1e-6)
+    assert metrics["loss"].item() == pytest.approx(-batch.credits.sum(-1).mean().item(), abs=1e-6)
     assert metrics["kl_old"].item() == 0
     assert metrics["clip_low_share"].item() == metrics["clip_high_share"].item() == 0
 
@@ -193,12 +189,12 @@ def test_padding_changes_nothing() -> None:
     batch = inputs(8)
     keep = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1])
     padded = LossInputs(
-        *(getattr(batch, name)[keep] for name in ("old_logits", "actions", "old_log_prob", "advantages")),
+        *(getattr(batch, name)[keep] for name in ("old_logits", "credits")),
         weights=torch.tensor([8 / 6] * 6 + [0.0] * 2),
         entropy_shares=torch.ones(8),
     )
     plain = LossInputs(
-        *(getattr(batch, name)[:6] for name in ("old_logits", "actions", "old_log_prob", "advantages")),
+        *(getattr(batch, name)[:6] for name in ("old_logits", "credits")),
         weights=torch.ones(6),
         entropy_shares=torch.ones(6),
     )
@@ -214,9 +210,7 @@ def test_entropies_count_only_rows_that_decide() -> None:
     first = mask_logits(torch.zeros(1, LOGITS_WIDTH), torch.as_tensor(KnobSpace.stage1_mask()).float()[None])
     second = mask_logits(torch.zeros(1, LOGITS_WIDTH), torch.as_tensor(KnobSpace.stage2_mask(2)).float()[None])
     logits = torch.cat((first, second))
-    batch = LossInputs(
-        logits, torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]), torch.zeros(2), torch.zeros(2), torch.ones(2), torch.ones(2)
-    )
+    batch = LossInputs(logits, torch.zeros(2, LOGITS_WIDTH), torch.ones(2), torch.ones(2))
     _, metrics = grpo_loss(logits, batch, GRPOSettings())
     for name, options in {"tier": 3, "insertion": 5, "top_k": 5, "blocks": 4}.items():
         assert metrics[f"entropy_{name}"].item() == pytest.approx(np.log(options), abs=1e-5)
