@@ -59,12 +59,13 @@ def main() -> None:
             rows.append(measured(trainer))
         trainer.stop()
     memory = np.array(rows)
-    before = np.median(memory[args.settled : args.settled + WINDOW], axis=0)
-    after = np.median(memory[-WINDOW:], axis=0)
-    print(f"{args.iterations} iterations on {hardware()}")
-    for index, (first, last) in enumerate(zip(before, after, strict=True)):
-        name, grown = f"runner {index}" if index else "driver", last / first - 1
-        print(f"{name}: {first:.1f} MiB after {args.settled} iterations, {last:.1f} MiB at the end ({grown:+.2%})")
+    ends = range(args.settled + WINDOW, len(memory) + 1, max(WINDOW, (len(memory) - args.settled) // 5))
+    marks = np.array([np.median(memory[end - WINDOW : end], axis=0) for end in (*ends, len(memory))])
+    print(f"{args.iterations} iterations on {hardware()}; medians of {WINDOW}, the first after {args.settled}")
+    for index, sizes in enumerate(marks.T):
+        name, grown = f"runner {index}" if index else "driver", sizes[-1] / sizes[0] - 1
+        print(f"{name}: " + ", ".join(f"{size:.1f}" for size in sizes) + f" MiB ({grown:+.2%})")
+    before, after = marks[0], marks[-1]
     sys.exit(int((after > before * (1 + LIMIT)).any()))
 
 

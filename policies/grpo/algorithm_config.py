@@ -37,6 +37,7 @@ UNSUPPORTED: Final = {
     "output_max_rows_per_file": "a file of Parquet is written for each shard",
     "output_filesystem": "give an address such as s3://bucket/folder as output",
     "input_": "GRPO learns from its own rollouts only",
+    "evaluation_parallel_to_training": "what is evaluated is the controller after an iteration",
     "train_batch_size_per_learner": "an iteration is groups_per_iteration times group_size rollouts",
 }
 ALL_CONTEXTS: Final = 2**31
@@ -207,8 +208,6 @@ class GRPOConfig(AlgorithmConfig):
                 raise UserError(f"output = {self.output!r} needs a package that is missing: pip install msgpack-numpy")
             if "://" not in self.output:  # runners may work in another folder
                 self.output = str(Path(self.output).absolute())
-        if str(self.evaluation_duration) == "auto":
-            raise UserError("evaluation_duration = 'auto' is not allowed: give a number of evaluation_contexts")
         spec = self.rl_module_spec
         if spec.module_class is not None and not issubclass(spec.module_class, ControllerModule):
             raise UserError(

@@ -179,7 +179,12 @@ def test_without_exploration_the_most_likely_actions_are_taken() -> None:
             "no contexts to evaluate, and the environment has no held_out_contexts",
         ),
         (lambda config: config.environment(env_config={"group_size": 2}), "group_size = 2 in env_config is not the 4"),
-        (lambda config: evaluating(config).evaluation(evaluation_duration="auto"), "evaluation_duration = 'auto'"),
+        (
+            lambda config: evaluating(config).evaluation(
+                evaluation_parallel_to_training=True, evaluation_duration="auto", evaluation_num_env_runners=1
+            ),
+            "evaluation_parallel_to_training = True has no effect",
+        ),
         (lambda config: config.rl_module(rl_module_spec=RLModuleSpec(module_class=Uniform)), "RLModule Uniform"),
     ],
 )
