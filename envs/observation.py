@@ -38,11 +38,8 @@ def plans_that_fit(resources: EnvResources, contexts: Sequence[Context]) -> Fits
     predictor = resources.predictor
     if predictor is None:
         return [None] * len(contexts)
-    known: dict[tuple[int, float], BoolArray] = {}
-    for context in contexts:
-        key = (context.sample, context.budget_ms)
-        if key not in known:
-            known[key] = predictor.predicted_ms(resources.samples[context.sample]) <= context.budget_ms
+    distinct = {(context.sample, context.budget_ms) for context in contexts}
+    known = {key: predictor.predicted_ms(resources.samples[key[0]]) <= key[1] for key in distinct}
     return [known[context.sample, context.budget_ms] for context in contexts]
 
 

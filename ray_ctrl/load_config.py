@@ -269,15 +269,14 @@ def _explain(error: ValidationError) -> str:
 
 
 def _nearest_key(path: str) -> str:
-    """The nearest valid dotted key: by full path first, then by its last part in any section."""
+    """The nearest valid dotted key: the same name in any section, the nearest path, the nearest name."""
     keys = list(valid_keys())
+    leaves = {key.rpartition(".")[2]: key for key in reversed(keys)}
     leaf = path.rpartition(".")[2]
-    same_leaf = [key for key in keys if key.rpartition(".")[2] == leaf]
-    close = same_leaf or difflib.get_close_matches(path, keys, n=1, cutoff=0.6)
-    if not close:
-        leaves = {key.rpartition(".")[2]: key for key in keys}
-        near = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.5)
-        close = [leaves[name] for name in near]
-    if close:
-        return f"the nearest valid key is {close[0]!r}"
-    return f"sections are {', '.join(Config.model_fields)}; see docs/config.md"
+    close = [leaves[leaf]] if leaf in leaves else difflib.get_close_matches(path, keys, n=1, cutoff=0.6)
+    close = close or [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.5)]
+    return (
+        f"the nearest valid key is {close[0]!r}"
+        if close
+        else f"sections are {', '.join(Config.model_fields)}; see docs/config.md"
+    )

@@ -1,6 +1,5 @@
 """Where a run came from: versions, commit, hardware, command. For run folders and tables."""
 
-import os
 import platform
 import shlex
 import subprocess
@@ -8,6 +7,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from envs.latency.latency_profile import device_name
 
 PACKAGES = ("ray-ctrl", "torch", "ray", "transformers", "gymnasium", "numpy", "pydantic")
 
@@ -30,56 +31,34 @@ def command() -> str:
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that matter; absent ones are left out."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: found for name in PACKAGES if (found := installed_version(name)) is not None}
+
+
+def installed_version(name: str) -> str | None:
+    """The installed version of a package; None if it is absent."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def git_commit(folder: Path | None = None) -> str | None:
-    """Commit of the checkout this package runs from, `-dirty` where files differ; None outside
-    one.
-    """
+    """Commit of the checkout this package runs from, `-dirty` if files differ; None outside one."""
     folder = folder or Path(__file__).resolve().parents[1]
-    if not (folder / ".git").exists():
-        return None
-    commit = _git(folder, "rev-parse", "HEAD")
-    if not commit:
-        return None
-    return commit + ("-dirty" if _git(folder, "status", "--porcelain", "-uno") else "")
+    commit = _git(folder, "rev-parse", "HEAD") if (folder / ".git").exists() else None
+    return f"{commit}{'-dirty' if _git(folder, 'status', '--porcelain', '-uno') else ''}" if commit else None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def hardware() -> str:
-    """One line: processor, cores, and GPUs where torch is loaded and sees some."""
-    parts = [f"{_processor()}, {os.cpu_count()} cores"]
+    """One line: processor, cores, and GPUs if torch is loaded and sees some."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        parts += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join(parts)
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    gpus = range(torch.cuda.device_count()) if torch is not None and torch.cuda.is_available() else ()
+    return ", ".join([device_name("cpu"), *(device_name(f"cuda:{i}") for i in gpus)])

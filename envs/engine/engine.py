@@ -16,11 +16,10 @@ from torch import Tensor
 
 from envs.data.sample import Sample
 from envs.data.scoring import score
-from envs.engine.caches import keep, tensor_bytes
+from envs.engine.caches import keep, prefix_cache, tensor_bytes
 from envs.engine.executor import Executor, Job
 from envs.engine.keys import EngineFingerprint, ExecutionKey, PromptKey, latency_key, outcome_key
 from envs.engine.memory import plan_memory
-from envs.engine.prefix_cache import prefix_cache
 from envs.engine.prompts import Prompt, Prompts, Tiling
 from envs.engine.single_request import Decider, measure
 from envs.engine.store import OutcomeStore, StoredOutcome, StoredStates

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from envs.engine.caches import keep
+from envs.engine.caches import PrefixCache, join_prefixes, keep, pad_rows, split_prefix
 from envs.engine.keys import ExecutionKey, PromptKey
 from envs.engine.memory import MemoryPlan
-from envs.engine.prefix_cache import PrefixCache, join_prefixes, pad_rows, split_prefix
 from envs.engine.prompts import Prompt, Prompts
 from envs.model.decode import DecodeBatch
 from envs.model.execution_tree import build_execution_tree, tree_size

@@ -26,14 +26,11 @@ class AnyClock(Protocol):
 
     Attributes:
         name: `roofline`, `profiled` or `measured`.
-        deterministic: equal arguments give equal records, in every process.
         reference_ms: latency of the full plan on the reference request, ms.
     """
 
     @property
     def name(self) -> str: ...
-    @property
-    def deterministic(self) -> bool: ...
     @property
     def reference_ms(self) -> float: ...
 

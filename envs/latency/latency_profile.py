@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
+
+from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
 from envs.files import atomic_write
@@ -122,31 +124,18 @@ class LatencyProfile:
             seen = body.get("format_version") if isinstance(body, dict) else type(body).__name__
             raise UserError(f"profile {path} has format {seen!r}, this version reads {FORMAT_VERSION}; {advice}")
         try:
-            return cls(
-                identity=Identity(**body["identity"]),
-                reference=RequestShape(**body["reference"]),
-                cells=tuple(_cell(cell) for cell in body["cells"]),
-            )
-        except (KeyError, TypeError, UserError) as error:
-            raise UserError(f"profile {path} is damaged ({type(error).__name__}: {error}); {advice}") from None
-
-
-def _cell(body: Mapping[str, Any]) -> Cell:
-    return Cell(
-        shape=RequestShape(**body["shape"]),
-        plan=ExecutionPlan(**body["plan"]),
-        new_tokens=int(body["new_tokens"]),
-        median=LatencyRecord.from_dict(body["median"]),
-        totals_ms=tuple(float(ms) for ms in body["totals_ms"]),
-    )
+            return TypeAdapter(cls).validate_python({key: body.get(key) for key in ("identity", "reference", "cells")})
+        except (ValidationError, UserError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"profile {path} is damaged ({reason}); {advice}") from None
 
 
 @lru_cache(maxsize=8)
 def device_name(device: str) -> str:
     """Readable name of a torch device: the GPU's, or the CPU's model and core count."""
-    import torch
-
     if device.startswith("cuda"):
+        import torch
+
         return torch.cuda.get_device_name(torch.device(device))
     if device != "cpu":
         return f"{device} on {platform.machine()}"

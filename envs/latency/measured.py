@@ -27,7 +27,6 @@ class MeasuredClock:
     """
 
     name: Final = "measured"
-    deterministic: Final = False
 
     def __init__(self, engine: "Engine", repeats: int = 5) -> None:
         self.engine = engine

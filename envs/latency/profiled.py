@@ -37,7 +37,6 @@ class ProfiledClock:
     """
 
     name: Final = "profiled"
-    deterministic: Final = True
 
     def __init__(self, profile: LatencyProfile, identity: Identity | None = None) -> None:
         if identity is not None:

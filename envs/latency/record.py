@@ -1,9 +1,10 @@
 """Stage times of one request in milliseconds, and the sizes that latency depends on."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Final
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Final
+
+from pydantic import ConfigDict
 
 from envs.errors import UserError
 
@@ -26,6 +27,8 @@ class LatencyRecord:
         UserError: a stage that is negative or not finite.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")  # of files that contain records
+
     processor: float = 0.0
     vision: float = 0.0
     prefix: float = 0.0
@@ -47,14 +50,6 @@ class LatencyRecord:
     def to_dict(self) -> dict[str, float]:
         """Stage name to milliseconds, in the order they run."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, stages: Mapping[str, float]) -> "LatencyRecord":
-        """The inverse of `to_dict`; absent stages count as 0 ms, an unknown stage is a UserError."""
-        unknown = sorted(set(stages) - {field.name for field in fields(cls)})
-        if unknown:
-            raise UserError(f"unknown latency stage {unknown[0]!r}: stages are {', '.join(STAGES)}")
-        return cls(**{name: float(value) for name, value in stages.items()})
 
 
 @dataclass(frozen=True)

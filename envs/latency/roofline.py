@@ -77,7 +77,6 @@ class RooflineClock:
     """
 
     name: Final = "roofline"
-    deterministic: Final = True
 
     def __init__(self, config: "MolmoEConfig", device: str) -> None:
         check_device(device)

@@ -20,6 +20,7 @@ from ray_ctrl.config import Config
 from ray_ctrl.console import console
 from ray_ctrl.load_config import load_config
 from ray_ctrl.preflight import plan_layout
+from ray_ctrl.provenance import installed_version
 
 GIB = 2**30
 MIN_DISK = GIB
@@ -109,7 +110,7 @@ def dependencies(config: Config) -> Findings:
     for requirement in map(Requirement, requirements()):
         if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in ("", "train")):
             continue
-        version = _version(requirement.name)
+        version = installed_version(requirement.name)
         if version is None:
             wrong.append(f"{requirement.name} is missing")
         elif not requirement.specifier.contains(version, prereleases=True):
@@ -364,15 +365,8 @@ def ray_cluster(config: Config) -> Findings:
 def _versions() -> dict[str, str | None]:
     from cluster.package_check import package_conflict
 
-    versions = {name: _version(name) for name in ("ray", "torch", "gymnasium")}
+    versions = {name: installed_version(name) for name in ("ray", "torch", "gymnasium")}
     return {"python": platform.python_version(), **versions, "packages": package_conflict() or "of ray-ctrl"}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 CHECKS: dict[str, Callable[[Config], Findings]] = {

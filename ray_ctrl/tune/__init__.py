@@ -195,8 +195,7 @@ def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, stopper: Stop
 
     from policies.grpo.rllib_adapter import replace_restored
     from ray_ctrl.tune.progress import Progress
-    from ray_ctrl.tune.schedulers import scheduler
-    from ray_ctrl.tune.search import param_space, searcher, silence_tune, trial_resources
+    from ray_ctrl.tune.search import param_space, scheduler, searcher, silence_tune, trial_resources
     from ray_ctrl.tune.summary import read_results
     from ray_ctrl.tune.trial import TRIALS, train_trial
 

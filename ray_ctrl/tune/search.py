@@ -1,18 +1,25 @@
-"""From a sweep to Ray Tune: the search space, the searcher, the resources of a trial."""
+"""From a sweep to Ray Tune: search space, searcher, scheduler, and the resources of a trial."""
 
 import logging
 import math
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune import PlacementGroupFactory
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from cluster.resources import ResourcePlan, Role
 from ray_ctrl.config import Config
 from ray_ctrl.preflight import plan_layout
+from ray_ctrl.run_folder import RunFolder
 from ray_ctrl.tune.sweep import Range, Sweep
+from ray_ctrl.tune.trial import TRIALS
+
+TIME = "iteration"
 
 
 def domain(item: Range) -> Any:
@@ -90,3 +97,36 @@ def concurrent_trials(sweep: Sweep, trial: Mapping[str, float], available: Mappi
 def needed(trial: Mapping[str, float]) -> ResourcePlan:
     """One trial as a resource plan, to wait for on a cluster."""
     return ResourcePlan((Role("trial", 1, trial["CPU"], trial["GPU"]),))
+
+
+def scheduler(sweep: Sweep, root: Path) -> TrialScheduler:
+    """Tune's scheduler of a sweep in folder `root`; time is counted in iterations."""
+    file, last = sweep.file, sweep.base.run.iterations
+    if file.scheduler == "none":
+        return FIFOScheduler()
+    grace = min(file.asha.grace, last)
+    return Halving(
+        root, file.metric, file.mode, time_attr=TIME, max_t=last, grace_period=grace,
+        reduction_factor=file.asha.reduction,
+    )  # fmt: skip
+
+
+class Halving(AsyncHyperBandScheduler):
+    """ASHA that also counts the scores from before an interruption, after which Tune restores no scheduler."""
+
+    def __init__(self, root: Path, metric: str, mode: str, **options: Any) -> None:
+        super().__init__(metric=metric, mode=mode, **options)
+        self.root, self.score = root, metric
+        self.seen: set[str] = set()
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        place = self.root / TRIALS / trial.trial_id
+        if trial.trial_id in self.seen or not place.is_dir():  # or added again after its process died
+            return
+        self.seen.add(trial.trial_id)
+        reported = (trial.last_result or {}).get(TIME, 0)
+        for row in RunFolder(place).metrics():
+            if self.score in row and row[TIME] <= reported:
+                # Only recorded: whether the trial was stopped there was decided then.
+                self.on_trial_result(tune_controller, trial, row)

@@ -1,4 +1,4 @@
-"""Every setting has one declaration: no function or class declares a second default for it."""
+"""Every configuration key has one declaration: no function or class declares a second default for it."""
 
 import ast
 from pathlib import Path
@@ -22,7 +22,7 @@ OTHER_MEANING = {
     "gpus": "of the entrypoint of a Ray job, not of an env runner",
     "address": "of a job server",
 }
-"""Parameters that share a setting's name and mean something else."""
+"""Parameters that share a key's name and mean something else."""
 EXCEPTIONS = {
     "policies/baselines/rules.py Neural.hidden": "width of a baseline, not of the controller",
     "envs/latency/guardrail.py Guardrail.noise": "factor for the wall clock, not `latency.noise`",
@@ -31,15 +31,15 @@ EXCEPTIONS = {
     "envs/model/config.py MolmoEConfig.blank_crops": "published checkpoints say nothing about it",
     "envs/model/molmoe.py generate.max_new_tokens": "length of a direct call, which no run makes",
 }
-"""Single places where a setting's name means something else."""
+"""Single places where a key's name means something else."""
 
 
-def setting_names():
+def key_names():
     return {key for section in Config.model_fields.values() for key in section.annotation.model_fields}
 
 
 def second_defaults(source, names):
-    """`owner.parameter` for each default of a parameter or class attribute that bears a setting's name.
+    """`owner.parameter` for each default of a parameter or class attribute that bears a key's name.
 
     None is no default: it says that the value comes from elsewhere.
     """
@@ -73,8 +73,8 @@ def _is_field(node):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_no_setting_has_a_second_default(package):
-    names = setting_names() - set(OTHER_MEANING)
+def test_no_key_has_a_second_default(package):
+    names = key_names() - set(OTHER_MEANING)
     paths = sorted((ROOT / package).rglob("*.py"))
     assert paths
     found = [
@@ -88,11 +88,11 @@ def test_no_setting_has_a_second_default(package):
 def test_the_exceptions_still_exist():
     for place in EXCEPTIONS:
         path, _, name = place.partition(" ")
-        assert name in second_defaults((ROOT / path).read_text("utf-8"), setting_names()), place
-    assert set(OTHER_MEANING) <= setting_names()
+        assert name in second_defaults((ROOT / path).read_text("utf-8"), key_names()), place
+    assert set(OTHER_MEANING) <= key_names()
 
 
-def test_sections_do_not_declare_the_same_setting_twice():
+def test_sections_do_not_declare_the_same_key_twice():
     seen = {}
     for name, section in Config.model_fields.items():
         for key in section.annotation.model_fields:

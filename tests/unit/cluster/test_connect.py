@@ -121,7 +121,7 @@ def test_resources_are_waited_for_where_ray_runs_already(monkeypatch: pytest.Mon
     assert not shut, "a connection that was there before is left"
 
 
-def test_a_start_that_hangs_ends_in_time_and_hears_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_hangs_ends_within_the_timeout_and_hears_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("cluster.connect.MIN_INIT_S", 0.2)
     never = threading.Event()

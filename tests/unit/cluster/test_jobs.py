@@ -245,7 +245,7 @@ def test_the_status_is_the_servers_though_the_log_never_comes() -> None:
     assert jobs.follow(server, "job", lambda text: None, poll_s=0.001) == 2
 
 
-def test_a_server_that_stays_away_is_given_up_in_time() -> None:
+def test_a_server_that_stays_away_is_given_up_after_the_timeout() -> None:
     notices: list[str] = []
     with pytest.raises(ConnectError, match=r"no answer of the job server about job.*ray job status job"):
         jobs.follow(Server(BAD_GATEWAY), "job", lambda text: None, notices.append, poll_s=0.001, server_timeout_s=0.05)

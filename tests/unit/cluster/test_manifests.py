@@ -88,7 +88,7 @@ def test_the_run_that_a_file_names_fits_its_cluster(name: str) -> None:
 
 
 @pytest.mark.parametrize(("status", "starts"), [(0, 1), (2, 1), (143, 1), (1, 3)])
-def test_a_job_goes_on_after_a_crash_but_not_after_a_mistake(tmp_path: Path, status: int, starts: int) -> None:
+def test_a_job_continues_after_a_crash_but_not_after_a_mistake(tmp_path: Path, status: int, starts: int) -> None:
     program = tmp_path / "ray-ctrl"
     program.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\ntouch {tmp_path}/run.json\nexit {status}\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)

@@ -41,7 +41,7 @@ def act(observation, rng):
 
 
 def episode(env, seed=0):
-    """Observations, actions and final step of one round."""
+    """Observations, actions and final step of one iteration."""
     rng = np.random.default_rng(seed)
     first, _ = env.reset()
     actions = [act(first, rng)]
@@ -164,16 +164,16 @@ def contexts_of(env):
     return list(zip(infos["context"].tolist(), infos["sample"].tolist(), infos["budget_ms"].tolist(), strict=True))
 
 
-def test_rounds_do_not_depend_on_history():
+def test_iterations_do_not_depend_on_history():
     walked = vector(seed=5)
-    rounds = [contexts_of(walked) for _ in range(4)]
+    iterations = [contexts_of(walked) for _ in range(4)]
     jumped = vector(seed=5)
     jumped.set_iteration(3)
-    assert contexts_of(jumped) == rounds[3]
+    assert contexts_of(jumped) == iterations[3]
     jumped.set_iteration(1)
-    assert contexts_of(jumped) == rounds[1]
-    assert contexts_of(jumped) == rounds[2]
-    assert rounds[0] != rounds[1]
+    assert contexts_of(jumped) == iterations[1]
+    assert contexts_of(jumped) == iterations[2]
+    assert iterations[0] != iterations[1]
 
 
 def test_repeated_seeds_in_reset_do_not_repeat_contexts():
@@ -184,8 +184,8 @@ def test_repeated_seeds_in_reset_do_not_repeat_contexts():
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_workers_split_a_round_without_overlap(workers):
-    whole = vector(num_envs=48 // workers, seed=2)
+def test_workers_split_an_iteration_without_overlap(workers):
+    one = vector(num_envs=48 // workers, seed=2)
     shares = []
     for worker in range(workers):
         env = vector(num_envs=48 // workers, seed=2)
@@ -195,7 +195,7 @@ def test_workers_split_a_round_without_overlap(workers):
     reference = vector(num_envs=48, seed=2)
     reference.set_iteration(6)
     assert shares == contexts_of(reference)
-    assert whole.num_envs * workers == 48
+    assert one.num_envs * workers == 48
 
 
 def test_explicit_contexts_are_served_once_then_padding():
@@ -300,18 +300,18 @@ def test_bad_settings_are_named(settings, named):
         AdaptiveVQAVectorEnv({"resources": make_resources(), **settings})
 
 
-def test_a_world_is_needed():
+def test_resources_are_needed():
     with pytest.raises(UserError, match="no `resources`"):
         AdaptiveVQAVectorEnv({"num_envs": 4})
 
 
-def test_a_world_can_be_built_by_a_function():
+def test_resources_can_be_built_by_a_function():
     env = AdaptiveVQAVectorEnv({"resources": make_resources, "num_envs": 2})
     assert len(contexts_of(env)) == 2
 
 
 @pytest.mark.parametrize(("index", "count"), [(-1, 2), (2, 2), (0, 0)])
-def test_impossible_workers_and_rounds_are_refused(index, count):
+def test_impossible_workers_and_iterations_are_refused(index, count):
     env = vector()
     with pytest.raises(UserError, match=f"worker {index} of {count}"):
         env.set_worker(index, count)
@@ -333,7 +333,7 @@ def test_the_measured_clock_times_every_row():
     assert len(set(infos["latency_ms"].tolist())) == 4
 
 
-def test_a_profiled_world_runs():
+def test_a_profiled_environment_runs():
     from envs.latency import ProfiledClock, profile
 
     resources = make_resources()
@@ -395,7 +395,7 @@ def test_projection_takes_the_nearest_legal_pair_and_is_off_for_vectors():
         vector(resources, illegal_actions="ignore")
 
 
-def test_masks_per_head_hold_what_some_legal_pair_has():
+def test_masks_per_head_allow_what_some_legal_pair_has():
     env = AdaptiveVQAEnv({"resources": make_resources()})
     env.reset()
     assert env.action_masks().tolist() == [True] * 8 + [True, *[False] * 4] * 2

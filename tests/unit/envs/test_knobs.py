@@ -124,7 +124,7 @@ def test_projection_takes_the_nearest_legal_pair(actions, masks):
 
 
 @given(arrays(np.bool_, (2, PAIRS)))
-def test_head_masks_hold_what_some_pair_has(masks):
+def test_head_masks_allow_what_some_pair_has(masks):
     for mask, heads in zip(masks, head_masks(masks), strict=True):
         first, second = first_pairs(mask), second_pairs(mask)
         assert heads.tolist() == [*first.any(1), *first.any(0), *second.any(1), *second.any(0)]
@@ -205,6 +205,6 @@ def test_errors_survive_pickling():
     assert (type(copy), copy.message) == (UserError, caught.value.message)
 
 
-def test_all_is_the_whole_legal_product():
+def test_all_is_the_complete_legal_product():
     everything = {(t, p, k, n) for t, p, k, n in product(TIERS, INSERTIONS, TOP_KS, BLOCK_COUNTS) if n >= p + 11}
     assert {(k.tier, k.insertion, k.top_k, k.blocks) for k in SPACE.all} == everything

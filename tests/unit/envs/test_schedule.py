@@ -14,16 +14,16 @@ BUDGETS = BudgetDistribution.over(10.0, 100.0)
 
 @given(st.integers(0, 2**31), st.integers(0, 10_000), st.integers(1, 8), st.integers(1, 50))
 def test_draws_do_not_depend_on_who_draws_them(seed, iteration, total, samples):
-    whole = TrainingSchedule(seed, samples, BUDGETS).draw(iteration, range(total), total)
+    together = TrainingSchedule(seed, samples, BUDGETS).draw(iteration, range(total), total)
     apart = [TrainingSchedule(seed, samples, BUDGETS).draw(iteration, [g], total)[0] for g in reversed(range(total))]
-    assert whole == apart[::-1]
+    assert together == apart[::-1]
 
 
 @given(st.integers(0, 2**31), st.integers(1, 30), st.integers(1, 7))
 def test_every_epoch_visits_every_sample_once(seed, samples, total):
     schedule = TrainingSchedule(seed, samples, BUDGETS)
-    rounds = range(2 * samples)  # total epochs come out whole: 2 * samples * total visits
-    visits = [c for r in rounds for c in schedule.draw(r, range(total), total)]
+    iterations = range(2 * samples)  # total epochs are complete: 2 * samples * total visits
+    visits = [c for r in iterations for c in schedule.draw(r, range(total), total)]
     assert [c.id for c in visits] == list(range(2 * samples * total))
     for epoch in range(2 * total):
         seen = [c.sample for c in visits[epoch * samples : (epoch + 1) * samples]]

@@ -86,17 +86,17 @@ def test_an_episode_is_what_the_engine_says(resources):
         assert np.allclose(second["latency_token"][row], token, atol=1e-5)
 
 
-def test_a_context_may_show_another_budget_than_it_is_judged_by(resources):
+def test_a_context_may_observe_another_budget_than_it_is_scored_by(resources):
     def observed(contexts):
         env = AdaptiveVQAVectorEnv({"resources": resources, "num_envs": len(contexts), "contexts": contexts})
         (first, second, *_), rewards, infos = play(env, np.random.default_rng(1))
         return first["budget"][0], second["latency_token"][0], rewards[0], infos["budget_ms"][0]
 
-    judged, shown, both = (observed([context]) for context in ((0, 30.0), (0, 12.0), (0, 30.0, 12.0)))
+    scored, observed_only, both = (observed([context]) for context in ((0, 30.0), (0, 12.0), (0, 30.0, 12.0)))
     for seen in range(2):
-        assert np.array_equal(both[seen], shown[seen])
-        assert not np.array_equal(both[seen], judged[seen])
-    assert both[2:] == judged[2:]
+        assert np.array_equal(both[seen], observed_only[seen])
+        assert not np.array_equal(both[seen], scored[seen])
+    assert both[2:] == scored[2:]
 
 
 def test_text_only_and_image_requests_run_side_by_side(resources):
@@ -124,7 +124,7 @@ def test_equal_seeds_give_equal_trajectories_in_fresh_engines(resources, model_f
 
 
 def test_the_profiled_clock_fits_real_requests(engine, samples, monkeypatch):
-    # Processor time instead of wall time: a test must hold on a machine that is busy with something else.
+    # Processor time instead of wall time: a test must pass on a machine that is busy with something else.
     monkeypatch.setattr("envs.engine.single_request.time", SimpleNamespace(perf_counter=time.thread_time))
     table = profile(engine, samples[:12], repeats=2, per_tiling=6)
     clock = ProfiledClock.for_engine(table, engine)
@@ -140,7 +140,7 @@ def test_the_reference_request_is_the_same_for_every_clock(engine):
     assert MeasuredClock(engine, repeats=1).reference_ms > 0
 
 
-def test_a_measured_world_runs(resources, engine):
+def test_a_measured_environment_runs(resources, engine):
     measured = replace(resources, clock=MeasuredClock(engine, repeats=1))
     assert is_measuring(measured.clock)
     env = AdaptiveVQAVectorEnv({"resources": measured, "num_envs": 4, "group_size": 2})
@@ -153,7 +153,7 @@ def test_the_device_range_spans_what_the_knobs_span(resources):
     assert high > 1.5 * low
 
 
-def test_a_world_is_built_from_its_settings(engine, model_folder, tmp_path):
+def test_an_environment_is_built_from_its_settings(engine, model_folder, tmp_path):
     engine.model.save_pretrained(model_folder)
     settings = EnvConfig(
         model=ModelSettings(name=str(model_folder), device="cpu", max_new_tokens=2),

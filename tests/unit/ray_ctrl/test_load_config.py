@@ -1,6 +1,7 @@
 """Presets, files and overrides become one checked configuration; mistakes are named."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ import yaml
 
 from envs.errors import UserError
 from policies.grpo.config import GRPOSettings
-from ray_ctrl import config_docs
 from ray_ctrl.config import Config
 from ray_ctrl.load_config import (
     OLD_KEYS,
@@ -113,8 +113,8 @@ def test_every_field_is_described_and_every_number_bounded() -> None:
 
 
 def test_docs_page_is_current_and_complete() -> None:
-    page = config_docs.render()
-    assert DOCS.read_text("utf-8") == page, "run: python -m ray_ctrl.config_docs > docs/config.md"
+    page = runpy.run_path(str(DOCS.with_name("config_page.py")))["render"]()
+    assert DOCS.read_text("utf-8") == page, "run: python docs/config_page.py > docs/config.md"
     for key in valid_keys():
         if "." in key:
             assert f"`{key}`" in page

@@ -1,4 +1,4 @@
-"""From a configuration to the algorithm's settings, without building the algorithm."""
+"""From a configuration to the algorithm's settings, without making the algorithm."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Any:
     return build
 
 
-def test_the_entropy_bonus_falls_over_the_whole_run_or_not_at_all(built: Any) -> None:
+def test_the_entropy_bonus_falls_over_the_complete_run_or_not_at_all(built: Any) -> None:
     assert built("grpo.anneal_entropy=true", "run.iterations=40").entropy_share(10) == 0.75
     assert built("grpo.anneal_entropy=false", "run.iterations=40").entropy_share(10) == 1.0
 

@@ -22,7 +22,7 @@ SPACE = KnobSpace([1.0 - 0.05 * block for block in range(16)])
 
 
 class _Clock:
-    name, deterministic, reference_ms = "fixed", True, 80.0
+    name, reference_ms = "fixed", 80.0
 
     def latency(self, shape: RequestShape, plan: ExecutionPlan, new_tokens: int) -> LatencyRecord:
         return LatencyRecord(vision=4.0 * shape.crops, suffix=0.4 * sum(plan.top_k_per_block), decode=0.3 * new_tokens)

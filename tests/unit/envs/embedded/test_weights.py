@@ -25,7 +25,7 @@ def processor() -> MolmoEProcessor:
     return MolmoEProcessor.from_pretrained("embedded")
 
 
-def test_weights_are_small_and_whole() -> None:
+def test_weights_are_small_and_complete() -> None:
     files = {path.name: path.stat().st_size for path in folder().iterdir()}
     assert files["model.safetensors"] <= 16 * 2**20
     assert {"config.json", "tokenizer.json", "preprocessor_config.json", "importance.json"} <= set(files)

@@ -219,9 +219,9 @@ def test_any_batch_equals_its_parts(small_model, processor, samples, space, data
     chosen = data.draw(
         st.lists(st.tuples(st.sampled_from(samples), st.sampled_from(space.all)), min_size=1, max_size=8)
     )
-    whole = RolloutEngine(small_model, processor, max_new_tokens=4)
+    engine = RolloutEngine(small_model, processor, max_new_tokens=4)
     parts = RolloutEngine(small_model, processor, max_new_tokens=4)
-    together = whole.outcomes([s for s, _ in chosen], [space.plan(k) for _, k in chosen])
+    together = engine.outcomes([s for s, _ in chosen], [space.plan(k) for _, k in chosen])
     assert together == [parts.outcomes([s], [space.plan(k)])[0] for s, k in chosen]
 
 
@@ -252,7 +252,7 @@ def test_measured_requests_equal_outcomes(engine, pairs):
         assert min(record.prefix, record.suffix, record.processor) > 0
 
 
-def test_steered_request(engine, samples):
+def test_decided_request(engine, samples):
     controller = Choose()
     outcome, record, plan = engine.run_decided(samples[2], controller)
     assert plan == ExecutionPlan("medium", 2, 5, (0, 1, 2, 5, 6, 7, 8, 9, 10, 11, 12, 14))

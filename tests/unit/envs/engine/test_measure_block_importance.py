@@ -26,7 +26,7 @@ ORIGIN = {"task": "drawn"}
 
 
 def plain_loss(model, processor, sample, plan):
-    """Cross entropy of the reference answer by one whole forward pass."""
+    """Cross entropy of the reference answer by one complete forward pass."""
     inputs = processor(sample.image, sample.question, plan.tier, sample.style)
     answer = torch.tensor([*processor.encode(f" {reference_answer(sample)}"), processor.eos_id])
     ids = torch.cat((inputs["input_ids"], answer[None, :-1]), 1)
@@ -119,7 +119,7 @@ def test_a_file_is_written_once_and_read_back(engine, samples, tmp_path):
         write_importance(tmp_path / "no" / "folder.json", {})
 
 
-def test_scores_beside_the_weights_come_before_the_published_ones(tmp_path):
+def test_scores_next_to_the_weights_come_before_the_published_ones(tmp_path):
     assert read_importance(tmp_path) == PUBLISHED_IMPORTANCE
     assert read_importance("allenai/MolmoE-1B-0924") == PUBLISHED_IMPORTANCE
     scores = [float(block) for block in range(16)]
@@ -130,7 +130,7 @@ def test_scores_beside_the_weights_come_before_the_published_ones(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"importance": [1, 2]}', '{"importance": null}'])
-def test_files_that_hold_no_scores_are_named(tmp_path, content):
+def test_files_that_contain_no_scores_are_named(tmp_path, content):
     path = tmp_path / "bad.json"
     path.write_text(content)
     with pytest.raises(UserError, match=r"bad\.json"):

@@ -1,4 +1,4 @@
-"""The store: canonical, transactional, bounded, shared; and keys that hold all that decides an outcome."""
+"""The store: canonical, transactional, bounded, shared; and keys that contain all that decides an outcome."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from envs.knobs import ExecutionPlan
 from envs.model import AdaptiveMolmoE
 from envs.processing import MolmoEProcessor
 
-SETTING = json.dumps({"weights": "w"})
+FINGERPRINT = json.dumps({"weights": "w"})
 
 
 def entry(number, *, token=1, seconds=0.5):
@@ -30,7 +30,7 @@ def entry(number, *, token=1, seconds=0.5):
 
 
 def fill(store, numbers, **kwargs):
-    return store.put_outcomes(SETTING, dict(entry(number, **kwargs) for number in numbers))
+    return store.put_outcomes(FINGERPRINT, dict(entry(number, **kwargs) for number in numbers))
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_first_writer_is_canonical(store):
 
 def test_states_come_back_bit_equal(store):
     raw = torch.randn(5, 16, 8).numpy().tobytes()
-    store.put_states(SETTING, {b"k": ("{}", "{}", StoredStates(raw, 1.0))})
+    store.put_states(FINGERPRINT, {b"k": ("{}", "{}", StoredStates(raw, 1.0))})
     assert store.get_states([b"k", b"other"]) == {b"k": StoredStates(raw, 1.0)}
 
 
@@ -78,7 +78,7 @@ def start_writer(path, start, stop, token):
 
 
 def test_two_processes_writing_lose_nothing(store):
-    """Their keys overlap: every key is there once, and each batch of five came from one of the two as a whole."""
+    """Their keys overlap: every key is there once, and each batch of five came from one of the two."""
     writers = [start_writer(store.path, 0, 400, 1), start_writer(store.path, 200, 600, 2)]
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
     held = store.get_outcomes([n.to_bytes(32, "big") for n in range(600)])
@@ -90,7 +90,7 @@ def test_two_processes_writing_lose_nothing(store):
     assert all(len({answer[0] for answer in tokens[batch : batch + 5]}) == 1 for batch in range(0, 600, 5))
 
 
-def test_killed_writer_leaves_whole_batches(store):
+def test_killed_writer_leaves_complete_batches(store):
     writer = start_writer(store.path, 0, 10**6, 4)
     assert writer.stdout is not None
     seen = [writer.stdout.readline() for _ in range(12)]
@@ -141,7 +141,7 @@ def test_latency_tokens_go_before_outcomes(tmp_path):
     written = 0
     for batch in range(16):
         keys = [f"{batch:02} {i}".encode() for i in range(20)]
-        store.put_states(SETTING, {key: ("{}", "{}", StoredStates(os.urandom(2**14), 1.0)) for key in keys})
+        store.put_states(FINGERPRINT, {key: ("{}", "{}", StoredStates(os.urandom(2**14), 1.0)) for key in keys})
         written += len(keys)
         with sqlite3.connect(store.path) as db:
             db.execute("UPDATE latency_tokens SET used = used - 86400 WHERE used > ?", (time.time() - 1000,))
@@ -236,7 +236,7 @@ def fingerprint(small_model, processor):
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(EngineFingerprint)])
-def test_every_setting_is_in_the_key(fingerprint, name):
+def test_every_field_is_in_the_key(fingerprint, name):
     value = getattr(fingerprint, name)
     other = replace(fingerprint, **{name: value + 1 if isinstance(value, int) else value + "x"})
     assert outcome_key(fingerprint.to_json(), PROMPT, TOP_K) != outcome_key(other.to_json(), PROMPT, TOP_K)
@@ -277,7 +277,7 @@ def other_eos(model):
     return other
 
 
-SETTING_CHANGES = {
+FINGERPRINT_CHANGES = {
     "weights": lambda m, p: (changed_weight(m), p, 8),
     "dtype": lambda m, p: (AdaptiveMolmoE(m.config).bfloat16(), p, 8),
     "kernels": lambda m, p: (other_kernel(m), p, 8),
@@ -287,18 +287,18 @@ SETTING_CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", SETTING_CHANGES)
-def test_changed_objects_change_the_setting(small_model, processor, fingerprint, name):
+@pytest.mark.parametrize("name", FINGERPRINT_CHANGES)
+def test_changed_objects_change_the_fingerprint(small_model, processor, fingerprint, name):
     if name == "margins":
         geometry = replace(processor.geometry, mean=(0.1, 0.2, 0.3))
         eos = processor.tokenizer.id_to_token(processor.eos_id)
         changed = EngineFingerprint.of(small_model, MolmoEProcessor(geometry, processor.tokenizer, eos), 8)
     else:
-        changed = EngineFingerprint.of(*SETTING_CHANGES[name](small_model, processor))
+        changed = EngineFingerprint.of(*FINGERPRINT_CHANGES[name](small_model, processor))
     assert changed != fingerprint
 
 
-def test_matmul_precision_changes_the_setting(small_model, processor, fingerprint):
+def test_matmul_precision_changes_the_fingerprint(small_model, processor, fingerprint):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")

@@ -33,7 +33,7 @@ from envs.scoring_step import run_plans
     st.floats(0.0, 1.0),
     st.sampled_from([0.8, 0.9, 0.95]),
 )
-def test_conformal_coverage_holds_for_any_noise(seed, samples, repeats, alike, confidence):
+def test_conformal_coverage_is_met_for_any_noise(seed, samples, repeats, alike, confidence):
     """At least `confidence` of new requests are covered, however alike the ratios of one sample are."""
     rng = np.random.default_rng(seed)
     scale = rng.uniform(0.01, 1.0)

@@ -34,12 +34,12 @@ def plain(x, logits, gate_up, down, top_k):
 def test_per_token_top_k(top_k, seed):
     generator = torch.Generator().manual_seed(seed)
     x, logits = torch.randn(len(top_k), D, generator=generator), 3 * torch.randn(len(top_k), E, generator=generator)
-    spread = TopK(torch.tensor(top_k), max(top_k), sum(top_k))
-    if not spread.maximum:
+    rows = TopK(torch.tensor(top_k), max(top_k), sum(top_k))
+    if not rows.maximum:
         return
     wanted = plain(x, logits, *weights(seed), top_k)
     for kernel in ("dense", "grouped", "auto"):
-        assert torch.allclose(mixture(x, logits, *weights(seed), spread, kernel), wanted, atol=1e-5), kernel
+        assert torch.allclose(mixture(x, logits, *weights(seed), rows, kernel), wanted, atol=1e-5), kernel
 
 
 @pytest.mark.parametrize("kernel", ["dense", "grouped", "auto"])
@@ -54,25 +54,25 @@ def test_weights_that_underflow_do_not_break_the_count():
     """A router so sure that other chosen experts weigh exactly nothing: their slots still count as used."""
     x, logits = torch.randn(3, D), torch.zeros(3, E)
     logits[:, 2] = 500.0
-    spread = TopK(torch.tensor([4, 8, 5]), 8, 17)
+    rows = TopK(torch.tensor([4, 8, 5]), 8, 17)
     wanted = plain(x, logits, *weights(), [1, 1, 1])
-    assert torch.allclose(mixture(x, logits, *weights(), spread, "grouped"), wanted, atol=1e-5)
+    assert torch.allclose(mixture(x, logits, *weights(), rows, "grouped"), wanted, atol=1e-5)
 
 
-def test_chunks_agree(monkeypatch):
+def test_shards_agree(monkeypatch):
     x, logits = torch.randn(50, D), torch.randn(50, E)
     mixed = TopK(torch.tensor([4, 8, 0, 5, 6] * 10), 8, 230)
-    whole = [mixture(x, logits, *weights(), k, "grouped") for k in (6, mixed)]
+    complete = [mixture(x, logits, *weights(), k, "grouped") for k in (6, mixed)]
     monkeypatch.setattr(experts, "_SLICE_TOKENS", 7)
-    for k, wanted in zip((6, mixed), whole, strict=True):
+    for k, wanted in zip((6, mixed), complete, strict=True):
         assert torch.allclose(mixture(x, logits, *weights(), k, "grouped"), wanted, atol=1e-6)
 
 
 def test_padding_gets_no_expert():
-    spread = expand_top_k([4, 8], [2, 3], 3, torch.device("cpu"))
-    assert isinstance(spread, TopK)
-    assert spread.per_token.tolist() == [4, 4, 0, 8, 8, 8]
-    assert spread.pairs == 32
+    rows = expand_top_k([4, 8], [2, 3], 3, torch.device("cpu"))
+    assert isinstance(rows, TopK)
+    assert rows.per_token.tolist() == [4, 4, 0, 8, 8, 8]
+    assert rows.pairs == 32
     assert expand_top_k([5, 5], [3, 3], 3, torch.device("cpu")) == 5
 
 

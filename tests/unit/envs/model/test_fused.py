@@ -35,7 +35,7 @@ def interpreter():
     dot = builder.create_dot
 
     def widened(self, a, b, *args):
-        # Its numpy products take bfloat16 for the integers that hold it.
+        # Its numpy products take bfloat16 for the integers that contain it.
         return dot(self, *(_wide(operand, interpreter) for operand in (a, b)), *args)
 
     interpreter._patch_lang_tensor, builder.create_dot = repaired, widened
@@ -61,7 +61,7 @@ def kernels(interpreter):
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Fresh memory holds NaN or a wild index, so that an element nobody wrote shows."""
+    """Fresh memory contains NaN or a wild index, so that an element nobody wrote shows."""
 
     def poison(tensor):
         return tensor.fill_(torch.nan if tensor.is_floating_point() else 10**9)

@@ -93,7 +93,7 @@ print(json.dumps(worst))
 
 
 @pytest.mark.parametrize("examples", [4, pytest.param(24, marks=pytest.mark.slow)])
-def test_every_kernel_against_float64_and_whole_steps_against_the_growing_batch(examples, monkeypatch):
+def test_every_kernel_against_float64_and_complete_steps_against_the_growing_batch(examples, monkeypatch):
     pytest.importorskip("hypothesis")
     monkeypatch.setenv("EXAMPLES", str(examples))
     worst = run(PROPERTY, interpret=True)

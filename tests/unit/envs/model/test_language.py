@@ -128,12 +128,12 @@ def prefilled(rows):
 
 
 def test_rows_leave_and_join_the_decode_batch():
-    whole = DecodeBatch(MODEL.language, [(prefilled(3), [0, 1, 2])])
+    complete = DecodeBatch(MODEL.language, [(prefilled(3), [0, 1, 2])])
     moving = DecodeBatch(MODEL.language, [(prefilled(3), [2, 0])])
     late = DecodeBatch(MODEL.language, [(prefilled(3), [1])])
     for turn in range(40):  # beyond the first capacity, so that caches grow
         tokens = [20 + turn, 60 + turn, 90 + turn]
-        wanted = whole.step(tokens)
+        wanted = complete.step(tokens)
         if turn < 3:
             got = moving.step([tokens[2], tokens[0]])
             assert torch.allclose(got, wanted[[2, 0]], atol=2e-4)
@@ -200,12 +200,14 @@ def test_autocast_keeps_the_residual_in_float32(inputs):
 
 
 def test_stops_at_end_of_text_and_at_the_limit(golden, model, inputs):
-    whole = model.generate(inputs, ExecutionPlan(), max_new_tokens=8, stop_at_eos=False)
+    complete = model.generate(inputs, ExecutionPlan(), max_new_tokens=8, stop_at_eos=False)
     changed = AdaptiveMolmoE.from_pretrained(GOLDEN)
-    object.__setattr__(changed.config, "eos_token_id", whole[0][2])
+    object.__setattr__(changed.config, "eos_token_id", complete[0][2])
     ids = changed.generate(inputs, ExecutionPlan(), max_new_tokens=8)
-    assert ids[0] == whole[0][: whole[0].index(whole[0][2])]
-    assert ids[1] == (whole[1] if whole[0][2] not in whole[1] else whole[1][: whole[1].index(whole[0][2])])
+    assert ids[0] == complete[0][: complete[0].index(complete[0][2])]
+    assert ids[1] == (
+        complete[1] if complete[0][2] not in complete[1] else complete[1][: complete[1].index(complete[0][2])]
+    )
     assert model.generate(inputs, ExecutionPlan(), max_new_tokens=0) == [[], []]
 
 

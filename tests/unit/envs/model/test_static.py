@@ -20,7 +20,7 @@ CAPACITY = 96
 @pytest.fixture(scope="module", params=("golden", "embedded"))
 def subject(request, model):
     found = model if request.param == "golden" else AdaptiveMolmoE.from_pretrained("embedded")
-    # No importance lies beside the golden weights: theirs is the published one.
+    # No importance is stored next to the golden weights: theirs is the published one.
     return found, tuples("embedded" if request.param == "embedded" else GOLDEN)
 
 

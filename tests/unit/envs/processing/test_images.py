@@ -39,7 +39,7 @@ def test_every_mode_keeps_white_and_black(mode: str) -> None:
     assert pixel(rgb, (3, 1)) == (0, 0, 0)
 
 
-def test_transparency_lies_over_white(tmp_path: Path) -> None:
+def test_transparency_is_drawn_over_white(tmp_path: Path) -> None:
     layer = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
     layer.putpixel((1, 0), (200, 0, 0, 255))
     rgb = open_image(saved(layer, tmp_path / "a.png"))
@@ -48,7 +48,7 @@ def test_transparency_lies_over_white(tmp_path: Path) -> None:
     assert abs(pixel(half)[0] - 127) <= 1
 
 
-def test_palette_transparency_lies_over_white(tmp_path: Path) -> None:
+def test_palette_transparency_is_drawn_over_white(tmp_path: Path) -> None:
     image = Image.new("P", (2, 1), 0)
     image.putpalette([0, 0, 0, 0, 0, 255])
     image.putpixel((1, 0), 1)
@@ -56,7 +56,7 @@ def test_palette_transparency_lies_over_white(tmp_path: Path) -> None:
     assert [pixel(rgb), pixel(rgb, (1, 0))] == [(255, 255, 255), (0, 0, 255)]
 
 
-def test_a_transparent_colour_lies_over_white(tmp_path: Path) -> None:
+def test_a_transparent_colour_is_drawn_over_white(tmp_path: Path) -> None:
     rgb = open_image(saved(Image.new("RGB", (1, 1), (9, 8, 7)), tmp_path / "t.png", transparency=(9, 8, 7)))
     assert pixel(rgb) == (255, 255, 255)
 

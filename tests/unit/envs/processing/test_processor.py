@@ -124,7 +124,7 @@ def test_tiling_is_the_same_at_two_tiers_for_a_small_image(small: MolmoEProcesso
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (28, 28), (28, 500)])
-def test_extreme_sizes_make_whole_inputs(small: MolmoEProcessor, size: tuple[int, int]) -> None:
+def test_extreme_sizes_make_complete_inputs(small: MolmoEProcessor, size: tuple[int, int]) -> None:
     for tier in ("low", "medium", "high"):
         inputs = small(Image.new("RGB", size, "red"), "what?", tier)
         assert torch.isfinite(inputs["images"]).all()

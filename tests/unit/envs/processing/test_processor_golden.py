@@ -72,7 +72,7 @@ def test_image_is_bit_equal(case: dict[str, Any], golden: dict[str, Tensor]) -> 
     assert np.array_equal(index, want["image_input_idx"].numpy())
 
 
-def test_whole_image_is_equal_in_half_precision(golden: dict[str, Tensor]) -> None:
+def test_complete_image_is_equal_in_half_precision(golden: dict[str, Tensor]) -> None:
     geometry = ImageGeometry.from_config(PUBLISHED)
     images, _ = ImageProcessor(geometry)(open_image(GOLDEN / "preproc" / "p3.png"), (1, 1))
     assert torch.equal(images.half(), golden["p3.mc3.pad.images_f16"])

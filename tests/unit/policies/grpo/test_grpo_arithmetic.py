@@ -33,11 +33,11 @@ def test_advantages_are_relative_to_the_group(returns: np.ndarray) -> None:
     plain = group_advantages(returns, normalize_by_std=False)
     divided = group_advantages(returns, normalize_by_std=True)
     shifted = group_advantages(returns + 3.0, normalize_by_std=True)
-    spread = returns.std(axis=1)
+    deviation = returns.std(axis=1)
     assert np.abs(plain.values.sum(axis=1)).max() < 1e-9
     assert (plain.values[plain.uniform] == 0).all()
     assert (divided.values[divided.uniform] == 0).all()
-    wide = spread > 1e-3
+    wide = deviation > 1e-3
     np.testing.assert_allclose(plain.values[wide], (returns - returns.mean(1, keepdims=True))[wide])
     np.testing.assert_allclose(divided.values[wide].std(axis=1), 1.0, rtol=2e-3)
     np.testing.assert_allclose(shifted.values[wide], divided.values[wide], rtol=1e-5, atol=1e-6)
@@ -166,7 +166,7 @@ def test_loss_is_the_sum_of_its_terms() -> None:
 
 def test_each_decision_gets_its_share_of_the_entropy_bonus() -> None:
     settings = GRPOSettings(entropy_coef=0.1)
-    whole, none, half = (
+    full, none, half = (
         grpo_loss(inputs().old_logits, inputs(entropy_shares=shares), settings)[0]
         for shares in (
             torch.ones(len(inputs().weights)),
@@ -174,8 +174,8 @@ def test_each_decision_gets_its_share_of_the_entropy_bonus() -> None:
             torch.full_like(inputs().weights, 0.5),
         )
     )
-    assert whole < half < none
-    torch.testing.assert_close(half, (whole + none) / 2)
+    assert full < half < none
+    torch.testing.assert_close(half, (full + none) / 2)
 
 
 def test_the_entropy_bonus_is_annealed_over_the_run_if_its_length_is_known() -> None:

@@ -50,12 +50,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_was_written_and_taken_up_whole_passes(folder: Path) -> None:
+def test_what_was_written_and_read_completely_passes(folder: Path) -> None:
     checkpoint.check_written(Group(learner(), learner()), folder)
     checkpoint.check_learners(Group(learner(), learner()), folder)
 
 
-def test_a_learners_own_reason_is_told(folder: Path) -> None:
+def test_a_learners_own_reason_is_named(folder: Path) -> None:
     failed = learner("OSError: [Errno 28] No space left on device")
     with pytest.raises(OSError, match=r"could not write its part: OSError: .*No space left on device"):
         checkpoint.check_written(Group(failed), folder)
@@ -102,7 +102,7 @@ def test_a_learner_remembers_why_it_could_not_write(monkeypatch: pytest.MonkeyPa
 
 
 def test_checksums_see_every_array_and_where_it_is() -> None:
-    whole = {"a": np.zeros(2), "b": [np.ones(1)]}
-    assert state_checksum(whole) == state_checksum({"b": [np.ones(1)], "a": np.zeros(2)})
+    complete = {"a": np.zeros(2), "b": [np.ones(1)]}
+    assert state_checksum(complete) == state_checksum({"b": [np.ones(1)], "a": np.zeros(2)})
     others = ({"a": np.zeros(2)}, {"b": np.zeros(2), "a": [np.ones(1)]}, {"a": np.zeros((2, 1)), "b": [np.ones(1)]})
-    assert len({state_checksum(other) for other in (whole, *others)}) == 4
+    assert len({state_checksum(other) for other in (complete, *others)}) == 4

@@ -187,7 +187,7 @@ def rollouts(contexts: list[int]) -> Rollouts:
 
 
 class Recorder:
-    """In place of a dispatcher: records what is ordered, and raises once when told to."""
+    """In place of a dispatcher: records what is ordered, and raises once when asked to."""
 
     def __init__(self) -> None:
         self.rerun, self.dropped, self.ordered = 0, 0, []

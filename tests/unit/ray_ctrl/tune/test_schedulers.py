@@ -8,7 +8,7 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from ray_ctrl.tune.schedulers import Halving, scheduler
+from ray_ctrl.tune.search import Halving, scheduler
 from ray_ctrl.tune.sweep import Sweep, make_sweep
 
 METRIC = "validation/score"

@@ -134,7 +134,7 @@ def test_an_interruption_before_tune_listens_is_passed_on_later() -> None:
     from ray_ctrl.tune.progress import Progress
 
     heard: list[int] = []
-    with Stopper() as stopper, _tune_signal_kept(), stopper.defer_interrupt("stopping"):
+    with Stopper() as stopper, _tune_signal_kept(), stopper.defer_interrupt("trials stop"):
         progress = Progress(sweep(), lambda: stopper.requested)
         progress.on_step_begin(0, [])
         os.kill(os.getpid(), signal.SIGINT)

@@ -243,7 +243,7 @@ def test_importance_of_other_weights_is_refused(tmp_path: Path) -> None:
         ensure_importance(model)
 
 
-def test_validation_batches_hold_questions_alone_from_the_first_on() -> None:
+def test_validation_batches_contain_questions_alone_from_the_first_on() -> None:
     batch = PackedScenes(2, 0, only_tier(TINY.reserve_packing, "low"), "validation")[0]
     assert FAMILY_NAMES.index("caption") not in batch.families.unique().tolist()
 

@@ -26,7 +26,7 @@ def test_a_widened_model_says_the_same() -> None:
     torch.testing.assert_close(after, before)
 
 
-def test_new_units_learn_at_once_and_differ() -> None:
+def test_new_units_learn_immediately_and_differ() -> None:
     wide = widen(narrow(), 32, 1)
     scenes_loss(wide, PackedScenes(1, 0, LOW)[0])[0].backward()
     for block in wide.language.blocks:

@@ -42,7 +42,7 @@ def test_no_two_streams_share_handwriting(one: str, other: str) -> None:
     assert a[1] <= b[0] or b[1] <= a[0]
 
 
-def test_objects_lie_inside_and_apart() -> None:
+def test_objects_are_inside_and_apart() -> None:
     for seed in range(300):
         scene = make_scene("corpus", seed)
         for index, item in enumerate(scene.objects):

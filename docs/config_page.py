@@ -1,4 +1,4 @@
-"""`docs/config.md` from the models: `python -m ray_ctrl.config_docs > docs/config.md`."""
+"""`config.md` from the settings: `python docs/config_page.py > docs/config.md`."""
 
 import inspect
 import json
@@ -11,7 +11,7 @@ from ray_ctrl.load_config import SECTIONS, describe, presets
 
 INTRO = """# Configuration
 
-Generated from the sections of `ray_ctrl/config.py` by `python -m ray_ctrl.config_docs`; a test keeps it current.
+Generated from the sections of `ray_ctrl/config.py` by `python docs/config_page.py`; a test keeps it current.
 
 Values are laid over one another: defaults, then `--preset` ({presets}), then `--config FILE` (YAML), then overrides on
 the command line such as `grpo.lr=3e-4`. Unknown keys are errors that name the nearest valid one; relative paths become
