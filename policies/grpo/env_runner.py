@@ -213,8 +213,8 @@ class RolloutRunner(EnvRunnerBase):
     @torch.no_grad()
     def _plan_tree(self, module: Any) -> PlanTree:
         obs, returns, executions = self.env.unwrapped.plan_tree()
-        rows = {key: value.reshape(-1, value.shape[-1]) for key, value in obs.items()}
-        logits = _forward(module, rows, self.device, explore=True)[Columns.ACTION_DIST_INPUTS].numpy(force=True)
+        rows = {k: torch.from_numpy(v.reshape(-1, v.shape[-1])).to(self.device) for k, v in obs.items()}
+        logits = module.forward_exploration({Columns.OBS: rows})[Columns.ACTION_DIST_INPUTS].numpy(force=True)
         return PlanTree(obs, logits.reshape(*returns.shape[:2], -1), returns, executions)
 
 
