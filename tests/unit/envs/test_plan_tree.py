@@ -1,4 +1,4 @@
-"""All decisions of a request at once: what the environment would show and give, without running anything."""
+"""All decisions of a request in one call: what the environment would show and give, without running anything."""
 
 import numpy as np
 import pytest
