@@ -4,13 +4,10 @@ Modules are imported when their command runs, so that `--help` and mistakes are 
 is one line on stderr and exit status 2; `RAY_CTRL_DEBUG=1` shows its traceback.
 """
 
-import errno
 import functools
 import io
 import json
-import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -22,10 +19,8 @@ from typer.core import TyperGroup
 
 import ray_ctrl
 from envs.errors import UserError
-from ray_ctrl.signals import Interrupted, Stopper
-
-# What a file system refuses for reasons outside the program.
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
+from ray_ctrl.exits import guard, warn
+from ray_ctrl.signals import Stopper
 
 
 class Commands(TyperGroup):
@@ -340,55 +335,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a sign that a terminal lacks must not cost a result
     with warnings.catch_warnings():
-        warnings.showwarning = _warn
-        return _guard(lambda: app(args=arguments, prog_name="ray-ctrl", standalone_mode=False))
-
-
-def _guard(command: Callable[[], Any]) -> int:
-    """Runs `command` and turns a user's mistake into one line and exit status 2."""
-    try:
-        status = command()
-    except UserError as error:
-        return _report(error.message, error)
-    except Interrupted as error:
-        print("interrupted", file=sys.stderr)
-        return error.exit_status
-    except BrokenPipeError:  # `| head`: the reader has all it wants
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        status = _exit_status(error)
-        if status is None:
-            raise
-    return status if isinstance(status, int) else 0
-
-
-def _warn(message: Warning | str, category: type[Warning], *source: Any, **more: Any) -> None:
-    """A warning as one line, without the source line that Python would add."""
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
-
-
-def _exit_status(error: Exception) -> int | None:
-    """Exit status of an exception that is not a bug; None for all others."""
-    if type(error).__name__ == "NoArgsIsHelpError":
-        return 2
-    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error of typer
-        return _report(error.format_message())
-    if type(error).__name__ in ("Abort", "Exit"):
-        return int(getattr(error, "exit_code", 130))
-    if isinstance(error, OSError) and error.errno in REFUSALS:
-        return _report(f"{error.filename or 'the disk'}: {error.strerror}; give another place, or free space", error)
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, UserError):  # raised on a Ray worker and wrapped by Ray
-        return _report(cause.message, error)
-    return None
-
-
-def _report(message: str, error: Exception | None = None) -> int:
-    if error is not None and os.environ.get("RAY_CTRL_DEBUG") == "1":
-        traceback.print_exception(error)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+        warnings.showwarning = warn
+        return guard(lambda: app(args=arguments, prog_name="ray-ctrl", standalone_mode=False))
 
 
 if __name__ == "__main__":

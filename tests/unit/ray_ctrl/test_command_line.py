@@ -15,7 +15,7 @@ import pytest
 from cluster.connect import ConnectError
 from envs.budgets import BudgetDistribution
 from envs.errors import UserError
-from ray_ctrl import cli, console, controllers, lookup, pipeline, trainer
+from ray_ctrl import cli, console, controllers, exits, lookup, pipeline, trainer
 from ray_ctrl.commands import evaluate, train
 from ray_ctrl.config import Config
 from ray_ctrl.load_config import load_config, with_overrides
@@ -38,7 +38,7 @@ def test_a_users_mistake_is_one_line_and_status_2(error: Exception, capsys: pyte
     def fail() -> None:
         raise error
 
-    assert cli._guard(fail) == 2
+    assert exits.guard(fail) == 2
     assert capsys.readouterr().err == "error: wrong value\n"
 
 
@@ -47,7 +47,7 @@ def test_a_programs_mistake_keeps_its_traceback() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        cli._guard(fail)
+        exits.guard(fail)
 
 
 @pytest.mark.parametrize("task", ["textvqa=/a b/c", "2*textvqa + 1*okvqa=d: e", 'a "quoted" \\ path', "ü #1", "[1, 2]"])
@@ -67,7 +67,7 @@ def test_debug_shows_where_a_mistake_came_from(
     def fail() -> None:
         raise UserError("wrong value")
 
-    assert cli._guard(fail) == 2
+    assert exits.guard(fail) == 2
     assert "in fail" in capsys.readouterr().err
 
 
@@ -181,7 +181,7 @@ def test_what_the_disk_refuses_is_one_line(number: int, capsys: pytest.CaptureFi
     def fail() -> None:
         raise OSError(number, os.strerror(number), "there")
 
-    assert cli._guard(fail) == 2
+    assert exits.guard(fail) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: there: {os.strerror(number)}; ")
     assert err.count("\n") == 1
