@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs.knobs import ExecutionPlan
-from envs.model.config import MolmoEConfig
+from envs.model.config import AdaptiveMolmoEConfig
 from envs.model.kernels.decode_step import KernelStep, Tuning
 from envs.model.language import Block, Language
 from envs.model.prefill import BlockCache, Prefilled
@@ -25,8 +25,8 @@ PLANS = {"16/8": (SIXTEEN, 8), "16/4": (SIXTEEN, 4), "12/8": (TWELVE, 8), "12/4"
 def full_language(dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Language:
     """The language part at its published size, random weights made on the device."""
     config = dataclasses.replace(
-        MolmoEConfig.from_pretrained(GOLDEN), d_model=2048, n_heads=16, n_experts=64, expert_hidden=1024,
-        vocab_size=50280, embedding_size=50304, additional_vocab_size=128, eos_token_id=50279,
+        AdaptiveMolmoEConfig.from_pretrained(GOLDEN), d_model=2048, n_heads=16, moe_num_experts=64,
+        mlp_hidden_size=2048, vocab_size=50280, embedding_size=50304, additional_vocab_size=128, eos_token_id=50279,
     )  # fmt: skip
     with torch.device("meta"):
         language = Language(config).to(dtype)

@@ -24,10 +24,13 @@ from envs.knobs import TIER_CROPS, ExecutionPlan, KnobSpace
 from envs.latency import LatencyProfile, LatencyRecord, ProfiledClock, RequestShape, RooflineClock
 from envs.latency.profiler import profile
 from envs.model.block_importance import PUBLISHED_IMPORTANCE
-from envs.model.config import MolmoEConfig, VisionConfig
+from envs.model.config import AdaptiveMolmoEConfig, VisionConfig
 
 VISION = VisionConfig(56, 7, 64, 3, 4, 16, 128, 1e-5, (-1, -2), (2, 2))
-CONFIG = MolmoEConfig(64, 4, 16, 16, 16, 2000, 2000, 128, 1e-5, 1e4, 4096, 1999, 1, 16, 12, (2, 2), VISION)
+CONFIG = AdaptiveMolmoEConfig(
+    d_model=64, n_heads=4, moe_num_experts=16, mlp_hidden_size=32, vocab_size=2000, embedding_size=2000,
+    overlap_margins=(2, 2), vision_backbone=VISION.to_published(), vit_layers=(-1, -2),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

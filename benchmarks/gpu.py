@@ -26,11 +26,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.ledger import published_config
-from envs.model.config import MolmoEConfig
-from envs.model.molmoe import AdaptiveMolmoE, _deviation
-from envs.processing.image_processor import ImageGeometry
+from envs.model.config import AdaptiveMolmoEConfig
+from envs.model.molmoe import AdaptiveMolmoE
+from envs.processing.image_processor import AdaptiveMolmoEImageProcessor, ImageGeometry
 from envs.processing.processor import MolmoEProcessor
+from recipes.embedded_model.fresh_weights import deviation
 
 # Seconds each part may take; together under 8 minutes.
 LIMITS = {
@@ -44,7 +44,7 @@ class Bench:
     """What the parts share: model, processor, timing, results."""
 
     device: torch.device
-    config: MolmoEConfig
+    config: AdaptiveMolmoEConfig
     tiny: bool
     out: Path
     results: dict[str, Any] = field(default_factory=dict)
@@ -65,8 +65,7 @@ class Bench:
                 elif name.endswith("bias"):
                     parameter.zero_()
                 else:
-                    deviation = _deviation(name, parameter, self.config)
-                    parameter.normal_(0.0, deviation, generator=generator)
+                    parameter.normal_(0.0, deviation(name, parameter, self.config), generator=generator)
         return model.eval().requires_grad_(False)
 
     @cached_property
@@ -77,8 +76,8 @@ class Bench:
             return embedded
         mean, std = embedded.geometry.mean, embedded.geometry.std
         geometry = ImageGeometry(336, 14, (4, 4), (12, 12), mean, std)
-        eos = embedded.tokenizer.id_to_token(embedded.eos_id)
-        return MolmoEProcessor(geometry, embedded.tokenizer, eos, styles=embedded.styles)
+        images = AdaptiveMolmoEImageProcessor(prompt_styles=False, **geometry.to_config())
+        return MolmoEProcessor(images, embedded.tokenizer)
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -204,7 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no part {', '.join(sorted(unknown))}: choose of {', '.join(LIMITS)}")
     if args.device == "cpu" and not args.tiny:
         parser.error("no GPU here: add --tiny for a rehearsal on the CPU")
-    config = MolmoEConfig.from_pretrained(Path("envs/embedded/weights")) if args.tiny else published_config()
+    config = (
+        AdaptiveMolmoEConfig.from_pretrained(Path("envs/embedded/weights")) if args.tiny else AdaptiveMolmoEConfig()
+    )
     bench = Bench(torch.device(args.device), config, args.tiny, args.out)
     card = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "CPU"
     args.out.mkdir(parents=True, exist_ok=True)

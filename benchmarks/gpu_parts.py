@@ -200,7 +200,7 @@ def syncs(bench: "Bench") -> dict[str, Any]:
     images = torch.rand(1, 2, config.vision.patches, config.vision.pixels)
     masks = torch.ones(1, 2, config.vision.patches)
     calls: dict[str, Callable[[], Any]] = {
-        "vision": lambda: model.encode_images(images, masks),
+        "vision": lambda: model.vision(images, masks),
         "prefill": lambda: language.prefill(x, [64], [0], [plan_of(12, 4).top_k_per_block]),
         "dynamic step": lambda: batch.step([1]),
     }

@@ -12,7 +12,6 @@ kernel, so what stays in a cache counts too; views are free.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from envs.knobs import ExecutionPlan
-from envs.model.config import MolmoEConfig, VisionConfig
+from envs.model.config import AdaptiveMolmoEConfig
 from envs.model.fused import COSTS
 from envs.model.molmoe import AdaptiveMolmoE
 
@@ -181,19 +180,10 @@ def _read_back(name: str, x: Tensor) -> Any:
     return {"__bool__": True, "__float__": 0.0}.get(name, 0)
 
 
-@lru_cache(maxsize=1)
-def published_config() -> MolmoEConfig:
-    """The shape of allenai/MolmoE-1B-0924."""
-    vision = VisionConfig(336, 14, 1024, 23, 16, 64, 4096, 1e-5, (-2, -9), (2, 2))
-    return MolmoEConfig(
-        2048, 16, 16, 64, 1024, 50280, 50304, 128, 1e-5, 1e4, 4096, 50279, 1, 1024, 12, (4, 4), vision
-    )  # fmt: skip
-
-
-def full_model(dtype: torch.dtype = torch.bfloat16, config: MolmoEConfig | None = None) -> AdaptiveMolmoE:
+def full_model(dtype: torch.dtype = torch.bfloat16, config: AdaptiveMolmoEConfig | None = None) -> AdaptiveMolmoE:
     """The published model (or one of `config`) on `meta`, frozen."""
     with torch.device("meta"):
-        model = AdaptiveMolmoE(config or published_config())
+        model = AdaptiveMolmoE(config or AdaptiveMolmoEConfig())
     return model.to(dtype).eval().requires_grad_(False)
 
 

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from envs.model.checkpoint import INDEX, slots
-from envs.model.config import MolmoEConfig, VisionConfig
+from envs.model.checkpoint import INDEX
+from envs.model.config import AdaptiveMolmoEConfig, VisionConfig
 from envs.model.inspect import parameter_counts
+from envs.model.molmoe import published_shapes
 
 ALLOWED_SHARDS = 1.3
 WATCH_S = 0.002
@@ -48,30 +49,28 @@ print(sum(p.numel() * p.element_size() for p in model.parameters()), seconds)
 """
 
 
-def config_of(gib: float) -> MolmoEConfig:
+def config_of(gib: float) -> AdaptiveMolmoEConfig:
     """A MolmoE with the published number of blocks, experts, words and image layers, of about `gib` in bfloat16.
 
     Half as wide as MolmoE-1B, an eighth below 1 GiB; the experts' hidden width fills the rest.
     """
     width = 1024 if gib >= 1 else 256
 
-    def shaped(hidden: int) -> MolmoEConfig:
+    def shaped(hidden: int) -> AdaptiveMolmoEConfig:
         vision = VisionConfig(336, 14, width, 23, 16, width // 16, 4 * width, 1e-5, (-2, -9), (2, 2))
-        return MolmoEConfig(
-            width, 16, 16, 64, hidden, 50280, 50304, 128, 1e-5, 1e4, 4096, 50279, 1, hidden, 12, (4, 4), vision
-        )
+        return AdaptiveMolmoEConfig(d_model=width, mlp_hidden_size=2 * hidden, vision_backbone=vision.to_published())
 
     def size(hidden: int) -> int:
         return 2 * sum(parameter_counts(shaped(hidden)).values())
 
-    rest = gib * 2**30 - size(0)
-    return shaped(max(1, round(rest / (size(1) - size(0)))))
+    rest = gib * 2**30 - size(1)
+    return shaped(max(1, 1 + round(rest / (size(2) - size(1)))))
 
 
-def write_checkpoint(folder: Path, config: MolmoEConfig, shard_bytes: int) -> list[int]:
+def write_checkpoint(folder: Path, config: AdaptiveMolmoEConfig, shard_bytes: int) -> list[int]:
     """Random bfloat16 weights in shards of at most `shard_bytes`, one in memory at a time; their sizes in bytes."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {key: slot.shape for key, slot in slots(config).items()}
+    shapes = published_shapes(config)
     weight_map: dict[str, str] = {}
     sizes: list[int] = []
     for number, keys in enumerate(_shards(config, shard_bytes), 1):
@@ -87,11 +86,11 @@ def write_checkpoint(folder: Path, config: MolmoEConfig, shard_bytes: int) -> li
     return sizes
 
 
-def _shards(config: MolmoEConfig, shard_bytes: int) -> Iterator[list[str]]:
+def _shards(config: AdaptiveMolmoEConfig, shard_bytes: int) -> Iterator[list[str]]:
     keys: list[str] = []
     filled = 0
-    for key, slot in slots(config).items():
-        size = 2 * torch.Size(slot.shape).numel()
+    for key, shape in published_shapes(config).items():
+        size = 2 * torch.Size(shape).numel()
         if keys and filled + size > shard_bytes:
             yield keys
             keys, filled = [], 0
@@ -166,7 +165,7 @@ def run(gib: float, shard_mib: int, dtype: str, where: Path | None) -> dict[str,
     }
     return {
         "shards": len(sizes),
-        "keys": len(slots(config)),
+        "keys": len(published_shapes(config)),
         "dtype": dtype,
         **{key: round(value / 2**20, 1) for key, value in figures.items()},
         "peak_over_resident_in_shards": round((found["peak"] - found["resident"]) / max(sizes), 3),

@@ -23,10 +23,11 @@ from envs.data import load_task
 from envs.data.sample import Sample
 from envs.engine import RolloutEngine
 from envs.knobs import ExecutionPlan, KnobSpace
-from envs.model import AdaptiveMolmoE, MolmoEConfig
+from envs.model import AdaptiveMolmoE, AdaptiveMolmoEConfig
 from envs.model.block_importance import read_importance
 from envs.model.execution_tree import build_execution_tree
 from envs.processing import MolmoEProcessor
+from recipes.embedded_model.fresh_weights import initialise
 
 Pair = tuple[Sample, ExecutionPlan]
 
@@ -40,7 +41,7 @@ def load(args: argparse.Namespace) -> tuple[AdaptiveMolmoE, MolmoEProcessor, tup
     from recipes.embedded_model.shape import build_config, build_processor
 
     processor = build_processor()
-    model = AdaptiveMolmoE.initialise(build_config(len(processor.tokenizer.get_vocab()))).eval().requires_grad_(False)
+    model = initialise(build_config(len(processor.tokenizer))).eval().requires_grad_(False)
     return model, processor, PUBLISHED_IMPORTANCE
 
 
@@ -62,17 +63,17 @@ def naive(
     return answers
 
 
-def vision_operations(config: MolmoEConfig, crops: int) -> float:
+def vision_operations(config: AdaptiveMolmoEConfig, crops: int) -> float:
     """Multiplications and additions of the image encoder and connector for `crops` crops."""
     v = config.vision
     tokens, inner = v.patches + 1, v.heads * v.head_dim
     block = tokens * (8 * v.width * inner + 4 * v.width * v.mlp_dim) + 4 * tokens**2 * inner
     pool = v.patches * 4 * v.feature_dim * inner + v.tokens * 2 * inner * (v.feature_dim + v.width)
-    project = v.tokens * 2 * config.projector_hidden * (2 * v.width + config.d_model)
+    project = v.tokens * 2 * config.expert_hidden * (2 * v.width + config.d_model)
     return crops * (v.patches * 2 * v.pixels * v.width + v.depth * block + pool + project)
 
 
-def block_operations(config: MolmoEConfig, tokens: int, queries: int, top_k: int) -> float:
+def block_operations(config: AdaptiveMolmoEConfig, tokens: int, queries: int, top_k: int) -> float:
     """Of one language block over `tokens` keys, computed on for the last `queries` of them."""
     width = config.d_model
     experts = 2 * width * config.n_experts + top_k * 6 * width * config.expert_hidden
@@ -80,7 +81,9 @@ def block_operations(config: MolmoEConfig, tokens: int, queries: int, top_k: int
     return tokens * 4 * width**2 + queries * (4 * width**2 + experts) + attention
 
 
-def execution_operations(config: MolmoEConfig, tokens: int, top_k: Sequence[tuple[int, ...]], new: int) -> float:
+def execution_operations(
+    config: AdaptiveMolmoEConfig, tokens: int, top_k: Sequence[tuple[int, ...]], new: int
+) -> float:
     """Of one prompt under several executions that share what they can, `new` steps of decoding each."""
     levels = build_execution_tree((0,) * len(top_k), tuple(top_k))
     total = 0.0

@@ -14,17 +14,12 @@ from envs.errors import UserError
 
 @dataclass(frozen=True)
 class Role:
-    """`count` processes of one kind, each with `cpus` CPUs and `gpus` (possibly fractional) GPUs.
-
-    Attributes:
-        placed: whether Ray places them and counts what they use; the driver it does not.
-    """
+    """`count` processes of one kind, each with `cpus` CPUs and `gpus` (possibly fractional) GPUs."""
 
     name: str
     count: int
     cpus: float
     gpus: float
-    placed: bool = True
 
 
 @dataclass(frozen=True)
@@ -35,11 +30,11 @@ class ResourcePlan:
 
     @property
     def cpus(self) -> float:
-        return sum(role.count * role.cpus for role in self.roles if role.placed)
+        return sum(role.count * role.cpus for role in self.roles)
 
     @property
     def gpus(self) -> float:
-        return sum(role.count * role.gpus for role in self.roles if role.placed)
+        return sum(role.count * role.gpus for role in self.roles)
 
     def lines(self) -> list[str]:
         """The plan as text, one role a line, then the totals."""
@@ -59,12 +54,8 @@ def resource_plan(
     learner_cpus: float,
     learner_gpus: float,
     evaluation_runners: int,
-    driver_gpus: int = 0,
 ) -> ResourcePlan:
     """Roles of one run. With no runners (learners) the driver samples (learns) in its own process, outside Ray's count.
-
-    Args:
-        driver_gpus: 1 if the model is on a GPU: the driver runs it, too.
 
     Raises:
         UserError: several learners on one GPU, which their collective communication does not support.
@@ -76,7 +67,7 @@ def resource_plan(
         )
     driver_does = [name for name, n in (("samples", runners), ("learns", learners)) if n == 0]
     name = "driver" + (f" ({' and '.join(driver_does)})" if driver_does else "")
-    roles = [Role(name, 1, 1.0, driver_gpus, placed=False)]
+    roles = [Role(name, 1, 0.0, 0.0)]
     if runners:
         roles.append(Role("env runner", runners, runner_cpus, runner_gpus))
     if learners:

@@ -108,13 +108,6 @@ class Trainer:
             tracker.log(logged, self.done)
         return row
 
-    def step(self, stopper: Stopper | None = None) -> Metrics:
-        """One iteration, and its checkpoint if one is due or a stop was requested meanwhile."""
-        row = self.iterate()
-        if self._due() or (stopper is not None and stopper.requested):
-            self._checkpoint(row)
-        return row
-
     def stop(self) -> None:
         """Ends the algorithm's processes."""
         if self.writer is not None:
@@ -135,7 +128,9 @@ class Trainer:
 
         try:
             with learner_errors(self.done):
-                row = self.step(stopper)
+                row = self.iterate()
+                if self._due() or stopper.requested:
+                    self._checkpoint(row)
         except LearnerDied as error:
             self.restarts += 1
             if self.restarts > MAX_LEARNER_RESTARTS:

@@ -86,7 +86,7 @@ class ExecutionKey(NamedTuple):
 
 def processor_fingerprint(processor: MolmoEProcessor) -> str:
     """Hash of everything a processor was made from."""
-    parts = [repr(processor.geometry), processor.tokenizer.to_str(), str(processor.eos_id)]
+    parts = [repr(processor.geometry), processor.text_encoder.to_str(), str(processor.eos_id)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -98,7 +98,7 @@ def _cross_entropy(engine: RolloutEngine, sample: Sample, plans: Sequence[Execut
     for start in range(0, len(plans), rows):
         some = plans[start : start + rows]
         hidden = model.language(x_TD.expand(len(some), -1, -1).contiguous(), plans=some, experts=model.experts)
-        logits = model.logits(hidden[:, -len(ids_A) :]).float()
+        logits = model.language.logits(hidden[:, -len(ids_A) :]).float()
         found = F.cross_entropy(logits.flatten(0, 1), ids_A.repeat(len(some)), reduction="none")
         losses += found.view(len(some), -1).mean(1).tolist()
     return losses

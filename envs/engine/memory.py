@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from envs.knobs import MODEL_BLOCKS, TOP_KS
-from envs.model.config import MolmoEConfig
+from envs.model.config import AdaptiveMolmoEConfig
 
 # Shares of the free memory that batches, prefixes and image features may take; the rest is left to others.
 _SHARES = (0.25, 0.125, 0.0625)
@@ -44,7 +44,7 @@ class MemoryPlan:
     working_bytes: int
 
 
-def prefill_bytes(config: MolmoEConfig, itemsize: int) -> int:
+def prefill_bytes(config: AdaptiveMolmoEConfig, itemsize: int) -> int:
     """Bytes that one padded prompt token of one row takes at most in prefill: all caches, one block's activations."""
     width, hidden, used = config.d_model, config.expert_hidden, max(TOP_KS)
     caches = 2 * MODEL_BLOCKS * width * itemsize
@@ -54,12 +54,12 @@ def prefill_bytes(config: MolmoEConfig, itemsize: int) -> int:
     return caches + attention + experts
 
 
-def decode_bytes(config: MolmoEConfig, itemsize: int) -> int:
+def decode_bytes(config: AdaptiveMolmoEConfig, itemsize: int) -> int:
     """Bytes that one cache slot of one row takes while rows decode, the copy made when the batch changes included."""
     return 2 * 2 * MODEL_BLOCKS * config.d_model * itemsize
 
 
-def crop_bytes(config: MolmoEConfig, itemsize: int) -> int:
+def crop_bytes(config: AdaptiveMolmoEConfig, itemsize: int) -> int:
     """Bytes that one crop takes while images are encoded: pixels twice, one block's activations, features, pooling."""
     vision = config.vision
     tokens, inner = vision.patches + 1, vision.heads * vision.head_dim
@@ -92,7 +92,9 @@ def free_bytes(device: torch.device) -> int:
     return max(0, min(found))
 
 
-def plan_memory(config: MolmoEConfig, dtype: torch.dtype, device: torch.device, batch_tokens: int | None) -> MemoryPlan:
+def plan_memory(
+    config: AdaptiveMolmoEConfig, dtype: torch.dtype, device: torch.device, batch_tokens: int | None
+) -> MemoryPlan:
     """Bounds from the free memory of the device, or from a given token budget.
 
     Args:

@@ -12,7 +12,7 @@ from envs.latency.record import LatencyRecord, RequestShape
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-    from envs.model.config import MolmoEConfig
+    from envs.model.config import AdaptiveMolmoEConfig
 
 FULL_PLAN: Final = ExecutionPlan()
 REFERENCE_NEW_TOKENS: Final = 4
@@ -52,7 +52,7 @@ def is_measuring(clock: Clock | MeasuringClock) -> "TypeIs[MeasuringClock]":
     return hasattr(clock, "measure")
 
 
-def image_tokens(config: "MolmoEConfig", tiling: tuple[int, int] | None) -> int:
+def image_tokens(config: "AdaptiveMolmoEConfig", tiling: tuple[int, int] | None) -> int:
     """Prompt positions of an image at a tiling: per view a start mark, an end mark and a mark after each row.
 
     The crops' overlap margins are cut before pooling, except at the rim of the image.
@@ -69,7 +69,7 @@ def image_tokens(config: "MolmoEConfig", tiling: tuple[int, int] | None) -> int:
     return views + high * (wide + 1) + 2
 
 
-def reference_shape(config: "MolmoEConfig") -> RequestShape:
+def reference_shape(config: "AdaptiveMolmoEConfig") -> RequestShape:
     """Sizes of a model's reference request: 12 crops and the global view, a short question."""
     rows, columns = REFERENCE_TILING
     tokens = image_tokens(config, REFERENCE_TILING)

@@ -16,7 +16,7 @@ from envs.latency.clock import FULL_PLAN, REFERENCE_NEW_TOKENS, reference_shape
 from envs.latency.record import LatencyRecord, RequestShape
 
 if TYPE_CHECKING:
-    from envs.model.config import MolmoEConfig
+    from envs.model.config import AdaptiveMolmoEConfig
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class RooflineClock:
 
     name: Final = "roofline"
 
-    def __init__(self, config: "MolmoEConfig", device: str) -> None:
+    def __init__(self, config: "AdaptiveMolmoEConfig", device: str) -> None:
         check_device(device)
         self.config = config
         self.device_name = device
@@ -109,7 +109,7 @@ class RooflineClock:
     def _vision(self, crops: int) -> float:
         if crops == 0:
             return 0.0
-        vision, hidden = self.config.vision, self.config.projector_hidden
+        vision, hidden = self.config.vision, self.config.expert_hidden
         inner = vision.heads * vision.head_dim
         layer = 4 * vision.width * inner + 2 * vision.width * vision.mlp_dim
         positions = crops * (vision.patches + 1)

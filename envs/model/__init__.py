@@ -1,6 +1,6 @@
 """The model: vision, language blocks under execution plans, checkpoints."""
 
-from envs.model.config import MolmoEConfig
-from envs.model.molmoe import AdaptiveMolmoE
+from envs.model.config import AdaptiveMolmoEConfig
+from envs.model.molmoe import AdaptiveMolmoE, AdaptiveMolmoEForConditionalGeneration
 
-__all__ = ["AdaptiveMolmoE", "MolmoEConfig"]
+__all__ = ["AdaptiveMolmoE", "AdaptiveMolmoEConfig", "AdaptiveMolmoEForConditionalGeneration"]

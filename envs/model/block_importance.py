@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from envs.errors import UserError
 from envs.knobs import MODEL_BLOCKS, drop_order
-from envs.model.config import MolmoEConfig
+from envs.model.config import AdaptiveMolmoEConfig
 
 IMPORTANCE_FILE: Final = "importance.json"
 PUBLISHED_IMPORTANCE: Final = (
@@ -118,7 +118,7 @@ def rank_correlation(scores: Sequence[float], others: Sequence[float]) -> float:
     return float(spearmanr(scores[1:], others[1:]).statistic)
 
 
-def is_published_shape(config: MolmoEConfig) -> bool:
+def is_published_shape(config: AdaptiveMolmoEConfig) -> bool:
     """Whether a model has the shape of MolmoE-1B, for which scores are published."""
     return (config.d_model, config.n_experts, config.expert_hidden, config.vision.layers) == _PUBLISHED_SHAPE
 

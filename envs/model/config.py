@@ -1,44 +1,42 @@
-"""The fields of the published `config.json` that decide what is computed, checked and named when wrong."""
+"""The published `config.json` as a transformers configuration: checked, and named when wrong."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from envs.errors import UserError
+from transformers import PreTrainedConfig
+
+from envs.errors import UserError, first_line
 from envs.knobs import MODEL_BLOCKS, TOP_KS
 
+_OTHER_MODELS = "this package reads MolmoE-1B alone, not Molmo-7B-D, Molmo-7B-O or Molmo2"
+_HINTS = {
+    "model_type": _OTHER_MODELS,
+    "block_type": _OTHER_MODELS,
+    "quantization_config": "give the checkpoint that was not quantized, with `dtype` to save memory",
+}
 # Keys with a single supported value: another value would need code that does not exist here.
-_FIXED: Mapping[str, tuple[Any, ...]] = {
-    "activation_type": ("swiglu",),
-    "alibi": (False,),
-    "attention_layer_norm": (True,),
-    "attn_logit_softcapping": (None,),
-    "block_type": ("moe",),
-    "clip_qkv": (None,),
-    "final_logit_softcapping": (None,),
-    "image_padding_embed": ("pad_and_partial_pad",),
-    "image_pooling_2d": ("attention-meanq",),
-    "image_projector": ("mlp",),
-    "include_bias": (False,),
-    "layer_norm_type": ("rms",),
-    "model_type": ("molmo",),
-    "moe_interleave": (False,),
-    "moe_shared_expert": (False,),
-    "multi_query_attention": (None, False),
-    "norm_after": (False,),
-    "normalize_input_embeds": (False,),
-    "qkv_bias": (False,),
-    "rope": (True,),
-    "scale_logits": (False,),
-    "use_cls_feature": (False,),
-    "weight_tying": (False,),
+_FIXED: Final[Mapping[str, Any]] = {
+    "model_type": "molmo", "block_type": "moe", "activation_type": "swiglu", "alibi": False,
+    "attention_layer_norm": True, "attn_logit_softcapping": None, "clip_qkv": None, "final_logit_softcapping": None,
+    "image_padding_embed": "pad_and_partial_pad", "image_pooling_2d": "attention-meanq", "image_projector": "mlp",
+    "include_bias": False, "layer_norm_type": "rms", "moe_interleave": False, "moe_shared_expert": False,
+    "multi_query_attention": None, "norm_after": False, "normalize_input_embeds": False, "qkv_bias": False,
+    "rope": True, "scale_logits": False, "use_cls_feature": False, "weight_tying": False,
+}  # fmt: skip
+_VISION_COUNTS = {
+    "image_emb_dim": "width",
+    "image_head_dim": "head_dim",
+    "image_mlp_dim": "mlp_dim",
+    "image_num_heads": "heads",
+    "image_patch_size": "patch_size",
 }
-_FIXED_VISION: Mapping[str, tuple[Any, ...]] = {
-    "image_mlp_activations": ("quick_gelu",),
-    "image_model_type": ("openai",),
-}
+_FIXED_VISION = {"image_mlp_activations": "quick_gelu", "image_model_type": "openai"}
+# Keys that a file may leave out or have as null.
+_OPTIONAL = ("mlp_hidden_size", "mlp_ratio", "embedding_size", "additional_vocab_size", "eos_token_id", "pad_token_id")
+# What transformers itself passes on; every other unknown key of a published file is about training.
+_TRANSFORMERS_KEYS = {"name_or_path", "dtype", "torch_dtype", "attn_implementation", "experts_implementation"}
 
 BLANK_CROPS = ("published", "trainer")
 _MAX_SIZE = 2**24
@@ -96,237 +94,221 @@ class VisionConfig:
         """Layers that must run for the deepest feature layer; later ones are loaded but never computed."""
         return 1 + max(layer % self.layers for layer in self.feature_layers)
 
+    def to_published(self) -> dict[str, Any]:
+        """The published `vision_backbone`."""
+        return _FIXED_VISION | {
+            **{key: getattr(self, name) for key, name in _VISION_COUNTS.items()},
+            "image_default_input_size": [self.crop_size, self.crop_size],
+            "image_norm_eps": self.norm_eps,
+            "image_num_key_value_heads": self.heads,
+            "image_num_layers": self.layers,
+            "image_num_pos": self.patches + 1,
+            "image_pos_patch_size": self.patch_size,
+        }
 
-@dataclass(frozen=True)
-class MolmoEConfig:
-    """Shape of a MolmoE. Field names are ours, values those of the published `config.json`.
 
-    `blank_crops` names the crops that give no image features: "published" those with a single exact -1.0 in them, as in
-    the released code, "trainer" those of nothing but -1.0 (padding), as in the code that trained the weights.
+MOLMOE_1B_VISION: Final = VisionConfig(336, 14, 1024, 23, 16, 64, 4096, 1e-5, (-2, -9), (2, 2))
+
+
+class AdaptiveMolmoEConfig(PreTrainedConfig):
+    """Shape of a MolmoE under the names of the published `config.json`; the defaults are MolmoE-1B's.
+
+    `vision` is `vision_backbone` with `vit_layers` and the pooling, `VisionConfig`. `blank_crops` names the crops that
+    give no image features: "published" those with a single exact -1.0 in them, as in the released code, "trainer" those
+    of nothing but -1.0 (padding), as in the code that trained the weights.
+
+    Raises:
+        UserError: a value that is not supported; names key and value.
     """
 
-    d_model: int
-    n_heads: int
-    n_layers: int
-    n_experts: int
-    expert_hidden: int
-    vocab_size: int
-    embedding_size: int
-    additional_vocab_size: int
-    norm_eps: float
-    rope_theta: float
-    max_sequence_length: int
-    eos_token_id: int
-    pad_token_id: int
-    projector_hidden: int
-    max_crops: int
-    overlap_margins: tuple[int, int]
-    vision: VisionConfig
+    model_type = "molmo"
+    attribute_map = {  # noqa: RUF012 - as in transformers
+        "hidden_size": "d_model", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers",
+        "n_experts": "moe_num_experts", "norm_eps": "layer_norm_eps",
+    }  # fmt: skip
+
+    d_model: int = 2048
+    n_heads: int = 16
+    n_layers: int = MODEL_BLOCKS
+    moe_num_experts: int = 64
+    moe_top_k: int = max(TOP_KS)
+    mlp_hidden_size: int = 0  # or null: mlp_ratio x d_model
+    mlp_ratio: float = 1
+    vocab_size: int = 50280
+    embedding_size: int = 50304
+    additional_vocab_size: int = 128
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_sequence_length: int = 4096
+    eos_token_id: Any = None
+    pad_token_id: int = 1
+    max_crops: int = 12
+    overlap_margins: Any = (4, 4)
+    image_pooling_h: int = 2
+    image_pooling_w: int = 2
+    vit_layers: Any = MOLMOE_1B_VISION.feature_layers
+    vision_backbone: Any = None
     blank_crops: str = BLANK_CROPS[0]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        values = vars(self)
+        _check_fixed(kwargs, {**_FIXED, "quantization_config": None})
+        if kwargs.get("n_kv_heads") not in (None, self.n_heads):
+            raise _error(kwargs, "n_kv_heads", f"null or {self.n_heads} (= n_heads)")
+        for key in ("d_model", "n_heads", "n_layers", "vocab_size", "max_sequence_length", "max_crops"):
+            _count(values, key)
+        _count(values, "moe_num_experts", _MAX_REPEATS)
+        self.layer_norm_eps, self.rope_theta = (_number(values, key) for key in ("layer_norm_eps", "rope_theta"))
+        wide = self.mlp_hidden_size or int(_number(values, "mlp_ratio") * self.d_model)
+        self.mlp_hidden_size = _count({"mlp_hidden_size": wide}, "mlp_hidden_size", _MAX_SIZE**2) // 2 * 2
+        self.embedding_size = _count(values, "embedding_size") if self.embedding_size else self.vocab_size
+        self.additional_vocab_size = _count(values, "additional_vocab_size") if self.additional_vocab_size else 0
+        # The published tokenizer's end-of-text is the last id before the added ones.
+        self.eos_token_id = _token_id(values, "eos_token_id", self.vocab_size - 1)
+        self.pad_token_id = _token_id(values, "pad_token_id", 1)
+        self.overlap_margins = list(_pair(values, "overlap_margins"))
+        self.vision = _vision(values)
+        self.vit_layers, self.vision_backbone = list(self.vision.feature_layers), self.vision.to_published()
+        self._check_model()
+        super().__post_init__(**{key: value for key, value in kwargs.items() if key in _TRANSFORMERS_KEYS})
+
+    def _check_model(self) -> None:
+        most, even = max(TOP_KS), self.d_model % self.n_heads == 0 == self.head_dim % 2
+        for key, fits, allowed in (
+            ("n_layers", self.n_layers == MODEL_BLOCKS, f"{MODEL_BLOCKS}, because plans name {MODEL_BLOCKS} blocks"),
+            ("moe_top_k", self.moe_top_k == most, f"{most}, the published number of experts per token"),
+            ("moe_num_experts", self.moe_num_experts >= most, f"at least {most}"),
+            ("n_heads", even, f"a divisor of d_model ({self.d_model}) that leaves an even head width"),
+            ("blank_crops", self.blank_crops in BLANK_CROPS, ", ".join(BLANK_CROPS)),
+        ):
+            if not fits:
+                raise _error(vars(self), key, allowed)
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.d_model // self.n_heads
 
+    @property
+    def expert_hidden(self) -> int:
+        """Hidden width of one expert, and of the image projector."""
+        return self.mlp_hidden_size // 2
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "MolmoEConfig":
-        """Read `config.json` in `folder`.
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Any:
+        """As in transformers, `config.json` in `folder`.
 
         Raises:
             UserError: the file is missing or broken, a key is missing, or a value is not supported.
         """
-        path = Path(folder) / "config.json"
         try:
-            published = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"no config.json in {folder}: give a folder in the published MolmoE layout") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}") from None
-        return cls.from_published(published, source=str(path))
+            return super().from_pretrained(folder, **kwargs)
+        except UserError as error:
+            raise UserError(f"config.json in {folder}: {error.message}") from None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            reason = first_line(error)
+            raise UserError(
+                f"cannot read config.json in {folder} ({reason}): give the published MolmoE layout"
+            ) from None
 
     @classmethod
-    def from_published(cls, published: Mapping[str, Any], source: str = "config") -> "MolmoEConfig":
-        """Build from the published keys; `source` names them in errors.
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; a file must name every key that has no neutral value.
 
         Raises:
             UserError: a key is missing or has an unsupported value.
         """
-        if not isinstance(published, Mapping):
-            raise UserError(f"{source} is a {type(published).__name__}, not an object: give a published config.json")
-        read = _Reader(published, source)
-        read.check({**_FIXED, "quantization_config": (None,)})
-        d_model, n_heads = read.count("d_model"), read.count("n_heads")
-        if published.get("n_kv_heads") not in (None, n_heads):
-            raise read.error("n_kv_heads", f"null or {n_heads} (= n_heads)")
-        vocab_size = read.count("vocab_size")
-        hidden = read.optional_count("mlp_hidden_size")
-        mlp = int(read.number("mlp_ratio") * d_model) if hidden is None else hidden
-        config = cls(
-            d_model=d_model,
-            n_heads=n_heads,
-            n_layers=read.count("n_layers"),
-            n_experts=read.count("moe_num_experts", _MAX_REPEATS),
-            expert_hidden=mlp // 2,
-            vocab_size=vocab_size,
-            embedding_size=read.optional_count("embedding_size") or vocab_size,
-            additional_vocab_size=read.optional_count("additional_vocab_size") or 0,
-            norm_eps=read.number("layer_norm_eps"),
-            rope_theta=read.number("rope_theta"),
-            max_sequence_length=read.count("max_sequence_length"),
-            # The published tokenizer's end-of-text is the last id before the added ones.
-            eos_token_id=read.optional_id("eos_token_id", vocab_size - 1),
-            pad_token_id=read.optional_id("pad_token_id", 1),
-            projector_hidden=mlp // 2,
-            max_crops=read.count("max_crops"),
-            overlap_margins=read.pair("overlap_margins"),
-            vision=_vision(read),
-        ).with_blank_crops(published.get("blank_crops", BLANK_CROPS[0]))
-        if config.n_layers != MODEL_BLOCKS:
-            raise read.error("n_layers", f"{MODEL_BLOCKS}, because execution plans name {MODEL_BLOCKS} blocks")
-        if read.count("moe_top_k") != max(TOP_KS):
-            raise read.error("moe_top_k", f"{max(TOP_KS)}, the published number of experts per token")
-        if config.n_experts < max(TOP_KS):
-            raise read.error("moe_num_experts", f"at least {max(TOP_KS)}")
-        if d_model % n_heads or config.head_dim % 2:
-            raise read.error("n_heads", f"a divisor of d_model ({d_model}) that leaves an even head width")
-        return config
-
-    def with_blank_crops(self, rule: str) -> "MolmoEConfig":
-        """The same shape under another rule for blank crops.
-
-        Raises:
-            UserError: a rule that does not exist.
-        """
-        if rule not in BLANK_CROPS:
-            raise UserError(f"blank_crops is {rule!r}: choose one of {', '.join(BLANK_CROPS)}")
-        return replace(self, blank_crops=rule)
+        _check_fixed(config_dict, {key: _FIXED[key] for key in ("model_type", "block_type")})
+        if not isinstance(config_dict.get("vision_backbone", {}), Mapping):
+            raise _error(config_dict, "vision_backbone", "an object; a model without one is not supported")
+        missing = [
+            key for key in cls.__annotations__ if key not in config_dict and key not in (*_OPTIONAL, "blank_crops")
+        ]
+        if missing:
+            raise UserError(f"{missing[0]} is missing: give a published config.json")
+        return super().from_dict({**dict.fromkeys(_OPTIONAL), **config_dict}, **kwargs)
 
     def to_published(self) -> dict[str, Any]:
-        """The same shape under the published keys, ready for `config.json`."""
-        vision = self.vision
-        backbone = {
-            **{key: values[0] for key, values in _FIXED_VISION.items()},
-            "image_default_input_size": [vision.crop_size, vision.crop_size],
-            "image_emb_dim": vision.width,
-            "image_head_dim": vision.head_dim,
-            "image_mlp_dim": vision.mlp_dim,
-            "image_norm_eps": vision.norm_eps,
-            "image_num_heads": vision.heads,
-            "image_num_key_value_heads": vision.heads,
-            "image_num_layers": vision.layers,
-            "image_num_pos": vision.patches + 1,
-            "image_patch_size": vision.patch_size,
-            "image_pos_patch_size": vision.patch_size,
-        }
-        # Only where it differs, so that the fingerprint of the published rule stays what it was.
+        """What decides the model's numbers, under the published keys."""
+        # The rule only where it differs, so that the fingerprint of the published one stays what it was.
         rule = {} if self.blank_crops == BLANK_CROPS[0] else {"blank_crops": self.blank_crops}
-        return {
-            **{key: values[0] for key, values in _FIXED.items()},
-            **rule,
-            "architectures": ["OLMoForCausalLM"],
-            "additional_vocab_size": self.additional_vocab_size,
-            "crop_mode": "overlap-and-resize-c2",
-            "d_model": self.d_model,
-            "embedding_size": self.embedding_size,
-            "eos_token_id": self.eos_token_id,
-            "image_pooling_h": vision.pooling[0],
-            "image_pooling_w": vision.pooling[1],
-            "layer_norm_eps": self.norm_eps,
-            "max_crops": self.max_crops,
-            "max_sequence_length": self.max_sequence_length,
-            "mlp_hidden_size": 2 * self.expert_hidden,
-            "moe_num_experts": self.n_experts,
-            "moe_top_k": max(TOP_KS),
-            "n_heads": self.n_heads,
-            "n_kv_heads": None,
-            "n_layers": self.n_layers,
-            "overlap_margins": list(self.overlap_margins),
-            "pad_token_id": self.pad_token_id,
-            "rope_theta": self.rope_theta,
-            "vision_backbone": backbone,
-            "vit_layers": list(vision.feature_layers),
-            "vocab_size": self.vocab_size,
-        }
+        shape = {key: vars(self)[key] for key in type(self).__annotations__ if key not in ("mlp_ratio", "blank_crops")}
+        names = {"architectures": ["OLMoForCausalLM"], "crop_mode": "overlap-and-resize-c2", "n_kv_heads": None}
+        return {**_FIXED, **rule, **names, **shape}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `config.json`."""
+        content = self.to_published() | ({} if self.dtype is None else {"dtype": self.dtype})
+        self.dict_dtype_to_str(content)
+        return content
+
+    to_diff_dict = to_dict
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AdaptiveMolmoEConfig) and self.to_published() == other.to_published()
 
 
-def _vision(outer: "_Reader") -> VisionConfig:
-    backbone = outer.value("vision_backbone")
-    if not isinstance(backbone, Mapping):
-        raise outer.error("vision_backbone", "an object; a model without a vision backbone is not supported")
-    read = _Reader(backbone, f"{outer.source} (vision_backbone)")
-    read.check(_FIXED_VISION)
-    crop, patch = read.pair("image_default_input_size"), read.count("image_patch_size")
+def _vision(values: Mapping[str, Any]) -> VisionConfig:
+    backbone = values["vision_backbone"]
+    backbone = MOLMOE_1B_VISION.to_published() if backbone is None else backbone
+    _check_fixed(backbone, _FIXED_VISION)
+    crop, patch = _pair(backbone, "image_default_input_size"), _count(backbone, "image_patch_size")
     if crop[0] != crop[1] or crop[0] % patch or not crop[0]:
-        raise read.error("image_default_input_size", f"a square with sides a multiple of image_patch_size ({patch})")
-    layers = outer.value("vit_layers")
-    depth = read.count("image_num_layers", _MAX_REPEATS)
-    if not isinstance(layers, list) or not layers or any(not -depth <= int(layer) < depth for layer in layers):
-        raise outer.error("vit_layers", f"indices into the {depth} layers of the image encoder")
+        raise _error(backbone, "image_default_input_size", f"a square, sides a multiple of image_patch_size ({patch})")
+    layers, depth = values["vit_layers"], _count(backbone, "image_num_layers", _MAX_REPEATS)
+    if not isinstance(layers, list | tuple) or not layers or any(not -depth <= int(layer) < depth for layer in layers):
+        raise _error(values, "vit_layers", f"indices into the {depth} layers of the image encoder")
     vision = VisionConfig(
         crop_size=crop[0],
-        patch_size=patch,
-        width=read.count("image_emb_dim"),
         layers=depth,
-        heads=read.count("image_num_heads"),
-        head_dim=read.count("image_head_dim"),
-        mlp_dim=read.count("image_mlp_dim"),
-        norm_eps=read.number("image_norm_eps"),
+        **{name: _count(backbone, key) for key, name in _VISION_COUNTS.items()},
+        norm_eps=_number(backbone, "image_norm_eps"),
         feature_layers=tuple(int(layer) for layer in layers),
-        pooling=(outer.count("image_pooling_h"), outer.count("image_pooling_w")),
+        pooling=(_count(values, "image_pooling_h"), _count(values, "image_pooling_w")),
     )
     if backbone.get("image_num_key_value_heads", vision.heads) != vision.heads:
-        raise read.error("image_num_key_value_heads", f"{vision.heads} (= image_num_heads)")
+        raise _error(backbone, "image_num_key_value_heads", f"{vision.heads} (= image_num_heads)")
     if backbone.get("image_num_pos", vision.patches + 1) != vision.patches + 1:
-        raise read.error("image_num_pos", f"{vision.patches + 1}: one per patch of a crop, and one for the class token")
+        raise _error(backbone, "image_num_pos", f"{vision.patches + 1}: one per patch, one for the class token")
     return vision
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Typed reading of one JSON object, with errors that name key and value."""
+def _error(values: Mapping[str, Any], key: str, allowed: str) -> UserError:
+    hint = f" ({_HINTS[key]})" if key in _HINTS else ""
+    return UserError(f"{key} is {values.get(key)!r}; supported: {allowed}{hint}")
 
-    values: Mapping[str, Any]
-    source: str
 
-    def error(self, key: str, allowed: str) -> UserError:
-        return UserError(f"{self.source}: {key} is {self.values.get(key)!r}; supported: {allowed}")
+def _check_fixed(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    for key, only in fixed.items():
+        if key in values and (values[key] or None) != (only or None):  # null and false say the same
+            raise _error(values, key, repr(only))
 
-    def value(self, key: str) -> Any:
-        if key not in self.values:
-            raise UserError(f"{self.source}: {key} is missing")
-        return self.values[key]
 
-    def count(self, key: str, most: int = _MAX_SIZE) -> int:
-        value = self.value(key)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise self.error(key, f"an integer from 1 to {most:,}")
-        return value
+def _count(values: Mapping[str, Any], key: str, most: int = _MAX_SIZE) -> int:
+    if key not in values:
+        raise UserError(f"{key} is missing: give a published config.json")
+    value = values[key]
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise _error(values, key, f"an integer from 1 to {most:,}")
+    return value
 
-    def optional_count(self, key: str) -> int | None:
-        return self.count(key) if self.values.get(key) else None
 
-    def optional_id(self, key: str, default: int) -> int:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self.error(key, "null or one token id of at least 0")
-        return value
+def _token_id(values: Mapping[str, Any], key: str, default: int) -> int:
+    value = default if values[key] is None else values[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise _error(values, key, "null or one token id of at least 0")
+    return value
 
-    def number(self, key: str) -> float:
-        value = self.value(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_SIZE:
-            raise self.error(key, f"a number above 0 and at most {_MAX_SIZE:,}")
-        return float(value)
 
-    def pair(self, key: str) -> tuple[int, int]:
-        value = self.value(key)
-        if not isinstance(value, list) or len(value) != 2 or any(item not in range(_MAX_SIZE) for item in value):
-            raise self.error(key, f"two integers from 0 to {_MAX_SIZE:,}")
-        return value[0], value[1]
+def _number(values: Mapping[str, Any], key: str) -> float:
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_SIZE:
+        raise _error(values, key, f"a number above 0 and at most {_MAX_SIZE:,}")
+    return float(value)
 
-    def check(self, fixed: Mapping[str, tuple[Any, ...]]) -> None:
-        for key, allowed in fixed.items():
-            if key in self.values and self.values[key] not in allowed:
-                raise self.error(key, " or ".join(repr(value) for value in allowed))
+
+def _pair(values: Mapping[str, Any], key: str) -> tuple[int, int]:
+    value = values.get(key)
+    if not isinstance(value, list | tuple) or len(value) != 2 or any(item not in range(_MAX_SIZE) for item in value):
+        raise _error(values, key, f"two integers from 0 to {_MAX_SIZE:,}")
+    return value[0], value[1]

@@ -22,8 +22,14 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """The number format of that name; None is bfloat16 on a GPU and float32 elsewhere."""
-    name = dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    found: torch.dtype = getattr(torch, name)
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The number format of that name; None is bfloat16 on a GPU and float32 elsewhere.
+
+    Raises:
+        UserError: not a floating-point format of torch.
+    """
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or default
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"dtype {dtype!r} is not allowed: give float32, bfloat16 or float16")
     return found

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from envs.files import write_json
 from envs.model.checkpoint import weight_files
-from envs.model.config import MolmoEConfig
+from envs.model.config import AdaptiveMolmoEConfig
 
 CACHE_FILE: Final = ".fingerprints.json"
 MIN_CACHED_BYTES: Final = 2**28
 """Smaller weights are hashed within a fifth of a second."""
 
 
-def fingerprint(config: MolmoEConfig, parameters: Mapping[str, Tensor]) -> str:
+def fingerprint(config: AdaptiveMolmoEConfig, parameters: Mapping[str, Tensor]) -> str:
     """sha256 over the config and every parameter's name, dtype, shape and content."""
     digest = hashlib.sha256(json.dumps(config.to_published(), sort_keys=True).encode())
     for name, parameter in sorted(parameters.items()):
@@ -35,7 +35,9 @@ class FingerprintCache(NamedTuple):
     key: str
 
     @classmethod
-    def open(cls, folder: Path, config: MolmoEConfig, parameters: Mapping[str, Tensor]) -> "FingerprintCache | None":
+    def open(
+        cls, folder: Path, config: AdaptiveMolmoEConfig, parameters: Mapping[str, Tensor]
+    ) -> "FingerprintCache | None":
         """The cache of a model just loaded from `folder`; None for small weights.
 
         A file is identified by its size, modification and change times, and header.

@@ -14,8 +14,9 @@ from envs.errors import UserError, first_line
 from envs.files import size_text
 from envs.knobs import BLOCK_COUNTS, INSERTIONS, TIER_CROPS, TOP_KS, KnobSpace
 from envs.model.block_importance import read_importance, removal_order
-from envs.model.checkpoint import TensorHeader, mismatches, read_headers, resolve_folder, slots
-from envs.model.config import MolmoEConfig
+from envs.model.checkpoint import TensorHeader, mismatches, read_headers, resolve_folder
+from envs.model.config import AdaptiveMolmoEConfig
+from envs.model.molmoe import on_meta, published_shapes
 
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2}
 _FILE_BYTES: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
@@ -72,7 +73,7 @@ class ModelSummary:
     """
 
     source: str
-    config: MolmoEConfig
+    config: AdaptiveMolmoEConfig
     tensors: Mapping[str, TensorHeader]
     problems: tuple[str, ...]
     importance: tuple[float, ...]
@@ -106,14 +107,14 @@ def inspect_model(
             but `problems`.
     """
     folder = resolve_folder(path_or_id, revision, ("*.json",))
-    config = MolmoEConfig.from_pretrained(folder)
+    config = AdaptiveMolmoEConfig.from_pretrained(folder)
     on_hub = str(path_or_id) != "embedded" and not Path(path_or_id).expanduser().is_dir()
     tensors, problems = _hub_headers(str(path_or_id), revision) if on_hub else read_headers(folder)
     return ModelSummary(
         source=str(path_or_id),
         config=config,
         tensors=tensors,
-        problems=(*problems, *mismatches(config, tensors)),
+        problems=(*problems, *mismatches(published_shapes(config), tensors)),
         importance=read_importance(folder),
         needs=tuple(
             Need(device, dtype, needed_bytes(config, dtype, device.name.startswith("cuda")))
@@ -140,20 +141,19 @@ def _hub_headers(source: str, revision: str | None) -> tuple[dict[str, TensorHea
     return dict(tensors), [f"{key} is stored twice: keep one of them" for key in count if count[key] > 1]
 
 
-def parameter_counts(config: MolmoEConfig) -> dict[str, int]:
+def parameter_counts(config: AdaptiveMolmoEConfig) -> dict[str, int]:
     """Parameters of each part of a model of this shape; docs/model.md has the formulas."""
     counts: Counter[str] = Counter()
-    for slot in slots(config).values():
-        name = slot.parameter
+    for name, parameter in on_meta(config).named_parameters():
         if name.startswith("language.blocks"):
             part = "experts" if name.endswith(("router", "gate_up", "down")) else "attention"
         else:
             part = next(part for prefix, part in _PARTS.items() if name.startswith(prefix))
-        counts[part] += math.prod(slot.shape)
+        counts[part] += parameter.numel()
     return dict(counts)
 
 
-def longest_prompt(config: MolmoEConfig, tier: str) -> int:
+def longest_prompt(config: AdaptiveMolmoEConfig, tier: str) -> int:
     """Prompt tokens of the largest tiling of a tier with a question of 64 tokens."""
     vision, margin = config.vision, sum(config.overlap_margins)
 
@@ -166,7 +166,7 @@ def longest_prompt(config: MolmoEConfig, tier: str) -> int:
     return 1 + global_view + 2 + crops + 2 + _QUESTION_TOKENS
 
 
-def request_memory(config: MolmoEConfig, dtype: str) -> RequestMemory:
+def request_memory(config: AdaptiveMolmoEConfig, dtype: str) -> RequestMemory:
     """Memory of one request in addition to the weights, at the largest image and longest answer."""
     vision, size = config.vision, DTYPE_BYTES[dtype]
     tokens = longest_prompt(config, "high") + _ANSWER_TOKENS
@@ -177,7 +177,7 @@ def request_memory(config: MolmoEConfig, dtype: str) -> RequestMemory:
     return RequestMemory(2 * config.n_layers * config.d_model * tokens * size, max(encoder, language) + logits)
 
 
-def needed_bytes(config: MolmoEConfig, dtype: str, cuda: bool) -> int:
+def needed_bytes(config: AdaptiveMolmoEConfig, dtype: str, cuda: bool) -> int:
     """Device memory that answering one request at a time takes."""
     weights = sum(parameter_counts(config).values()) * DTYPE_BYTES[dtype]
     return weights + sum(request_memory(config, dtype)) + (_CUDA_CONTEXT if cuda else 0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from envs.knobs import INSERTIONS, ExecutionPlan
 from envs.model import fused
-from envs.model.config import MolmoEConfig
+from envs.model.config import AdaptiveMolmoEConfig
 from envs.model.device_indices import on_device
 from envs.model.execution_tree import FULL_TOP_K, per_row
 from envs.model.experts import TopK, expand_top_k, mixture
@@ -26,7 +26,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 class Block(nn.Module):
     """One pre-norm block. Rotary pairs are side by side (see `checkpoint`), so that rotating is one complex product."""
 
-    def __init__(self, config: MolmoEConfig) -> None:
+    def __init__(self, config: AdaptiveMolmoEConfig) -> None:
         super().__init__()
         width, hidden = config.d_model, config.expert_hidden
         self.heads, self.eps = config.n_heads, config.norm_eps
@@ -120,7 +120,7 @@ def attend(
 class Language(nn.Module):
     """Word embeddings, blocks, final norm and output projection."""
 
-    def __init__(self, config: MolmoEConfig) -> None:
+    def __init__(self, config: AdaptiveMolmoEConfig) -> None:
         super().__init__()
         self.config = config
         self.wte = nn.Parameter(torch.empty(config.embedding_size + config.additional_vocab_size, config.d_model))

@@ -1,18 +1,26 @@
-"""AdaptiveMolmoE: a MolmoE that runs any execution plan."""
+"""AdaptiveMolmoE: a MolmoE that runs any execution plan, and a model of transformers."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
 
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
-from envs.model.checkpoint import check_weights, load_weights, published_state_dict, resolve_folder, save_weights
-from envs.model.config import MolmoEConfig
+from envs.model.checkpoint import INDEX, WEIGHTS, mismatches, read_headers, resolve_folder, weight_files
+from envs.model.config import AdaptiveMolmoEConfig
+from envs.model.conversion import CONVERTED, conversions
 from envs.model.decode import DecodeBatch
-from envs.model.device import resolve_device
+from envs.model.device import resolve_device, resolve_dtype
 from envs.model.execution_tree import per_row
 from envs.model.fingerprint import FingerprintCache, fingerprint
 from envs.model.language import Language
@@ -20,10 +28,11 @@ from envs.model.single_row import SingleRow
 from envs.model.vision import VisionBackbone
 
 Plans = ExecutionPlan | Sequence[ExecutionPlan]
+FULL_PLAN = ExecutionPlan()
 SHARD_BYTES = 5 * 10**9
 
 
-class AdaptiveMolmoE(nn.Module):
+class AdaptiveMolmoEForConditionalGeneration(PreTrainedModel):
     """The model: `vision` turns crops into image tokens, `language` reads them and the prompt under a plan.
 
     Inputs are a mapping, batch first, with the published names: `input_ids` (B, T) right-padded with -1 and, with
@@ -33,9 +42,12 @@ class AdaptiveMolmoE(nn.Module):
     `experts` names the mixture-of-experts kernel used where a call does not: "auto", "dense" or "grouped".
     """
 
-    def __init__(self, config: MolmoEConfig) -> None:
-        super().__init__()
-        self.config = config
+    config_class = AdaptiveMolmoEConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, config: AdaptiveMolmoEConfig) -> None:
+        super().__init__(config)
         self.vision = VisionBackbone(config)
         self.language = Language(config)
         self.experts = "auto"
@@ -49,56 +61,55 @@ class AdaptiveMolmoE(nn.Module):
         cls,
         path_or_id: str | Path,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: str | torch.dtype = torch.float32,
         revision: str | None = None,
         blank_crops: str | None = None,
-    ) -> "AdaptiveMolmoE":
+        *,
+        config: AdaptiveMolmoEConfig | None = None,
+        device_map: Any = None,
+        **kwargs: Any,
+    ) -> "AdaptiveMolmoEForConditionalGeneration":
         """Read a checkpoint in the published layout: a folder, a hub id, or "embedded". In eval mode, frozen.
 
         Args:
-            blank_crops: which crops count as empty, see `MolmoEConfig`; as the checkpoint says if None.
+            device: where weights are read to, tensor by tensor.
+            dtype: of the weights, or its name.
+            blank_crops: which crops count as empty, see `AdaptiveMolmoEConfig`; as the checkpoint says if None.
+            config: as the checkpoint says if None.
+            device_map: transformers' name for `device`; a map must name a single device.
+            kwargs: what transformers' Auto classes add; nothing that would run remote code or other weights.
 
         Raises:
             UserError: nothing there, or files that are corrupt or do not fit each other.
         """
+        _check_options(kwargs)
         folder = resolve_folder(path_or_id, revision)
-        config = MolmoEConfig.from_pretrained(folder)
-        config = config if blank_crops is None else config.with_blank_crops(blank_crops)
-        tensors = check_weights(folder, config)  # before memory is taken
-        with torch.device("meta"):
-            model = cls(config)
-        model = model.to(dtype).to_empty(device=resolve_device(device))
+        config = AdaptiveMolmoEConfig.from_pretrained(folder) if config is None else config
+        config = replace(config) if blank_crops is None else replace(config, blank_crops=blank_crops)
+        tensors, problems = read_headers(folder)
+        packed = any(key.endswith("experts.gate_up_proj") for key in tensors)
+        if problems := problems or mismatches(published_shapes(config, packed), tensors):  # before memory is taken
+            raise UserError(f"weights in {folder} do not fit its config.json; {'; '.join(problems)}")
+        target = resolve_device(device if device_map is None else _single_device(device_map))
+        model = on_meta(config).to(resolve_dtype(dtype, target))
+        model._read(folder, target, packed)
         parameters = dict(model.named_parameters())
-        load_weights(folder, config, tensors, parameters)
         model._loaded, model._cache = model._state(), FingerprintCache.open(folder, config, parameters)
         return model.eval().requires_grad_(False)
 
-    @classmethod
-    def initialise(cls, config: MolmoEConfig, seed: int = 0) -> "AdaptiveMolmoE":
-        """Fresh weights for training: normal, deviation 1/sqrt(fan-in), scaled down where a block adds to its input."""
-        model = cls(config)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith(("norm", "ln_f", "qk_norm")):
-                    parameter.fill_(1.0)
-                elif "norm." in name or "pre_ln." in name:
-                    parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-                elif name.endswith("bias"):
-                    parameter.zero_()
-                else:
-                    parameter.normal_(0.0, _deviation(name, parameter, config), generator=generator)
-        return model
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.language.wte.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return self.language.wte.dtype
+    def _read(self, folder: Path, device: torch.device, packed: bool) -> None:
+        """transformers' own loader: shards are mapped, tensors converted one parameter at a time."""
+        plan = LoadStateDictConfig(device_map={"": device}, dtype=self.dtype, weight_mapping=conversions(packed))
+        with _no_progress_bar():
+            found, _ = self._load_pretrained_model(self, None, [str(file) for file in weight_files(folder)], plan)
+        for name, parameter in self.named_parameters():
+            # A tensor that was only renamed is still the file's own memory, which changes when the file does.
+            if device.type == "cpu" and not any(part in name for part in CONVERTED):
+                parameter.data = parameter.data.clone()
+        # Saved as published, however it was stored.
+        self._weight_conversions = conversions()
+        if errors := [*found.conversion_errors.values(), *found.mismatched_keys, *found.missing_keys]:
+            raise UserError(f"weights in {folder} were not read: {errors[0]}; fetch the checkpoint again")
 
     @property
     def single_row(self) -> SingleRow:
@@ -125,19 +136,14 @@ class AdaptiveMolmoE(nn.Module):
         """Changes whenever a weight is replaced or written to."""
         return tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
 
-    def encode_images(self, images: Tensor, image_masks: Tensor | None = None) -> Tensor:
-        """Image tokens (N, crops, tokens a crop, D) of images (N, crops, patches, pixels)."""
-        encoded: Tensor = self.vision(images, image_masks)
-        return encoded
-
     def embed(self, inputs: Mapping[str, Tensor], image_features: Tensor | None = None) -> Tensor:
         """Embeddings (B, T, D): words, plus image tokens added at `image_input_idx` (negative indices are dropped).
 
-        `image_features` are those of `encode_images`, computed here from `images` where not given.
+        `image_features` are those of `vision`, computed here from `images` where not given.
         """
         x_BTD = self.language.embed(inputs["input_ids"].to(self.device))
         if image_features is None and inputs.get("images") is not None:
-            image_features = self.encode_images(inputs["images"], inputs.get("image_masks"))
+            image_features = self.vision(inputs["images"], inputs.get("image_masks"))
         if image_features is None:
             return x_BTD
         rows, tokens, width = x_BTD.shape
@@ -158,24 +164,27 @@ class AdaptiveMolmoE(nn.Module):
         """Mean word embedding (D,) of a question's tokens."""
         return self.language.embed(torch.as_tensor(question_token_ids, device=self.device)).mean(0)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., vocabulary) of hidden states after the final norm."""
-        return self.language.logits(hidden)
-
-    def forward(self, inputs: Mapping[str, Tensor], plan: Plans) -> Tensor:
-        """Logits (B, T, vocabulary); those at padded positions mean nothing."""
+    def forward(self, inputs: Mapping[str, Tensor] | None = None, plan: Plans = FULL_PLAN, **named: Tensor) -> Tensor:
+        """Logits (B, T, vocabulary); those at padded positions mean nothing. Inputs are a mapping, or named."""
+        inputs = named if inputs is None else inputs
         lengths = prompt_lengths(inputs["input_ids"])
         hidden = self.language(self.embed(inputs), plans=_checked(plan, lengths), lengths=lengths, experts=self.experts)
         return self.language.logits(hidden)
 
     @torch.inference_mode()
     def generate(
-        self, inputs: Mapping[str, Tensor], plan: Plans, max_new_tokens: int = 64, stop_at_eos: bool = True
+        self,
+        inputs: Mapping[str, Tensor] | None = None,
+        plan: Plans = FULL_PLAN,
+        max_new_tokens: int = 64,
+        stop_at_eos: bool = True,
+        **named: Tensor,
     ) -> list[list[int]]:
         """Greedy continuation of each row, without the end-of-text token at which it stops.
 
         Blocks that a plan drops run neither on the prompt nor on new tokens, and have no cache.
         """
+        inputs = named if inputs is None else inputs
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens is {max_new_tokens}: give 0 or more")
         lengths = prompt_lengths(inputs["input_ids"])
@@ -218,23 +227,81 @@ class AdaptiveMolmoE(nn.Module):
 
     def published_state_dict(self) -> dict[str, Tensor]:
         """Weights under the published checkpoint's keys, bit-equal to those loaded."""
-        return published_state_dict(self.config, dict(self.named_parameters()))
+        found: dict[str, Tensor] = revert_weight_conversion(self, dict(self.state_dict()))
+        return found
 
     def save_pretrained(
-        self, folder: str | Path, max_shard_size: int = SHARD_BYTES, dtype: torch.dtype | None = None
+        self,
+        save_directory: str | Path,
+        max_shard_size: int | str = SHARD_BYTES,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Write `config.json` and safetensors in the published layout, in shards of at most `max_shard_size` bytes."""
-        if max_shard_size < 1:
-            raise UserError(f"max_shard_size is {max_shard_size}: give a number of bytes above 0")
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        save_weights(target, self.config, dict(self.named_parameters()), max_shard_size, dtype)
-        text = json.dumps(self.config.to_published(), indent=1, sort_keys=True)
-        (target / "config.json").write_text(text + "\n", encoding="utf-8")
+        """Write `config.json` and safetensors in the published layout, in shards of at most `max_shard_size` bytes.
 
-    def named_parameters(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Parameter]]:
-        """As in torch; listed here for its type."""
-        return super().named_parameters(*args, **kwargs)  # type: ignore[arg-type]
+        Weights from an earlier save are removed; `kwargs` are transformers'.
+        """
+        if isinstance(max_shard_size, int) and max_shard_size < 1:
+            raise UserError(f"max_shard_size is {max_shard_size}: give a number of bytes above 0")
+        state = None if dtype is None else {key: value.to(dtype) for key, value in self.state_dict().items()}
+        with _no_progress_bar():
+            super().save_pretrained(save_directory, state_dict=state, max_shard_size=max_shard_size, **kwargs)
+        single, index = (Path(save_directory) / name for name in (WEIGHTS, INDEX))
+        if single.exists() and index.exists():
+            min(single, index, key=lambda path: path.stat().st_mtime_ns).unlink()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: weights are read, or made by `initialise`."""
+
+
+AdaptiveMolmoE = AdaptiveMolmoEForConditionalGeneration
+"""The short name."""
+
+register_checkpoint_conversion_mapping(AdaptiveMolmoEForConditionalGeneration.__name__, conversions())
+AutoConfig.register(AdaptiveMolmoEConfig.model_type, AdaptiveMolmoEConfig)
+for auto_class in (AutoModel, AutoModelForImageTextToText):
+    auto_class.register(AdaptiveMolmoEConfig, AdaptiveMolmoEForConditionalGeneration)
+
+
+def on_meta(config: AdaptiveMolmoEConfig) -> AdaptiveMolmoEForConditionalGeneration:
+    """A model of names and shapes alone, without memory for weights."""
+    with torch.device("meta"):
+        return AdaptiveMolmoEForConditionalGeneration(config)
+
+
+def published_shapes(config: AdaptiveMolmoEConfig, packed: bool = False) -> dict[str, tuple[int, ...]]:
+    """Every key of the published layout, with its tensor's shape; `packed` as in `conversions`."""
+    model = on_meta(config)
+    model._weight_conversions = conversions(packed)
+    return {key: tuple(tensor.shape) for key, tensor in model.published_state_dict().items()}
+
+
+def _check_options(kwargs: Mapping[str, Any]) -> None:
+    """Refuses what transformers would take and this package does not do; False and None are what it does."""
+    refused = ("quantization_config", "gguf_file", "state_dict", "variant", "subfolder", "key_mapping")
+    given = [key for key in (*refused, "trust_remote_code") if kwargs.get(key)]
+    if given or kwargs.get("use_safetensors") is False:
+        name = given[0] if given else "use_safetensors=False"
+        raise UserError(f"{name} is not allowed: published safetensors are read by this package's code; leave it out")
+
+
+def _single_device(device_map: Any) -> str | torch.device:
+    devices = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
+    if len(devices) != 1:
+        raise UserError(f"device_map names {len(devices)} devices: the model runs on one; give its name")
+    device = devices.pop()
+    return torch.device("cuda", device) if isinstance(device, int) else device
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    active = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if active:
+            logging.enable_progress_bar()
 
 
 def prompt_lengths(input_ids: Tensor) -> list[int]:
@@ -258,15 +325,3 @@ def _checked(plan: Plans, lengths: Sequence[int]) -> Plans:
     if not isinstance(plan, ExecutionPlan) and len(plan) != len(lengths):
         raise UserError(f"{len(plan)} plans for a batch of {len(lengths)}: give one plan, or one per row")
     return plan
-
-
-def _deviation(name: str, parameter: Tensor, config: MolmoEConfig) -> float:
-    """Deviation of fresh weights. Parameters are (outputs, inputs), stacked down projections (E, inputs, outputs)."""
-    if name == "language.wte":
-        return 1.0
-    if name.endswith(("embedding", "pad_embed")):
-        return 0.02
-    fan_in = parameter.shape[-2] if name.endswith("down") else parameter.shape[-1]
-    added = name.endswith(("attn_out", "down", "out.weight", "w2.weight"))
-    blocks = config.n_layers if name.startswith("language") else config.vision.layers
-    return float(fan_in**-0.5 * ((2 * blocks) ** -0.5 if added else 1.0))

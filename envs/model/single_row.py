@@ -55,7 +55,7 @@ class SingleRow:
     def encode_images(self, images_1CPX: Tensor, image_masks_1CP: Tensor) -> Tensor:
         """Image tokens (1, C, tokens, D)."""
         if not self.static or len(images_1CPX[0]) > self._vision.largest:
-            return self.model.encode_images(images_1CPX, image_masks_1CP)
+            return self.model.vision(images_1CPX, image_masks_1CP)
         staged = self.model.vision.stage(images_1CPX[0])
         return self._vision(None, staged.crops, image_masks_1CP[0], staged.blank)[0].unsqueeze(0)
 

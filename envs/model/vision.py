@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from envs.model import fused
-from envs.model.config import MolmoEConfig, VisionConfig
+from envs.model.config import AdaptiveMolmoEConfig, VisionConfig
 
 PADDED_PIXEL = -1.0
 
@@ -24,22 +24,22 @@ class VitBlock(nn.Module):
         inner = config.heads * config.head_dim
         self.heads = config.heads
         self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.qkv = nn.Linear(config.width, 3 * inner)
-        self.out = nn.Linear(inner, config.width)
+        self.attention_in = nn.Linear(config.width, 3 * inner)
+        self.attention_out = nn.Linear(inner, config.width)
         self.ffn_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.w1 = nn.Linear(config.width, config.mlp_dim)
-        self.w2 = nn.Linear(config.mlp_dim, config.width)
+        self.mlp_in = nn.Linear(config.width, config.mlp_dim)
+        self.mlp_out = nn.Linear(config.mlp_dim, config.width)
 
     def forward(self, x_NPW: Tensor) -> Tensor:
         n, p, _ = x_NPW.shape
-        qkv = self.qkv(self.attention_norm(x_NPW)).view(n, p, 3, self.heads, -1)
+        qkv = self.attention_in(self.attention_norm(x_NPW)).view(n, p, 3, self.heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value)
-        x_NPW = x_NPW + self.out(mixed.transpose(1, 2).reshape(n, p, -1))
-        inner = self.w1(self.ffn_norm(x_NPW))
+        x_NPW = x_NPW + self.attention_out(mixed.transpose(1, 2).reshape(n, p, -1))
+        inner = self.mlp_in(self.ffn_norm(x_NPW))
         if fused.available(inner):
-            return x_NPW + self.w2(fused.quick_gelu(inner))
-        return x_NPW + self.w2(inner * torch.sigmoid(1.702 * inner))
+            return x_NPW + self.mlp_out(fused.quick_gelu(inner))
+        return x_NPW + self.mlp_out(inner * torch.sigmoid(1.702 * inner))
 
 
 class ImageEncoder(nn.Module):
@@ -91,15 +91,15 @@ class AttentionPooling(nn.Module):
 class VisionBackbone(nn.Module):
     """Crops to image tokens of model width."""
 
-    def __init__(self, config: MolmoEConfig) -> None:
+    def __init__(self, config: AdaptiveMolmoEConfig) -> None:
         super().__init__()
         self.config = config.vision
         self.blank_crops = config.blank_crops
         self.encoder = ImageEncoder(config.vision)
         self.pad_embed = nn.Parameter(torch.zeros(2, config.vision.feature_dim))
         self.pooling = AttentionPooling(config.vision)
-        self.projector_in = nn.Linear(config.vision.width, 2 * config.projector_hidden, bias=False)
-        self.projector_out = nn.Linear(config.projector_hidden, config.d_model, bias=False)
+        self.projector_in = nn.Linear(config.vision.width, 2 * config.expert_hidden, bias=False)
+        self.projector_out = nn.Linear(config.expert_hidden, config.d_model, bias=False)
 
     def stage(self, crops_NPX: Tensor) -> "Staged":
         """Crops (N, P, pixels) as they cross to the device, and which of them are blank.

@@ -9,7 +9,7 @@ Source: the image processor published with allenai/MolmoE-1B-0924 ("overlap-and-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
+from transformers import BaseImageProcessor, BatchFeature
 
 from envs.errors import UserError
 
@@ -52,9 +53,9 @@ class ImageGeometry:
             UserError: a missing key, or a value that does not fit the others; names key and value.
         """
 
-        def read(key: str, count: int) -> list[Any]:
+        def read(key: str, count: int) -> tuple[Any, ...]:
             value = config.get(key)
-            values = list(value) if isinstance(value, list | tuple) else [value]
+            values = tuple(value) if isinstance(value, list | tuple) else (value,)
             if len(values) != count or not all(isinstance(v, int | float) and v >= 0 for v in values):
                 raise UserError(f"{source}: {key} is {value!r}: give {count} number{'s'[: count - 1]} of 0 or more")
             return values
@@ -62,18 +63,13 @@ class ImageGeometry:
         height, width = read("base_image_input_size", 2)
         if height != width:
             raise UserError(f"{source}: base_image_input_size is {[height, width]}: only square crops are supported")
-        before, after = read("overlap_margins", 2)
-        mean, std = read("image_mean", 3), read("image_std", 3)
+        (patch,), std = read("image_patch_size", 1), read("image_std", 3)
         if min(std) <= 0:
             raise UserError(f"{source}: image_std is {std}: give three numbers above 0")
-        geometry = cls(
-            crop=int(height),
-            patch=int(read("image_patch_size", 1)[0]),
-            margins=(int(before), int(after)),
-            tokens=(int(read("image_token_length_h", 1)[0]), int(read("image_token_length_w", 1)[0])),
-            mean=(mean[0], mean[1], mean[2]),
-            std=(std[0], std[1], std[2]),
-        )
+        rows, columns = (int(read(f"image_token_length_{side}", 1)[0]) for side in "hw")
+        before, after = read("overlap_margins", 2)
+        margins = (int(before), int(after))
+        geometry = cls(int(height), int(patch), margins, (rows, columns), read("image_mean", 3), std)
         geometry._check(source)
         return geometry
 
@@ -93,6 +89,18 @@ class ImageGeometry:
                 f"{source}: overlap_margins {list(self.margins)} do not fit crops of {self.patches} patches a side: "
                 f"give multiples of {self.pool} that leave at least {self.pool} patches between them"
             )
+
+    def to_config(self) -> dict[str, Any]:
+        """The published keys, as in `from_config`."""
+        return {
+            "base_image_input_size": [self.crop, self.crop],
+            "image_mean": list(self.mean),
+            "image_patch_size": self.patch,
+            "image_std": list(self.std),
+            "image_token_length_h": self.tokens[0],
+            "image_token_length_w": self.tokens[1],
+            "overlap_margins": list(self.margins),
+        }
 
     @property
     def patches(self) -> int:
@@ -206,15 +214,40 @@ def image_token_count(geometry: ImageGeometry, tiling: tuple[int, int]) -> int:
     return geometry.tokens[0] * (geometry.tokens[1] + 1) + rows * (columns + 1) + 4
 
 
-class ImageProcessor:
-    """RGB images to normalised patches under one geometry."""
+class AdaptiveMolmoEImageProcessor(BaseImageProcessor):
+    """RGB images to normalised patches, from the keys of a published `preprocessor_config.json`.
 
-    def __init__(self, geometry: ImageGeometry) -> None:
-        self.geometry = geometry
-        self._mean = torch.tensor(geometry.mean, dtype=torch.float32)
-        self._std = torch.tensor(geometry.std, dtype=torch.float32)
+    Args:
+        max_crops: of an image, in addition to the global view, where a call does not name a tiling.
+        prompt_styles: whether the model was trained on prompt styles.
+        config: the published keys of the geometry, see `ImageGeometry.from_config`; others are ignored.
+    """
 
-    def __call__(self, image: Image.Image, tiling: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    model_input_names: ClassVar = ["images", "image_masks"]
+
+    def __init__(self, max_crops: int = 12, prompt_styles: bool = True, **config: Any) -> None:
+        super().__init__()
+        if not isinstance(prompt_styles, bool):
+            raise UserError(f"preprocessor_config.json: prompt_styles is {prompt_styles!r}: give true or false")
+        self.geometry = ImageGeometry.from_config(config)
+        self.max_crops, self.prompt_styles = max_crops, prompt_styles
+        self._mean = torch.tensor(self.geometry.mean, dtype=torch.float32)
+        self._std = torch.tensor(self.geometry.std, dtype=torch.float32)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `preprocessor_config.json`, under the published names."""
+        names = {"image_processor_type": "MolmoImageProcessor", "processor_class": "MolmoProcessor"}
+        rule = {} if self.prompt_styles else {"prompt_styles": False}
+        fixed = {"do_normalize": True, "image_padding_mask": True, "max_crops": self.max_crops}
+        return self.geometry.to_config() | names | fixed | rule
+
+    def preprocess(self, images: Image.Image, tiling: tuple[int, int] | None = None) -> BatchFeature:
+        """`images` and `image_masks` of one RGB image, with a batch of 1 in front; see `patches`."""
+        tiling = tiling or select_tiling(self.geometry, images.size, self.max_crops)
+        found, masks = self.patches(images, tiling)
+        return BatchFeature({"images": found[None], "image_masks": masks[None]})
+
+    def patches(self, image: Image.Image, tiling: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Patches and padding masks of the global view and the crops of `tiling`.
 
         Args:
@@ -265,7 +298,7 @@ class ImageProcessor:
 
 @lru_cache(maxsize=1024)
 def make_masks(geometry: ImageGeometry, tiling: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
-    """Share of each patch that is image, see `ImageProcessor`; `box` is the image's top, left, bottom and right.
+    """Share of each patch that is image, see `patches`; `box` is the image's top, left, bottom and right.
 
     The image is a rectangle, so a patch's share is the product of its covered rows and columns.
     """

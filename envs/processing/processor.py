@@ -14,16 +14,17 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from envs.errors import UserError
 from envs.knobs import TIER_CROPS, TIERS
 from envs.model.checkpoint import resolve_folder
+from envs.model.config import AdaptiveMolmoEConfig
 from envs.processing.image_processor import (
+    AdaptiveMolmoEImageProcessor,
     ImageGeometry,
     ImageLayout,
-    ImageProcessor,
     image_token_count,
     make_layout,
     select_tiling,
@@ -35,11 +36,12 @@ MODEL_CONFIG_FILE: Final = "config.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
 TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
 IMAGE_TOKENS: Final = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>")
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 PAD_ID: Final = -1
 """Fills `input_ids` on the right, padded crops and their masks and indices."""
 
 ImageLike = Image.Image | ImageRef | str | Path | bytes | np.ndarray[Any, Any]
-Inputs = dict[str, Tensor]
+Inputs = Mapping[str, Tensor]
 
 
 class PromptShape(NamedTuple):
@@ -50,76 +52,73 @@ class PromptShape(NamedTuple):
     prompt_tokens: int
 
 
-class MolmoEProcessor:
+class AdaptiveMolmoEProcessor(ProcessorMixin):
     """Turns requests into model inputs. Make one with `from_pretrained`.
 
     Args:
-        geometry: how images are cut into crops.
-        tokenizer: with the four image tokens and `eos` among its added tokens.
-        eos: the end-of-text token's text; its id also opens every prompt.
-        styles: whether the model was trained on prompt styles; if not, every question is asked plainly.
+        image_processor: how images are cut into crops, and whether the model was trained on prompt styles; if not,
+            every question is asked plainly.
+        tokenizer: with the four image tokens among its added tokens; its end-of-text also opens every prompt.
         max_tokens: longest prompt in tokens, images included; None for no limit.
     """
 
     def __init__(
         self,
-        geometry: ImageGeometry,
-        tokenizer: Tokenizer,
-        eos: str = "<|endoftext|>",
-        *,
-        styles: bool = True,
+        image_processor: AdaptiveMolmoEImageProcessor,
+        tokenizer: PreTrainedTokenizerFast,
         max_tokens: int | None = None,
     ) -> None:
-        self.geometry = geometry
-        self.tokenizer = tokenizer
-        self.styles = styles
+        super().__init__(image_processor, tokenizer)
+        self.geometry: ImageGeometry = image_processor.geometry
         self.max_tokens = max_tokens
+        # The wrapper around it takes ten times as long per prompt.
+        self.text_encoder = tokenizer.backend_tokenizer
         # A question that spells "<im_patch>" or "<|endoftext|>" is text, not a command to the model.
-        self.tokenizer.encode_special_tokens = True
-        self.eos_id = self._token_id(eos)
+        self.text_encoder.encode_special_tokens = True
+        self.eos_id = self._token_id(tokenizer.eos_token or "<|endoftext|>")
         start, end, patch, column = (self._token_id(token) for token in IMAGE_TOKENS)
-        self.image_token_ids = (start, end, patch, column)
-        self._image_processor = ImageProcessor(geometry)
+        self.special_ids = (start, end, patch, column)
         self._layout = lru_cache(maxsize=256)(self._make_layout)
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | Path, revision: str | None = None) -> "MolmoEProcessor":
+    def from_pretrained(
+        cls, path_or_id: str | Path, revision: str | None = None, **_: Any
+    ) -> "AdaptiveMolmoEProcessor":
         """The processor of a model folder, a hub id or `embedded`. Weights are neither needed nor fetched.
 
         Raises:
             UserError: no such folder or hub model, or a file that is missing or inconsistent.
         """
         folder = processor_folder(path_or_id, revision)
-        config = _read_json(folder / CONFIG_FILE)
-        geometry = ImageGeometry.from_config(config, str(folder / CONFIG_FILE))
-        styles = config.get("prompt_styles", True)
-        if not isinstance(styles, bool):
-            raise UserError(f"{folder / CONFIG_FILE}: prompt_styles is {styles!r}: give true or false")
-        eos = _read_json(folder / TOKENIZER_CONFIG_FILE).get("eos_token") or "<|endoftext|>"
+        try:
+            image_processor = AdaptiveMolmoEImageProcessor(**_read_json(folder / CONFIG_FILE))
+        except UserError as error:
+            raise UserError(f"{folder}: {error.message}") from None
+        special = {key: value for key, value in _read_json(folder / TOKENIZER_CONFIG_FILE).items() if key in _SPECIAL}
         path = folder / TOKENIZER_FILE
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
         except Exception as error:  # the tokenizers library raises bare Exception
             raise UserError(f"cannot read {path}: {error}; give a folder with the published tokenizer files") from None
-        name = str(eos.get("content")) if isinstance(eos, dict) else str(eos)
-        return cls(geometry, tokenizer, name, styles=styles, max_tokens=_max_tokens(folder))
+        return cls(image_processor, tokenizer, _max_tokens(folder))
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Writes `preprocessor_config.json` and the tokenizer's files, as published."""
+        self.image_processor.save_pretrained(save_directory)
+        self.tokenizer.save_pretrained(save_directory)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (
-            self.geometry,
-            self.tokenizer.to_str(),
-            self.tokenizer.id_to_token(self.eos_id),
-            self.styles,
-            self.max_tokens,
-        )
+        return type(self), (self.image_processor, self.tokenizer, self.max_tokens)
 
-    def __call__(self, image: ImageLike | None, question: str, tier: str = "high", style: str | None = None) -> Inputs:
+    def __call__(
+        self, images: ImageLike | None = None, text: str = "", tier: str = "high", style: str | None = None
+    ) -> BatchFeature:
         """Model inputs of one request, batch size 1.
 
         Args:
-            image: an image, a reference to one, a path, the bytes of a file, or 8-bit pixels (H, W), (H, W, 3) or
+            images: an image, a reference to one, a path, the bytes of a file, or 8-bit pixels (H, W), (H, W, 3) or
                 (H, W, 4); None for a text-only request.
-            question: as asked, options of a multiple-choice question included (see `with_options`).
+            text: the question as asked, options of a multiple-choice question included (see `with_options`).
             tier: `low`, `medium` or `high`: at most 3, 6 or 12 crops.
             style: prompt style such as `vqa2`; None for a plain question.
 
@@ -130,22 +129,18 @@ class MolmoEProcessor:
         Raises:
             UserError: an unknown tier, an image that cannot be read, or a prompt longer than the model takes.
         """
-        text = self.prompt_ids(question, style)
-        if image is None:
-            self._check_length(0, 1 + len(text))
-            return {"input_ids": torch.tensor([[self.eos_id, *text]])}
-        rgb = _load(image)
+        question = self.prompt_ids(text, style)
+        if images is None:
+            self._check_length(0, 1 + len(question))
+            return BatchFeature({"input_ids": torch.tensor([[self.eos_id, *question]])})
+        rgb = _load(images)
         tiling = self.tiling(rgb.size, tier)
         layout = self._layout(tiling)
-        self._check_length(len(layout.ids), 1 + len(text))
-        images, masks = self._image_processor(rgb, tiling)
-        ids = np.concatenate([[self.eos_id], layout.ids, text])
-        return {
-            "input_ids": torch.from_numpy(ids.astype(np.int64))[None],
-            "images": images[None],
-            "image_masks": masks[None],
-            "image_input_idx": torch.from_numpy(layout.input_idx.copy())[None],
-        }
+        self._check_length(len(layout.ids), 1 + len(question))
+        crops = self.image_processor.preprocess(rgb, tiling)
+        ids = np.concatenate([[self.eos_id], layout.ids, question])
+        input_ids, input_idx = (torch.from_numpy(n.astype(np.int64))[None] for n in (ids, layout.input_idx))
+        return BatchFeature({"input_ids": input_ids, **crops, "image_input_idx": input_idx})
 
     def tiling(self, size_wh: tuple[int, int], tier: str = "high") -> tuple[int, int]:
         """Rows and columns of crops that an image of this width and height gets at a tier."""
@@ -167,7 +162,7 @@ class MolmoEProcessor:
 
     def prompt_ids(self, question: str, style: str | None = None) -> list[int]:
         """Token ids of ` User: {style}: {question} Assistant:`, without the opening end-of-text token."""
-        return self.encode(prompt_text(question, style if self.styles else None))
+        return self.encode(prompt_text(question, style if self.image_processor.prompt_styles else None))
 
     def question_ids(self, question: str) -> list[int]:
         """Token ids of the question alone, with the leading space it has in a prompt."""
@@ -176,7 +171,7 @@ class MolmoEProcessor:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`. Control tokens spelled out in it stay text."""
         try:
-            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+            return list(self.text_encoder.encode(text, add_special_tokens=False).ids)
         except (TypeError, UnicodeEncodeError):  # a lone surrogate cannot be passed on as UTF-8
             raise UserError(f"the text {excerpt(text)} is not valid Unicode: give it as UTF-8") from None
 
@@ -185,7 +180,7 @@ class MolmoEProcessor:
         ids = [int(i) for i in token_ids if int(i) >= 0]
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return str(self.text_encoder.decode(ids, skip_special_tokens=True)).strip()
 
     def _check_length(self, image_tokens: int, text_tokens: int) -> None:
         """Refuse prompts beyond the positions that the model was trained for, before anything runs."""
@@ -197,15 +192,25 @@ class MolmoEProcessor:
             )
 
     def _make_layout(self, tiling: tuple[int, int]) -> ImageLayout:
-        layout = make_layout(self.geometry, tiling, self.image_token_ids)
+        layout = make_layout(self.geometry, tiling, self.special_ids)
         # Positions count from the start of the prompt, which the end-of-text token opens.
         return ImageLayout(layout.ids, np.where(layout.input_idx < 0, layout.input_idx, layout.input_idx + 1))
 
     def _token_id(self, token: str) -> int:
-        token_id = self.tokenizer.token_to_id(token)
+        token_id = self.text_encoder.token_to_id(token)
         if token_id is None:
             raise UserError(f"the tokenizer has no token {token!r}: give a folder with the published tokenizer files")
         return int(token_id)
+
+
+class MolmoProcessor(AdaptiveMolmoEProcessor):
+    """The processor under the name that published files give, by which `AutoProcessor` finds it."""
+
+
+MolmoEProcessor = AdaptiveMolmoEProcessor
+"""The short name."""
+
+AutoProcessor.register(AdaptiveMolmoEConfig, MolmoProcessor)
 
 
 def prompt_text(question: str, style: str | None = None) -> str:
@@ -220,7 +225,7 @@ def with_options(question: str, options: Sequence[str]) -> str:
     return f"{question}{lines}\n"
 
 
-def collate(requests: Sequence[Mapping[str, Tensor]]) -> Inputs:
+def collate(requests: Sequence[Inputs]) -> dict[str, Tensor]:
     """One batch from several requests: prompts padded on the right and missing crops filled, both with -1."""
     batch = {"input_ids": _stack([request["input_ids"] for request in requests])}
     pictured = [request for request in requests if "images" in request]
@@ -286,10 +291,3 @@ def _load(image: ImageLike) -> Image.Image:
         f"the image is {seen}: give a PIL image, a path, the bytes of a file, or a uint8 array of shape (H, W), "
         "(H, W, 3) or (H, W, 4)"
     )
-
-
-def _restore(
-    geometry: ImageGeometry, tokenizer: str, eos: str, styles: bool, max_tokens: int | None
-) -> MolmoEProcessor:
-    """Unpickles a processor, so that it can travel to other processes."""
-    return MolmoEProcessor(geometry, Tokenizer.from_str(tokenizer), eos, styles=styles, max_tokens=max_tokens)

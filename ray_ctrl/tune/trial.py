@@ -55,7 +55,9 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
         if sweep.file.metric in row:
             report(row, sweep.file.metric)
         while trainer.done < config.run.iterations:
-            row = trainer.step()
+            row = trainer.iterate()
+            if trainer._due():
+                trainer._checkpoint(row)
             if sweep.file.metric in row:
                 report(row, sweep.file.metric)
     finally:

@@ -23,7 +23,7 @@ def match_scales(model: AdaptiveMolmoE, batch: PackedBatch) -> None:
 
     A warmed-up tower was read through a normalising layer, which leaves its own scale to chance.
     """
-    features = model.encode_images(batch.inputs["images"], batch.inputs["image_masks"])
+    features = model.vision(batch.inputs["images"], batch.inputs["image_masks"])
     model.vision.projector_out.weight.div_(features.std())
     model.language.wte.mul_(_WORD_SCALE)
 
@@ -57,7 +57,7 @@ def scenes_loss(model: AdaptiveMolmoE, batch: PackedBatch) -> tuple[Tensor, Metr
             attention_mask_BTT=batch.attention_mask,
             experts="dense",
         )
-        logits = model.logits(hidden[asked]).float()
+        logits = model.language.logits(hidden[asked]).float()
     labels = batch.labels[asked]
     loss = F.cross_entropy(logits, labels)
     prefix = "" if batch.plan == ExecutionPlan() else "reduced_"

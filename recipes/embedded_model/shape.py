@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Final
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from envs.data.scenes import all_questions, caption, make_scene
-from envs.model.config import MolmoEConfig, VisionConfig
-from envs.processing.image_processor import ImageGeometry
+from envs.model.config import AdaptiveMolmoEConfig, VisionConfig
+from envs.processing.image_processor import AdaptiveMolmoEImageProcessor, ImageGeometry
 from envs.processing.processor import IMAGE_TOKENS, MolmoEProcessor, prompt_text
 
 END: Final = "<|endoftext|>"
@@ -27,43 +28,38 @@ GEOMETRY: Final = ImageGeometry(
     mean=(0.48145466, 0.4578275, 0.40821073),
     std=(0.26862954, 0.26130258, 0.27577711),
 )
+VISION: Final = VisionConfig(
+    crop_size=GEOMETRY.crop,
+    patch_size=GEOMETRY.patch,
+    width=96,
+    layers=5,
+    heads=3,
+    head_dim=32,
+    mlp_dim=192,
+    norm_eps=1e-5,
+    feature_layers=(-1, -3),
+    pooling=(2, 2),
+)
 
 
-def build_config(vocabulary: int, expert_hidden: int = EXPERT_HIDDEN) -> MolmoEConfig:
+def build_config(vocabulary: int, expert_hidden: int = EXPERT_HIDDEN) -> AdaptiveMolmoEConfig:
     """A MolmoE of 16 blocks and top-k 8 whose experts are a visible share of its time on a laptop CPU.
 
     12 wide experts rather than 16 narrower ones: with 8 of them in use there is more work for the top-k to save. The
     projector is as wide as an expert, as the published layout has it.
     """
-    return MolmoEConfig(
+    return AdaptiveMolmoEConfig(
         d_model=64,
         n_heads=4,
-        n_layers=16,
-        n_experts=12,
-        expert_hidden=expert_hidden,
+        moe_num_experts=12,
+        mlp_hidden_size=2 * expert_hidden,
         vocab_size=vocabulary,
         embedding_size=EMBEDDINGS,
         additional_vocab_size=0,
-        norm_eps=1e-5,
-        rope_theta=10000.0,
-        max_sequence_length=4096,
         eos_token_id=0,
-        pad_token_id=1,
-        projector_hidden=expert_hidden,
-        max_crops=12,
         overlap_margins=GEOMETRY.margins,
-        vision=VisionConfig(
-            crop_size=GEOMETRY.crop,
-            patch_size=GEOMETRY.patch,
-            width=96,
-            layers=5,
-            heads=3,
-            head_dim=32,
-            mlp_dim=192,
-            norm_eps=1e-5,
-            feature_layers=(-1, -3),
-            pooling=(2, 2),
-        ),
+        vit_layers=VISION.feature_layers,
+        vision_backbone=VISION.to_published(),
     )
 
 
@@ -101,7 +97,9 @@ def train_tokenizer() -> Tokenizer:
 
 def build_processor() -> MolmoEProcessor:
     """The processor of the embedded model, from its recipe rather than from files."""
-    return MolmoEProcessor(GEOMETRY, build_tokenizer(), END, styles=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), eos_token=END)
+    # It has only seen plain questions.
+    return MolmoEProcessor(AdaptiveMolmoEImageProcessor(prompt_styles=False, **GEOMETRY.to_config()), tokenizer)
 
 
 def write_files(folder: Path) -> None:
@@ -112,21 +110,7 @@ def write_files(folder: Path) -> None:
     added = {token: tokenizer.token_to_id(token) for token in (END, PADDING, *IMAGE_TOKENS)}
     files = {
         "config.json": build_config(tokenizer.get_vocab_size()).to_published(),
-        "preprocessor_config.json": {
-            "base_image_input_size": [GEOMETRY.crop, GEOMETRY.crop],
-            "do_normalize": True,
-            "image_mean": list(GEOMETRY.mean),
-            "image_padding_mask": True,
-            "image_patch_size": GEOMETRY.patch,
-            "image_processor_type": "MolmoImageProcessor",
-            "image_std": list(GEOMETRY.std),
-            "image_token_length_h": GEOMETRY.tokens[0],
-            "image_token_length_w": GEOMETRY.tokens[1],
-            "max_crops": 12,
-            "overlap_margins": list(GEOMETRY.margins),
-            "processor_class": "MolmoProcessor",
-            "prompt_styles": False,  # it has only seen plain questions
-        },
+        "preprocessor_config.json": build_processor().image_processor.to_dict(),
         "tokenizer_config.json": {
             "add_bos_token": False,
             "add_eos_token": False,

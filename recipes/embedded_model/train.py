@@ -30,6 +30,7 @@ from envs.errors import UserError
 from envs.knobs import TIERS
 from envs.model.molmoe import AdaptiveMolmoE
 from envs.model.vision import VisionBackbone
+from recipes.embedded_model.fresh_weights import initialise
 from recipes.embedded_model.loop import LoopSettings, Metrics, Phase, keep_freed_memory, run_phase, to_device
 from recipes.embedded_model.packing import PackedBatch, PackedScenes, PackingSettings, only_tier, random_plan
 from recipes.embedded_model.scenes_phase import match_scales, scenes_loss
@@ -157,8 +158,8 @@ def warmup_phase(recipe: Recipe, device: torch.device) -> Phase:
 def scenes_phase(recipe: Recipe, device: torch.device, warm: VisionBackbone) -> Phase:
     """The full model on packed scenes, its vision tower starting from `warm`."""
     data = PackedScenes(recipe.scenes_steps, recipe.seed, recipe.packing)
-    config = build_config(data.processor.tokenizer.get_vocab_size(), recipe.narrow_hidden)
-    model = AdaptiveMolmoE.initialise(config, recipe.seed).to(device)
+    config = build_config(len(data.processor.tokenizer), recipe.narrow_hidden)
+    model = initialise(config, recipe.seed).to(device)
     model.vision.load_state_dict(warm.state_dict())
     match_scales(model, to_device(data[0], device))
     return _packed_phase("scenes", model, data, recipe, recipe.scenes_lr)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from envs.errors import UserError
 from envs.model.molmoe import AdaptiveMolmoE
+from recipes.embedded_model.fresh_weights import initialise
 
 
 @torch.no_grad()
@@ -28,8 +29,8 @@ def widen(model: AdaptiveMolmoE, hidden: int, seed: int) -> AdaptiveMolmoE:
     old = model.config.expert_hidden
     if hidden < old:
         raise UserError(f"experts of {old} units cannot be widened to {hidden}: start from a model of at most {hidden}")
-    config = replace(model.config, expert_hidden=hidden, projector_hidden=hidden)
-    wide = AdaptiveMolmoE.initialise(config, seed).to(model.device)
+    config = replace(model.config, mlp_hidden_size=2 * hidden)
+    wide = initialise(config, seed).to(model.device)
     trained = dict(model.named_parameters())
     for name, parameter in wide.named_parameters():
         match name.rsplit(".", 1)[-1], parameter.dim():

@@ -30,13 +30,13 @@ def model_folder(place: Path) -> str:
         pass
     import torch
 
-    from envs.model import AdaptiveMolmoE
-    from envs.model.config import MolmoEConfig
+    from envs.model.config import AdaptiveMolmoEConfig
+    from recipes.embedded_model.fresh_weights import initialise
     from recipes.embedded_model.shape import write_files
 
     place.mkdir(parents=True, exist_ok=True)
     write_files(place)
-    model = AdaptiveMolmoE.initialise(MolmoEConfig.from_pretrained(place), 0)
+    model = initialise(AdaptiveMolmoEConfig.from_pretrained(place), 0)
     model.save_pretrained(place, dtype=torch.float16)
     (place / "importance.json").write_text(json.dumps({"importance": [float(i) for i in range(16, 0, -1)]}))
     return str(place)

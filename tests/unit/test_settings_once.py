@@ -28,7 +28,7 @@ EXCEPTIONS = {
     "envs/latency/guardrail.py Guardrail.noise": "factor for the wall clock, not `latency.noise`",
     "envs/data/__init__.py load_task.on_invalid_row": "of a direct call; a run passes `task.on_invalid_row`",
     "envs/adaptive_vqa.py get.group_size": "environments outside GRPO need no groups",
-    "envs/model/config.py MolmoEConfig.blank_crops": "published checkpoints say nothing about it",
+    "envs/model/config.py AdaptiveMolmoEConfig.blank_crops": "published checkpoints say nothing about it",
     "envs/model/molmoe.py generate.max_new_tokens": "length of a direct call, which no run makes",
 }
 """Single places where a key's name means something else."""

@@ -18,7 +18,9 @@ from envs.env_resources import EnvResources
 from envs.knobs import TIER_CROPS, TIERS, ExecutionPlan, KnobSpace
 from envs.latency import LatencyRecord, RequestShape, RooflineClock
 from envs.latency.clock import image_tokens
-from envs.model.config import MolmoEConfig
+from envs.model.config import AdaptiveMolmoEConfig
+from envs.processing import MolmoEProcessor
+from envs.processing.image_processor import AdaptiveMolmoEImageProcessor
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 PUBLISHED_IMPORTANCE = (
@@ -51,17 +53,23 @@ class Answer:
 
 
 class Weights(torch.nn.Module):
-    def __init__(self, config: MolmoEConfig) -> None:
+    def __init__(self, config: AdaptiveMolmoEConfig) -> None:
         super().__init__()
         self.config = config
         self.fingerprint = "f" * 64
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
 
+def with_geometry(processor: MolmoEProcessor, **changes: Any) -> MolmoEProcessor:
+    """The processor of other crops."""
+    geometry = replace(processor.geometry, **changes)
+    return MolmoEProcessor(AdaptiveMolmoEImageProcessor(**geometry.to_config()), processor.tokenizer)
+
+
 class EngineDouble:
     """Answers are right when enough is run for the sample; everything is a function of its arguments."""
 
-    def __init__(self, config: MolmoEConfig) -> None:
+    def __init__(self, config: AdaptiveMolmoEConfig) -> None:
         self.model = Weights(config)
         self.calls: Counter[str] = Counter()
         self.rows: Counter[str] = Counter()
@@ -151,7 +159,7 @@ def make_samples(count: int = 20, text_only: bool = False) -> list[Sample]:
 
 
 def make_resources(count: int = 20, *, text_only: bool = False, **changes: Any) -> EnvResources:
-    config = MolmoEConfig.from_pretrained(GOLDEN)
+    config = AdaptiveMolmoEConfig.from_pretrained(GOLDEN)
     resources = EnvResources(
         engine=EngineDouble(config),
         samples=make_samples(count, text_only),

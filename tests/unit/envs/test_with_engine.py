@@ -20,9 +20,9 @@ from envs.knobs import INSERTIONS, TIERS, Knobs, KnobSpace
 from envs.latency import MeasuredClock, ProfiledClock, RooflineClock, hold_out, is_measuring, profile, reference_shape
 from envs.latency.measured import reference_sample
 from envs.latency_token import budget_level
-from envs.model import AdaptiveMolmoE
-from envs.model.config import MolmoEConfig
+from envs.model.config import AdaptiveMolmoEConfig
 from envs.processing import MolmoEProcessor
+from recipes.embedded_model.fresh_weights import initialise
 from recipes.embedded_model.shape import write_files
 
 
@@ -41,7 +41,7 @@ def samples():
 @pytest.fixture
 def engine(model_folder):
     torch.set_num_threads(1)
-    model = AdaptiveMolmoE.initialise(MolmoEConfig.from_pretrained(model_folder), 0).eval()
+    model = initialise(AdaptiveMolmoEConfig.from_pretrained(model_folder), 0).eval()
     return RolloutEngine(model, MolmoEProcessor.from_pretrained(model_folder), max_new_tokens=2)
 
 

@@ -8,15 +8,14 @@ import pytest
 
 from envs.errors import UserError
 from envs.model.block_importance import PUBLISHED_IMPORTANCE, Importance
-from envs.model.config import MolmoEConfig, VisionConfig
+from envs.model.config import AdaptiveMolmoEConfig
 from ray_ctrl import pipeline
 from ray_ctrl.cli import main
 from ray_ctrl.commands import importance
 from ray_ctrl.commands import inspect as inspection
 from ray_ctrl.console import console
 
-VISION = VisionConfig(336, 14, 1024, 23, 16, 64, 4096, 1e-5, (-2, -9), (2, 2))
-FULL = MolmoEConfig(2048, 16, 16, 64, 1024, 50280, 50304, 128, 1e-5, 1e4, 4096, 50279, 1, 1024, 12, (4, 4), VISION)
+FULL = AdaptiveMolmoEConfig()
 SCORES = (9.0, *(float(16 - block) for block in range(1, 16)))
 
 

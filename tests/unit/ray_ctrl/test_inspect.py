@@ -1,6 +1,7 @@
 """A checkpoint's size, fit and memory are known from headers alone, up to full size."""
 
 import json
+import math
 import re
 import shutil
 import struct
@@ -16,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from envs.errors import UserError
 from envs.files import size_text
 from envs.model import AdaptiveMolmoE
-from envs.model.checkpoint import read_headers, slots
-from envs.model.config import MolmoEConfig
+from envs.model.checkpoint import read_headers
+from envs.model.config import AdaptiveMolmoEConfig
 from envs.model.inspect import (
     Device,
     describe,
@@ -27,6 +28,7 @@ from envs.model.inspect import (
     parameter_counts,
     request_memory,
 )
+from envs.model.molmoe import published_shapes
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden"
@@ -34,7 +36,7 @@ FULL_PARAMETERS = 7_221_875_712
 
 
 @pytest.fixture(scope="module")
-def full() -> MolmoEConfig:
+def full() -> AdaptiveMolmoEConfig:
     """MolmoE-1B's shape, from the small golden config with the published sizes put in."""
     published = json.loads((GOLDEN / "config.json").read_text())
     published |= {"d_model": 2048, "n_heads": 16, "moe_num_experts": 64, "max_crops": 12}
@@ -49,7 +51,7 @@ def full() -> MolmoEConfig:
         "image_num_layers": 23,
         "image_num_pos": 577,
     }
-    return MolmoEConfig.from_published(published)
+    return AdaptiveMolmoEConfig.from_dict(published)
 
 
 @pytest.fixture
@@ -63,39 +65,32 @@ def pattern(key: str) -> str:
     return re.sub(r"\.\d+\.", ".N.", key)
 
 
-def test_full_size_has_the_published_keys(full: MolmoEConfig) -> None:
+def test_full_size_has_the_published_keys(full: AdaptiveMolmoEConfig) -> None:
     published = json.loads((GOLDEN / "key_patterns.json").read_text())
     repeats = {16: 16, 256: 16 * 64, 10: 23, 1: 1}  # small counts -> full counts
     expected = {key: repeats[entry["count"]] for key, entry in published.items()}
-    assert Counter(pattern(key) for key in slots(full)) == expected
-    assert len(slots(full)) == 3573
+    assert Counter(pattern(key) for key in published_shapes(full)) == expected
+    assert len(published_shapes(full)) == 3573
 
 
-def test_full_size_on_meta_has_the_formulas_parameters(full: MolmoEConfig) -> None:
+def test_full_size_on_meta_has_the_formulas_parameters(full: AdaptiveMolmoEConfig) -> None:
     with torch.device("meta"):
         model = AdaptiveMolmoE(full)
     parameters = list(model.parameters())
     assert sum(p.numel() for p in parameters) == FULL_PARAMETERS
     assert sum(p.numel() * 2 for p in parameters) == 14_443_751_424
     assert sum(parameter_counts(full).values()) == FULL_PARAMETERS
-    assert sum(slot_size(slot.shape) for slot in slots(full).values()) == FULL_PARAMETERS
+    assert sum(math.prod(shape) for shape in published_shapes(full).values()) == FULL_PARAMETERS
 
 
-def slot_size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
-
-
-def test_the_documented_numbers_are_the_formulas(full: MolmoEConfig) -> None:
+def test_the_documented_numbers_are_the_formulas(full: AdaptiveMolmoEConfig) -> None:
     page = (ROOT / "docs" / "model.md").read_text()
     for count in (*parameter_counts(full).values(), FULL_PARAMETERS, 2 * FULL_PARAMETERS):
         assert f"{count:,}" in page
     assert f"{longest_prompt(full, 'high') + 64:,} tokens" in page
 
 
-def test_longest_prompt_is_the_processors(full: MolmoEConfig) -> None:
+def test_longest_prompt_is_the_processors(full: AdaptiveMolmoEConfig) -> None:
     from envs.knobs import TIER_CROPS
     from envs.processing.image_processor import ImageGeometry, image_token_count
 
@@ -106,7 +101,7 @@ def test_longest_prompt_is_the_processors(full: MolmoEConfig) -> None:
         assert longest_prompt(full, tier) == 1 + longest + 64
 
 
-def test_memory_grows_with_the_dtype(full: MolmoEConfig) -> None:
+def test_memory_grows_with_the_dtype(full: AdaptiveMolmoEConfig) -> None:
     small, large = request_memory(full, "bfloat16"), request_memory(full, "float32")
     assert large.cache == 2 * small.cache == 2 * 16 * 2048 * 1589 * 4
     assert needed_bytes(full, "bfloat16", cuda=True) > needed_bytes(full, "bfloat16", cuda=False)
@@ -219,8 +214,8 @@ def test_a_hub_model_is_read_by_its_headers(folder: Path, monkeypatch: pytest.Mo
 
     def metadata(_: Any, repo: str, *, revision: str | None) -> SafetensorsRepoMetadata:
         tensors = {
-            key: TensorInfo(dtype="BF16", shape=list(slot.shape), data_offsets=(0, 0))
-            for key, slot in slots(MolmoEConfig.from_pretrained(folder)).items()
+            key: TensorInfo(dtype="BF16", shape=list(shape), data_offsets=(0, 0))
+            for key, shape in published_shapes(AdaptiveMolmoEConfig.from_pretrained(folder)).items()
         }
         file = SafetensorsFileMetadata(metadata={}, tensors=tensors)
         names = {"model.safetensors": file}

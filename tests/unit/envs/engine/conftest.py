@@ -13,8 +13,8 @@ from PIL import Image
 from envs.data.sample import ImageRef, Sample
 from envs.engine import RolloutEngine
 from envs.knobs import KnobSpace
-from envs.model import AdaptiveMolmoE
 from envs.model.block_importance import PUBLISHED_IMPORTANCE
+from recipes.embedded_model.fresh_weights import initialise
 from recipes.embedded_model.shape import build_config, build_processor
 
 torch.set_num_threads(1)
@@ -67,10 +67,13 @@ def processor():
 @pytest.fixture(scope="session")
 def small_model(processor):
     """The embedded shape, narrower; end-of-text made likely enough that answers differ in length."""
-    config = build_config(len(processor.tokenizer.get_vocab()))
-    vision = replace(config.vision, width=32, heads=2, head_dim=16, mlp_dim=48, layers=2, feature_layers=(-1,))
-    config = replace(config, d_model=32, n_heads=2, n_experts=10, expert_hidden=8, projector_hidden=8, vision=vision)
-    model = AdaptiveMolmoE.initialise(config, seed=3).eval().requires_grad_(False)
+    config = build_config(len(processor.tokenizer))
+    vision = replace(config.vision, width=32, heads=2, head_dim=16, mlp_dim=48, layers=2)
+    config = replace(
+        config, d_model=32, n_heads=2, moe_num_experts=10, mlp_hidden_size=16, vision_backbone=vision.to_published(),
+        vit_layers=[-1],
+    )  # fmt: skip
+    model = initialise(config, seed=3).eval().requires_grad_(False)
     model.language.lm_head[config.eos_token_id] *= 2.0
     return model
 

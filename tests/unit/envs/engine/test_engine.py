@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cachetools import LRUCache
+from doubles import with_geometry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,6 @@ from envs.errors import UserError
 from envs.knobs import TIERS, ExecutionPlan
 from envs.latency_token import LEVELS
 from envs.model.execution_tree import build_execution_tree, tree_size
-from envs.processing import MolmoEProcessor
 
 
 def ids(outcomes):
@@ -149,28 +148,6 @@ def test_memory_stays_bounded(small_model, processor, pairs, monkeypatch):
     assert any(rows > 1 for rows, _, _ in sizes)
 
 
-def test_every_cache_is_bounded(small_model, processor, samples, monkeypatch):
-    """However many images and questions come, no cache has more entries or bytes than its bound."""
-    monkeypatch.setattr("envs.engine.prompts._ENTRIES", 2)
-    monkeypatch.setattr("envs.engine.engine._OUTCOMES_KEPT", 2)
-    monkeypatch.setattr("envs.engine.engine._FEATURES_BYTES", 300)
-    engine = RolloutEngine(small_model, processor, max_new_tokens=1)
-    many = [replace(samples[0], question=f"what is {number}?") for number in range(6)]
-    engine.language_features(many)
-    for sample in many:
-        engine.prompts.prompt(sample, "low")
-        engine.prompts.size(sample)
-    found = {name: value for place in (engine, engine.prompts) for name, value in vars(place).items()}
-    caches = {name: cache for name, cache in found.items() if isinstance(cache, LRUCache)}
-    assert {"_features", "_known", "_states", "_sizes", "_prompts"} <= set(caches)
-    assert all(cache.currsize <= cache.maxsize for cache in caches.values())
-    assert len(engine.prompts._prompts) == 2
-    assert 1 <= len(engine._features) < 6
-    dicts = {name for name, value in found.items() if isinstance(value, dict)}
-    # Of tilings there are a few dozen; the others have a fixed set of keys.
-    assert dicts <= {"_layouts", "_encoder", "_stats"}
-
-
 def test_splitting_a_prompt_into_waves_costs_little_sharing(small_model, processor, samples, space, monkeypatch):
     """65 executions of one prompt need 575 block passes together; in waves of at most 48, sorted, hardly more."""
     engine = RolloutEngine(small_model, processor, max_new_tokens=1, batch_tokens=10**6)
@@ -286,7 +263,7 @@ def test_bad_level(engine, samples):
 
 
 def test_processor_of_another_model(small_model, processor):
-    other = MolmoEProcessor(replace(processor.geometry, patch=14), processor.tokenizer)
+    other = with_geometry(processor, patch=14)
     with pytest.raises(UserError, match="processor of the same model"):
         RolloutEngine(small_model, other, max_new_tokens=8)
 

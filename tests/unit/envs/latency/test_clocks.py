@@ -29,21 +29,18 @@ from envs.latency import (
 from envs.latency.clock import image_tokens
 from envs.latency.noise import LatencyNoise
 from envs.latency.roofline import experts_touched
-from envs.model.config import MolmoEConfig
+from envs.model.config import MOLMOE_1B_VISION, AdaptiveMolmoEConfig
 
-CONFIG = MolmoEConfig.from_pretrained(GOLDEN)
+CONFIG = AdaptiveMolmoEConfig.from_pretrained(GOLDEN)
 FULL_SIZE = dataclasses.replace(
     CONFIG,
     d_model=2048,
     n_heads=16,
-    n_experts=64,
-    expert_hidden=1024,
-    projector_hidden=1024,
+    moe_num_experts=64,
+    mlp_hidden_size=2048,
     vocab_size=50280,
     overlap_margins=(4, 4),
-    vision=dataclasses.replace(
-        CONFIG.vision, crop_size=336, width=1024, layers=23, heads=16, head_dim=64, mlp_dim=4096
-    ),
+    vision_backbone=MOLMOE_1B_VISION.to_published(),
 )
 CHEAPEST = ExecutionPlan("low", 1, 4, (0, 1, 3, 5, 6, 7, 8, 9, 11, 12, 14, 15))
 sizes = st.builds(

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
-from envs.model import AdaptiveMolmoE, MolmoEConfig
+from envs.model import AdaptiveMolmoE, AdaptiveMolmoEConfig
+from recipes.embedded_model.fresh_weights import initialise
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 
@@ -47,7 +48,7 @@ def test_shards_are_bounded_and_read_back(model, tmp_path):
 
 def test_what_was_written_before_is_not_read_again(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size=2**20)
-    other = AdaptiveMolmoE.initialise(model.config, seed=5)
+    other = initialise(model.config, seed=5)
     other.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
     assert AdaptiveMolmoE.from_pretrained(tmp_path).fingerprint == other.fingerprint
@@ -186,18 +187,18 @@ def published(**changes):
 )
 def test_unsupported_config_is_named(key, value):
     with pytest.raises(UserError, match=key):
-        MolmoEConfig.from_published(published(**{key: value}))
+        AdaptiveMolmoEConfig.from_dict(published(**{key: value}))
 
 
 def test_missing_config_key_is_named():
     config = published()
     del config["rope_theta"]
     with pytest.raises(UserError, match="rope_theta is missing"):
-        MolmoEConfig.from_published(config)
+        AdaptiveMolmoEConfig.from_dict(config)
 
 
 def test_config_round_trip(model):
-    assert MolmoEConfig.from_published(model.config.to_published()) == model.config
+    assert AdaptiveMolmoEConfig.from_dict(model.config.to_published()) == model.config
     assert model.config.eos_token_id == 499
 
 
@@ -216,7 +217,7 @@ def test_other_shapes(layers, depth, inputs):
     config = published(vit_layers=layers, d_model=32, n_heads=2, moe_num_experts=12, mlp_hidden_size=48, vocab_size=300)
     config.update(embedding_size=320, additional_vocab_size=0)
     config["vision_backbone"] = {**config["vision_backbone"], "image_num_layers": depth}
-    model = AdaptiveMolmoE.initialise(MolmoEConfig.from_published(config))
+    model = initialise(AdaptiveMolmoEConfig.from_dict(config))
     batch = {**inputs, "input_ids": inputs["input_ids"].clamp(max=319)}
     assert model(batch, ExecutionPlan()).shape == (2, 48, 320)
     assert "model.transformer.wte.new_embedding" not in model.published_state_dict()

@@ -43,7 +43,7 @@ def test_vision_features(model, inputs, golden):
     crops = inputs["images"]
     features = model.vision.vit_features(crops.flatten(0, 1)).view_as(golden["full.vit_features"])
     assert close(features, golden["full.vit_features"])
-    assert close(model.encode_images(crops, inputs["image_masks"]), golden["full.image_features"])
+    assert close(model.vision(crops, inputs["image_masks"]), golden["full.image_features"])
 
 
 def test_hidden_states_and_router(model, inputs, golden):

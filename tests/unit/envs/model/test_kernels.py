@@ -32,7 +32,7 @@ import dataclasses, json, os
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from benchmarks.decode_checks import GOLDEN, kernel_errors, prefilled
-from envs.model.config import MolmoEConfig
+from envs.model.config import AdaptiveMolmoEConfig
 from envs.model.decode import DecodeBatch
 from envs.model.kernels.decode_step import Tuning
 from envs.model.language import Language
@@ -44,8 +44,8 @@ worst = {"torch.float32": 0.0, "torch.bfloat16": 0.0}
 
 def language(dtype, experts, heads, head, hidden, vocabulary, seed):
     config = dataclasses.replace(
-        MolmoEConfig.from_pretrained(GOLDEN), d_model=heads * head, n_heads=heads, n_experts=experts,
-        expert_hidden=hidden, embedding_size=vocabulary, vocab_size=vocabulary, eos_token_id=5)
+        AdaptiveMolmoEConfig.from_pretrained(GOLDEN), d_model=heads * head, n_heads=heads, moe_num_experts=experts,
+        mlp_hidden_size=2 * hidden, embedding_size=vocabulary, vocab_size=vocabulary, eos_token_id=5)
     torch.manual_seed(seed)
     found = Language(config)
     for name, parameter in found.named_parameters():

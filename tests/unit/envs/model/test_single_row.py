@@ -79,7 +79,7 @@ def test_images_are_encoded_alike_blank_crops_too(model, ways, views):
     images = torch.rand(1, views, config.patches, config.pixels, generator=generator)
     masks = torch.rand(1, views, config.patches, generator=generator).round(decimals=1).clamp(max=0.6) / 0.6
     images[0, -1, 0, 0] = -1.0
-    close(ways[0].encode_images(images, masks), model.encode_images(images, masks))
+    close(ways[0].encode_images(images, masks), model.vision(images, masks))
 
 
 @torch.inference_mode()

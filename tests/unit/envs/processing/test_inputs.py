@@ -85,7 +85,7 @@ def test_prompts_beyond_the_models_length_are_refused(embedded: MolmoEProcessor)
         with pytest.raises(UserError, match="max_sequence_length"):
             again.shape(size, "low", words)
     exact = MolmoEProcessor(
-        embedded.geometry, embedded.tokenizer, max_tokens=embedded.shape(None, "low", "a").prompt_tokens
+        embedded.image_processor, embedded.tokenizer, max_tokens=embedded.shape(None, "low", "a").prompt_tokens
     )
     assert exact(None, "a")["input_ids"].shape[1] == exact.max_tokens
     with pytest.raises(UserError, match="shorten"):

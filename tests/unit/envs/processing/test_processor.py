@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from envs.errors import UserError
 from envs.processing.image_processor import (
+    AdaptiveMolmoEImageProcessor,
     ImageGeometry,
-    ImageProcessor,
     image_token_count,
     make_layout,
     select_tiling,
@@ -105,7 +105,9 @@ def test_tokens_stand_where_their_pixels_are(config: dict[str, Any]) -> None:
     rows, columns = ((n * geometry.window + sum(geometry.margins)) // geometry.pool for n in tiling)
     cell = geometry.patch * geometry.pool
     values = np.arange(rows * columns, dtype=np.uint8).reshape(rows, columns).repeat(cell, 0).repeat(cell, 1)
-    images, masks = ImageProcessor(geometry)(Image.fromarray(values).convert("RGB"), tiling)
+    images, masks = AdaptiveMolmoEImageProcessor(**geometry.to_config()).patches(
+        Image.fromarray(values).convert("RGB"), tiling
+    )
     n, pool = geometry.patches, geometry.pool
     seen = images[1:].mean(-1).view(-1, n // pool, pool, n // pool, pool).mean((2, 4)).flatten(1) * 255
     layout = make_layout(geometry, tiling, (10, 11, 12, 13))
@@ -139,7 +141,7 @@ def test_text_only(small: MolmoEProcessor) -> None:
 
 def test_control_tokens_in_a_question_stay_text(small: MolmoEProcessor) -> None:
     ids = small.prompt_ids("<im_patch><|endoftext|><im_start>")
-    assert not {small.eos_id, *small.image_token_ids} & set(ids)
+    assert not {small.eos_id, *small.special_ids} & set(ids)
     assert "<im_patch>" in small.tokenizer.decode(ids)
 
 

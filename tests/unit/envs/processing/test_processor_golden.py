@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from envs.processing.image_processor import ImageGeometry, ImageProcessor, make_layout, select_tiling
+from envs.processing.image_processor import AdaptiveMolmoEImageProcessor, ImageGeometry, make_layout, select_tiling
 from envs.processing.images import open_image
 from envs.processing.processor import MolmoEProcessor, prompt_text, with_options
 
@@ -52,7 +52,7 @@ def test_image_is_bit_equal(case: dict[str, Any], golden: dict[str, Tensor]) -> 
     geometry = ImageGeometry.from_config(PUBLISHED)
     image = open_image(GOLDEN / "preproc" / case["png"])
     tiling = select_tiling(geometry, image.size, case["max_crops"])
-    images, masks = ImageProcessor(geometry)(image, tiling)
+    images, masks = AdaptiveMolmoEImageProcessor(**PUBLISHED).patches(image, tiling)
     layout = make_layout(geometry, tiling, (50280, 50281, 50282, 50283))
     want = {name: golden[f"{case['key']}.{name}"] for name in ("patches_sample", "image_masks", "image_input_idx")}
 
@@ -74,7 +74,9 @@ def test_image_is_bit_equal(case: dict[str, Any], golden: dict[str, Tensor]) -> 
 
 def test_complete_image_is_equal_in_half_precision(golden: dict[str, Tensor]) -> None:
     geometry = ImageGeometry.from_config(PUBLISHED)
-    images, _ = ImageProcessor(geometry)(open_image(GOLDEN / "preproc" / "p3.png"), (1, 1))
+    images, _ = AdaptiveMolmoEImageProcessor(**geometry.to_config()).patches(
+        open_image(GOLDEN / "preproc" / "p3.png"), (1, 1)
+    )
     assert torch.equal(images.half(), golden["p3.mc3.pad.images_f16"])
 
 

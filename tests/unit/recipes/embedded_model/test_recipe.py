@@ -20,6 +20,7 @@ from envs.knobs import ExecutionPlan
 from envs.model import AdaptiveMolmoE
 from envs.processing import MolmoEProcessor
 from recipes.embedded_model.evaluate import ensure_importance
+from recipes.embedded_model.fresh_weights import initialise
 from recipes.embedded_model.loop import LoopSettings, Phase, run_phase, schedule
 from recipes.embedded_model.packing import (
     FAMILY_NAMES,
@@ -147,7 +148,7 @@ def test_warmup_labels_stand_where_the_objects_are() -> None:
 def test_a_packed_question_is_answered_as_if_it_stood_alone() -> None:
     """Packing must not change what is computed: logits equal those of the plain prompt."""
     processor = build_processor()
-    model = AdaptiveMolmoE.initialise(build_config(processor.tokenizer.get_vocab_size()), 0).eval()
+    model = initialise(build_config(len(processor.tokenizer)), 0).eval()
     scene = make_scene("corpus", 11, "landscape")
     questions = all_questions(scene)[-3:]
     batch = pack(processor, [scene], [questions], "low", ExecutionPlan(), 60)
@@ -159,7 +160,7 @@ def test_a_packed_question_is_answered_as_if_it_stood_alone() -> None:
             attention_mask_BTT=batch.attention_mask,
             experts="dense",
         )
-        packed = model.logits(hidden)[0]
+        packed = model.language.logits(hidden)[0]
         starts = [i for i in range(packed.shape[0]) if batch.families[0, i] >= 0]
         for place, question in zip(starts, questions, strict=True):
             alone = model(processor(Image.fromarray(draw_scene(scene)), question.text, "low"), ExecutionPlan())

@@ -5,6 +5,7 @@ import torch
 
 from envs.errors import UserError
 from envs.model.molmoe import AdaptiveMolmoE
+from recipes.embedded_model.fresh_weights import initialise
 from recipes.embedded_model.packing import PackedScenes, PackingSettings
 from recipes.embedded_model.scenes_phase import scenes_loss
 from recipes.embedded_model.shape import build_config, build_tokenizer
@@ -14,13 +15,13 @@ LOW = PackingSettings(images=(2, 1, 1), text_tokens=60, early_tiers=(1, 0, 0), l
 
 
 def narrow() -> AdaptiveMolmoE:
-    return AdaptiveMolmoE.initialise(build_config(build_tokenizer().get_vocab_size(), 16), 0)
+    return initialise(build_config(build_tokenizer().get_vocab_size(), 16), 0)
 
 
 def test_a_widened_model_says_the_same() -> None:
     model, batch = narrow(), PackedScenes(1, 0, LOW)[0]
     wide = widen(model, 32, 1)
-    assert wide.config.expert_hidden == wide.config.projector_hidden == 32
+    assert wide.config.expert_hidden == 32
     with torch.no_grad():
         before, after = (m.language(m.embed(batch.inputs), plans=batch.plan) for m in (model, wide))
     torch.testing.assert_close(after, before)
