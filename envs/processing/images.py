@@ -163,7 +163,7 @@ def read_image(source: str | Path | bytes, name: str | None, read: Callable[[Ima
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"no image at {name}: check the path") from None
+        raise UserError(f"{name} does not exist: check the path") from None
     except Image.DecompressionBombError:
         raise UserError(f"{name} is above the limit of {MAX_PIXELS:,} pixels: give a smaller image") from None
     except Exception as error:

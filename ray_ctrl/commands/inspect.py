@@ -1,4 +1,4 @@
-"""`ray-ctrl inspect`: the content of a run folder, a controller, a latency profile, an importance file or a model."""
+"""`ray-ctrl inspect`: a run or sweep folder, a controller, a latency profile, an importance file or a model."""
 
 import json
 from pathlib import Path
@@ -24,6 +24,8 @@ def run(path: Path, revision: str | None = None) -> None:
     check_revision(path, revision)
     if (path / "run.json").is_file():
         facts = _run_folder(RunFolder.open(path))
+    elif (path / "sweep.yaml").is_file():
+        facts = _sweep(path)
     elif (path / "controller.json").is_file():
         facts = _controller(path)
     elif path.is_file() and path.suffix == ".json":
@@ -32,7 +34,7 @@ def run(path: Path, revision: str | None = None) -> None:
         console.print(describe(inspect_model(str(path), revision)))
         return
     else:
-        raise UserError(f"{path} is no run folder, exported controller, latency profile, importance file or model")
+        raise UserError(f"{path} is no run or sweep folder, controller, profile, importance file or model")
     for name, value in facts.items():
         console.print(f"{name:<18}{value}")
 
@@ -56,6 +58,20 @@ def _run_folder(folder: RunFolder) -> dict[str, Any]:
         "controller": folder.controller if folder.controller.is_dir() else "not exported yet",
     }
     return {name: value for name, value in facts.items() if value is not None or name == "commit"}
+
+
+def _sweep(path: Path) -> dict[str, Any]:
+    """Trials of a sweep, the best first, as its last summary has them."""
+    try:
+        summary = json.loads((path / "summary.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {"sweep folder": path, "trials": f"no summary yet: ray-ctrl tune --resume --run-dir {path}"}
+    facts = {"sweep folder": path, "command": summary["command"], "ranked by": summary["metric"]}
+    for trial in summary["trials"]:
+        score, at = ("no validation", "-") if trial["best"] is None else (f"{trial['best'][1]:+.4f}", trial["best"][0])
+        chosen = ", ".join(f"{key}={value}" for key, value in trial["settings"].items())
+        facts[f"trial {trial['trial']}"] = f"{score} after iteration {at} of {trial['iterations']}: {chosen}"
+    return facts | {"controller": path / "controller" if (path / "controller").is_dir() else "not exported yet"}
 
 
 def _controller(path: Path) -> dict[str, Any]:

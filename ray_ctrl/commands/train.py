@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError
-from envs.files import atomic_folder
+from envs.files import atomic_folder, atomic_write
 from ray_ctrl.config import Config
 from ray_ctrl.console import console
 from ray_ctrl.load_config import load_config, to_yaml
@@ -173,6 +173,8 @@ def open_run(
     with locked(root):
         with remove_on_error(root, UserError, OSError, KeyboardInterrupt) if resumed is None else nullcontext():
             folder = resumed or RunFolder.create(root, config)
+            if folder.config != config:  # a resumed run with more iterations, for one
+                atomic_write(root / "config.yaml", to_yaml(config))
             console.print(f"run folder {root}")
             context = context.with_profile(root)
         yield folder, context

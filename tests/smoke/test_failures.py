@@ -190,7 +190,7 @@ def test_all_nodes_with_runners_lost_is_an_error_in_time_and_a_new_node_mends_it
     from policies.grpo.checkpoint import restore_checkpoint
 
     lost = nodes.add(cpus=2)
-    algorithm = build(env_runners={"sample_timeout_s": 10}, training={"restart_timeout_s": 10})
+    algorithm = build(training={"restart_timeout_s": 10})
     algorithm.train()
     saved = Path(algorithm.save_to_path(tmp_path / "saved"))
     nodes.remove(lost)

@@ -247,6 +247,11 @@ def test_a_server_that_stays_away_is_given_up_after_the_timeout() -> None:
     assert len(notices) == 1
 
 
+def test_waiting_for_a_stop_is_bounded() -> None:
+    pending = SimpleNamespace(stop_job=lambda job: None, get_job_status=lambda job: JobStatus.PENDING)
+    assert jobs.stop(pending, "job", timeout_s=0.0) == "PENDING"
+
+
 def test_a_job_that_waits_for_resources_says_so_once() -> None:
     pending = [ended(JobStatus.PENDING, None, "waiting for resources:\n1 GPU")] * 3
     notices: list[str] = []

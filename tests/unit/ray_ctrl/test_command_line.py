@@ -1,6 +1,7 @@
 """Small parts of the command line: error exits, progress lines, contexts, resuming, folders."""
 
 import errno
+import json
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ from cluster.connect import ConnectError
 from envs.budgets import BudgetDistribution
 from envs.errors import UserError
 from ray_ctrl import cli, console, controllers, exits, lookup, pipeline, trainer
-from ray_ctrl.commands import evaluate, train
+from ray_ctrl.commands import evaluate, inspect, train
 from ray_ctrl.config import Config
 from ray_ctrl.load_config import load_config, with_overrides
 from ray_ctrl.run_folder import RunFolder, free_folder
@@ -256,6 +257,34 @@ def test_finding_a_sweeps_controller(tmp_path: Path) -> None:
     (tmp_path / "controller").mkdir()
     (tmp_path / "controller/controller.json").touch()
     assert controllers.find_controller(tmp_path) == (tmp_path / "controller", tmp_path)
+
+
+def test_a_sweep_is_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sweep.yaml").touch()
+    inspect.run(tmp_path)
+    assert "no summary yet" in capsys.readouterr().out
+    trials = [
+        {"trial": "a", "settings": {"grpo.lr": 0.01}, "best": [4, 0.5], "iterations": 6, "status": "TERMINATED"},
+        {"trial": "b", "settings": {"grpo.lr": 0.1}, "best": None, "iterations": 0, "status": "ERROR"},
+    ]
+    summary = {"command": "ray-ctrl tune x", "metric": "validation/score", "trials": trials}
+    (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    inspect.run(tmp_path)
+    shown = capsys.readouterr().out
+    assert "+0.5000 after iteration 4 of 6: grpo.lr=0.01" in shown
+    assert "no validation after iteration - of 0: grpo.lr=0.1" in shown
+
+
+def test_more_iterations_of_a_resumed_run_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """So that nothing says "iterations 12 of 10"."""
+    folder = RunFolder.create(tmp_path / "run", load_config("smoke"))
+    config = train.resumed_config(folder, ["run.iterations=12"])
+    context: Any = SimpleNamespace(with_profile=lambda root: None)
+    with train.open_run(folder.root, config, context, folder):
+        pass
+    assert RunFolder.open(folder.root).config == config
+    inspect.run(folder.root)
+    assert "0 of 12" in capsys.readouterr().out
 
 
 def test_a_foreign_rllib_checkpoint_is_named(tmp_path: Path) -> None:

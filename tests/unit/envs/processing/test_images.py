@@ -127,7 +127,7 @@ def test_other_files_are_refused_by_name(tmp_path: Path, content: bytes) -> None
 
 
 def test_no_file_and_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no image at image .*nothing\.png"):
+    with pytest.raises(UserError, match=r"^image \S+nothing\.png does not exist: check the path$"):
         open_image(tmp_path / "nothing.png")
     with pytest.raises(UserError, match="cannot read image"):
         open_image(tmp_path)
