@@ -14,12 +14,17 @@ from envs.errors import UserError
 
 @dataclass(frozen=True)
 class Role:
-    """`count` processes of one kind, each with `cpus` CPUs and `gpus` (possibly fractional) GPUs."""
+    """`count` processes of one kind, each with `cpus` CPUs and `gpus` (possibly fractional) GPUs.
+
+    Attributes:
+        placed: whether Ray places them and counts what they use; the driver it does not.
+    """
 
     name: str
     count: int
     cpus: float
     gpus: float
+    placed: bool = True
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,11 @@ class ResourcePlan:
 
     @property
     def cpus(self) -> float:
-        return sum(role.count * role.cpus for role in self.roles)
+        return sum(role.count * role.cpus for role in self.roles if role.placed)
 
     @property
     def gpus(self) -> float:
-        return sum(role.count * role.gpus for role in self.roles)
+        return sum(role.count * role.gpus for role in self.roles if role.placed)
 
     def lines(self) -> list[str]:
         """The plan as text, one role a line, then the totals."""
@@ -54,8 +59,12 @@ def resource_plan(
     learner_cpus: float,
     learner_gpus: float,
     evaluation_runners: int,
+    driver_gpus: int = 0,
 ) -> ResourcePlan:
     """Roles of one run. With no runners (learners) the driver samples (learns) in its own process, outside Ray's count.
+
+    Args:
+        driver_gpus: 1 if the model is on a GPU: the driver runs it, too.
 
     Raises:
         UserError: several learners on one GPU, which their collective communication does not support.
@@ -67,7 +76,7 @@ def resource_plan(
         )
     driver_does = [name for name, n in (("samples", runners), ("learns", learners)) if n == 0]
     name = "driver" + (f" ({' and '.join(driver_does)})" if driver_does else "")
-    roles = [Role(name, 1, 0.0, 0.0)]
+    roles = [Role(name, 1, 1.0, driver_gpus, placed=False)]
     if runners:
         roles.append(Role("env runner", runners, runner_cpus, runner_gpus))
     if learners:

@@ -105,6 +105,12 @@ class AdaptiveVQAVectorEnv(VectorEnv):
         else:
             self.schedule = listed(contexts, len(self.resources.samples))
 
+    def held_out_contexts(self) -> list[ContextTuple]:
+        """Every sample under every held-out budget; the first ones are all samples, under budgets that take turns."""
+        samples, budgets = len(self.resources.samples), self.resources.budgets.held_out()
+        turns = range(len(budgets))
+        return [(sample, budgets[(sample + turn) % len(budgets)]) for turn in turns for sample in range(samples)]
+
     def set_multipliers(self, values: npt.ArrayLike | None) -> None:
         """Penalty multipliers of the next rewards, one per budget bin; None takes the constant `reward.penalty`."""
         bins = self.resources.budgets.bins

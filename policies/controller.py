@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from envs.errors import UserError, first_line
 from envs.files import atomic_folder
-from envs.knobs import BLOCK_COUNTS, INSERTIONS, STAGE1_PAIRS, BoolArray
+from envs.knobs import BLOCK_COUNTS, INSERTIONS, PAIRS, STAGE1_PAIRS, BoolArray
 from policies.distribution import KnobDistribution, mask_logits, pair_logits
 from policies.networks import Stage1, Stage2, budget_feature
 
@@ -41,18 +41,24 @@ class Controller(nn.Module):
         self.stage1 = Stage1(d_model, hidden)
         self.stage2 = Stage2(d_model, hidden)
 
-    def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, obs: Mapping[str, Tensor], stage: int | None = None) -> Tensor:
         """Masked logits (B, 40) of the 15 (tier, insertion) pairs, then the 25 (top-k, blocks) pairs.
 
         Args:
             obs: budget (B, 1), language_feature (B, D), latency_token (B, D), insertion (B, 1), action_mask (B, 40).
                 Rows of both stages may be mixed: the mask alone decides which stage counts.
+            stage: 0 or 1 if all rows are of that stage: the other one's network does not run, and its one legal pair
+                has logit 0.
         """
-        feature = budget_feature(obs["budget"])
-        first = self.stage1(obs["language_feature"].float(), feature)
-        second = self.stage2(obs["latency_token"].float(), feature, obs["insertion"][:, 0].round())
-        logits = torch.cat((pair_logits(*first.values()), pair_logits(*second.values())), dim=-1)
-        return mask_logits(logits, obs["action_mask"])
+        feature, mask = budget_feature(obs["budget"]), obs["action_mask"]
+        first = second = feature.new_zeros(1, 1)
+        if stage != 1:
+            first = pair_logits(*self.stage1(obs["language_feature"].float(), feature).values())
+        if stage != 0:
+            position = obs["insertion"][:, 0].round()
+            second = pair_logits(*self.stage2(obs["latency_token"].float(), feature, position).values())
+        parts = (first.expand(len(mask), STAGE1_PAIRS), second.expand(len(mask), PAIRS - STAGE1_PAIRS))
+        return mask_logits(torch.cat(parts, dim=-1), mask)
 
     @torch.no_grad()
     def act(self, obs: Mapping[str, Tensor]) -> Tensor:

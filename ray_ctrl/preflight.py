@@ -46,6 +46,7 @@ def plan_layout(config: Config, *, here: bool = True) -> Layout:
         learner_cpus=runners.learner_cpus,
         learner_gpus=runners.learner_gpus,
         evaluation_runners=runners.eval_runners,
+        driver_gpus=int(config.model.device.startswith("cuda")),
     )
     layout = Layout(envs, batches, resources)
     if here:

@@ -73,7 +73,6 @@ def _common(context: RunContext, split: str, contexts: int) -> GRPOConfig:
         ENVIRONMENT,
         env_config={
             "resources": context.env_config("train"),
-            "group_size": config.grpo.group_size,
             "seed": config.run.seed,
         },
     )
@@ -85,7 +84,7 @@ def _common(context: RunContext, split: str, contexts: int) -> GRPOConfig:
         evaluation_num_env_runners=runners.eval_runners,
         evaluation_sample_timeout_s=runners.sample_timeout_s,
         evaluation_config={
-            "env_config": {"resources": context.env_config(split), "group_size": 1, "seed": config.run.seed},
+            "env_config": {"resources": context.env_config(split), "seed": config.run.seed},
             "num_envs_per_env_runner": min(EVALUATION_ENVS, max(2, contexts)),
             "num_cpus_per_env_runner": _ray_cpus(runners.cpus),
             "num_gpus_per_env_runner": runners.gpus,

@@ -108,6 +108,13 @@ class Trainer:
             tracker.log(logged, self.done)
         return row
 
+    def step(self, stopper: Stopper | None = None) -> Metrics:
+        """One iteration, and its checkpoint if one is due or a stop was requested meanwhile."""
+        row = self.iterate()
+        if self._due() or (stopper is not None and stopper.requested):
+            self._checkpoint(row)
+        return row
+
     def stop(self) -> None:
         """Ends the algorithm's processes."""
         if self.writer is not None:
@@ -128,9 +135,7 @@ class Trainer:
 
         try:
             with learner_errors(self.done):
-                row = self.iterate()
-                if self._due() or stopper.requested:
-                    self._checkpoint(row)
+                row = self.step(stopper)
         except LearnerDied as error:
             self.restarts += 1
             if self.restarts > MAX_LEARNER_RESTARTS:

@@ -41,7 +41,7 @@ from policies.grpo.decisions import (
 )
 from policies.grpo.ema import WeightAverage, Weights
 from policies.grpo.env_runner import MULTIPLIERS, STEPS, Rollouts
-from policies.grpo.evaluation import EvaluationRequest, Row
+from policies.grpo.evaluation import EvaluationRequest, Row, standing_contexts
 from policies.grpo.lagrangian import FloatArray, PenaltyMultipliers, greedy_violation_sums
 from policies.grpo.learner import kill_on_timeout, learner_errors
 from policies.grpo.metrics import as_runner_results, episode_metrics, learner_metrics, rollout_metrics
@@ -78,6 +78,8 @@ class GRPO(QuietAlgorithm):
         self.evaluation_rows: list[Row] = []
         self._row: dict[str, float] = {}
         super().setup(config)
+        if self.config.evaluation_interval:
+            standing_contexts(self)  # without any, better now than after the first iteration
         self.sampler = self._sampler()
         self._publish()
 

@@ -37,6 +37,7 @@ UNSUPPORTED: Final = {
     "output_max_rows_per_file": "a file of Parquet is written for each shard",
     "output_filesystem": "give an address such as s3://bucket/folder as output",
     "input_": "GRPO learns from its own rollouts only",
+    "evaluation_parallel_to_training": "what is evaluated is the controller after an iteration",
     "train_batch_size_per_learner": "an iteration is groups_per_iteration times group_size rollouts",
 }
 ALL_CONTEXTS: Final = 2**31
@@ -59,7 +60,7 @@ class GRPOConfig(AlgorithmConfig):
         lr_schedule: learning rates over decisions sampled, as RLlib's `lr` takes them; None keeps `grpo.lr`.
         runner_threads: torch threads of each remote env runner.
         evaluation_contexts: contexts of an evaluation every `evaluation_interval` iterations, of which the first
-            `evaluation_duration` are run: all by default.
+            `evaluation_duration` are run: all by default. Without any the environment's own, `held_out_contexts()`.
     """
 
     output: str | None
@@ -171,6 +172,11 @@ class GRPOConfig(AlgorithmConfig):
     def _validate_sampling(self) -> None:
         """Refuse groups that do not fill runners, and policy lag without remote runners."""
         envs, group, groups = self.num_envs_per_env_runner, self.grpo.group_size, self.grpo.groups_per_iteration
+        given = self.env_config.get("group_size", group)
+        if given != group:
+            raise UserError(
+                f"group_size = {given} in env_config is not the {group} of .training(): give it there alone"
+            )
         if envs % group:
             raise UserError(f"group size {group} does not divide the {envs} environments of a runner")
         if groups * group % envs:
@@ -202,15 +208,6 @@ class GRPOConfig(AlgorithmConfig):
                 raise UserError(f"output = {self.output!r} needs a package that is missing: pip install msgpack-numpy")
             if "://" not in self.output:  # runners may work in another folder
                 self.output = str(Path(self.output).absolute())
-        if self.evaluation_interval and not self.evaluation_contexts:
-            raise UserError(
-                f"evaluation_interval = {self.evaluation_interval} evaluates nothing: give evaluation_contexts="
-                "[(sample, budget in ms), ...] to .evaluation()"
-            )
-        if str(self.evaluation_duration) == "auto":
-            raise UserError("evaluation_duration = 'auto' is not allowed: give a number of evaluation_contexts")
-        if self.evaluation_interval and not self.has_evaluation_runners:
-            raise UserError("evaluation_interval needs an environment: give evaluation_config={'env_config': ...}")
         spec = self.rl_module_spec
         if spec.module_class is not None and not issubclass(spec.module_class, ControllerModule):
             raise UserError(

@@ -25,8 +25,6 @@ from policies.grpo.rllib_adapter import EnvRunnerBase
 Array = npt.NDArray[Any]
 STEPS: Final = 2
 """Decisions of an episode."""
-BLOCK: Final = 64
-"""Rows of one forward pass: matrix products round differently for other numbers of rows."""
 RETRY_S: Final = 1.0
 MULTIPLIERS: Final = "penalty_multipliers"
 """Where the penalty multipliers travel among the weights."""
@@ -96,6 +94,8 @@ class RolloutRunner(EnvRunnerBase):
         super().__init__(config=config, **kwargs)
 
     def make_env(self) -> None:
+        group_size = 1 if self.config.in_evaluation else self.config.grpo.group_size
+        self.config.env_config = {**self.config.env_config, "group_size": group_size}
         # The process before a restarted runner may not have given back the memory of their only GPU yet.
         deadline = time.monotonic() + self.config.timeouts.restart_timeout_s
         while True:
@@ -107,6 +107,11 @@ class RolloutRunner(EnvRunnerBase):
                     raise
             torch.cuda.empty_cache()
             time.sleep(RETRY_S)
+
+    def make_module(self) -> None:
+        super().make_module()
+        if self.module is not None:
+            self.module.eval()  # RLlib would switch modes around each forward pass
 
     def load_weights(self, weights: Any) -> None:
         """Take the controller's weights, whatever their age.
@@ -137,6 +142,11 @@ class RolloutRunner(EnvRunnerBase):
         self.hand_out_episodes(rollouts, f"iteration_{iteration:06d}-shard_{shard:05d}")
         stats = environment.stats() if hasattr(environment, "stats") else {}
         return replace(rollouts, metrics=self.get_metrics(), runner=int(self.worker_index or 0), stats=stats)
+
+    def held_out_contexts(self) -> list[Any] | None:
+        """The environment's own contexts to evaluate; None if it has none."""
+        environment = self.env.unwrapped
+        return list(environment.held_out_contexts()) if hasattr(environment, "held_out_contexts") else None
 
     def run_contexts(
         self, *, contexts: Sequence[Any], first: int, weights: Any, baseline: Baseline | None
@@ -222,7 +232,8 @@ class _Step:
 @torch.no_grad()
 def _decide(module: Any, observation: Mapping[str, Array], uniforms: Array | None, device: Any) -> _Step:
     obs = {key: np.array(value) for key, value in observation.items()}
-    answer = _forward(module, obs, device, explore=uniforms is not None)
+    forward = module.forward_inference if uniforms is None else module.forward_exploration
+    answer = forward({Columns.OBS: {key: torch.from_numpy(value).to(device) for key, value in obs.items()}})
     if Columns.ACTIONS in answer:
         actions = answer[Columns.ACTIONS].numpy(force=True)
         return _Step(obs, actions, np.zeros(len(actions), np.float32), np.zeros((len(actions), 0), np.float32))
@@ -230,22 +241,6 @@ def _decide(module: Any, observation: Mapping[str, Array], uniforms: Array | Non
     policy = KnobDistribution(logits)
     chosen = policy.argmax() if uniforms is None else policy.at(torch.from_numpy(uniforms).to(device))
     return _Step(obs, *(part.numpy(force=True) for part in (chosen, policy.log_prob(chosen), logits)))
-
-
-def _forward(module: Any, obs: Mapping[str, Array], device: Any, *, explore: bool) -> Mapping[str, torch.Tensor]:
-    """The module's answer, in passes of `BLOCK` rows each, so that no row depends on how many others there are."""
-    forward = module.forward_exploration if explore else module.forward_inference
-    tensors = {key: torch.from_numpy(value).to(device) for key, value in obs.items()}
-    rows = len(next(iter(obs.values())))
-    # A baseline is no matrix product, and may draw the random numbers of all rows in one call.
-    block = rows if isinstance(module, BaselineModule) else BLOCK
-    padding = -rows % block
-    padded = {key: torch.cat((value, value[:1].expand(padding, *value.shape[1:]))) for key, value in tensors.items()}
-    parts = [
-        forward({Columns.OBS: {key: value[start : start + block] for key, value in padded.items()}})
-        for start in range(0, rows + padding, block)
-    ]
-    return {key: torch.cat([part[key] for part in parts])[:rows] for key in parts[0]}
 
 
 def group_uniforms(seed: int, iteration: int, groups: Sequence[int], group_size: int) -> Array:

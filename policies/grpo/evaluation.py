@@ -58,7 +58,7 @@ def evaluate_contexts(algorithm: "GRPO", contexts: Sequence[Any], *, baseline: B
 
 def evaluate_with_runners(algorithm: "GRPO", group: EnvRunnerGroup | None) -> tuple[dict[str, float], int, int]:
     """RLlib's hook: distribute the requested contexts over the evaluation runners and log their means."""
-    request = getattr(algorithm, "evaluation_request", None) or _standing_request(algorithm)
+    request = algorithm.evaluation_request or EvaluationRequest(standing_contexts(algorithm))
     if group is None:
         raise UserError(
             "no evaluation runners: give .evaluation(evaluation_config=...) with the evaluation environment"
@@ -108,8 +108,26 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     return means
 
 
-def _standing_request(algorithm: "GRPO") -> EvaluationRequest:
-    """Contexts of an `evaluation_interval` evaluation: the first `evaluation_duration` of `evaluation_contexts`."""
-    config = algorithm.config
+def standing_contexts(algorithm: "GRPO") -> tuple[Any, ...]:
+    """Contexts of `algorithm.evaluate()`: `evaluation_duration` of those configured, else of the environment's own.
+
+    Raises:
+        UserError: there are none.
+    """
+    config, group = algorithm.config, algorithm.eval_env_runner_group
+    contexts = config.evaluation_contexts
+    if not contexts and group is not None:
+        local = not group.num_remote_env_runners()
+        answers = group.foreach_env_runner(
+            lambda runner: runner.held_out_contexts(),
+            local_env_runner=local,
+            timeout_seconds=config.evaluation_sample_timeout_s,
+        )
+        contexts = tuple(next((answer for answer in answers if answer), ()))
+        if not contexts:
+            raise UserError(
+                "no contexts to evaluate, and the environment has no held_out_contexts(): give evaluation_contexts="
+                "[(sample, budget in ms), ...] to .evaluation()"
+            )
     steps = STEPS if config.evaluation_duration_unit == "timesteps" else 1
-    return EvaluationRequest(tuple(config.evaluation_contexts[: max(1, config.evaluation_duration // steps)]))
+    return contexts[: max(1, config.evaluation_duration // steps)]

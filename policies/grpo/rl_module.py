@@ -1,7 +1,7 @@
 """The controller as RLlib modules: for GRPO (with a frozen reference if asked), for PPO (with a value head)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from ray.rllib.core.columns import Columns
@@ -17,6 +17,8 @@ from policies.grpo.config import ControllerSettings
 from policies.networks import BUDGET_WIDTH, Projections, budget_feature
 
 REFERENCE_LOGITS = "reference_logits"
+BLOCK: Final = 64
+"""Rows of one forward pass without gradients: matrix products round differently for other numbers of rows."""
 
 
 class KnobActions(TorchDistribution):
@@ -86,6 +88,24 @@ class ControllerModule(TorchRLModule, InferenceOnlyAPI):
 
     def _forward(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Tensor]:
         return {Columns.ACTION_DIST_INPUTS: self.controller(batch[Columns.OBS])}
+
+    def _forward_inference(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        """In passes of `BLOCK` rows each, so that no row depends on how many others there are.
+
+        If all rows are of one stage, only its network runs.
+        """
+        obs = batch[Columns.OBS]
+        first, last = (int(value) for value in obs["stage"].aminmax())
+        stage = first if first == last else None
+        rows = len(next(iter(obs.values())))
+        if padding := -rows % BLOCK:
+            obs = {key: torch.cat((value, value[:1].expand(padding, *value.shape[1:]))) for key, value in obs.items()}
+        passes = zip(*(value.split(BLOCK) for value in obs.values()), strict=True)
+        with torch.no_grad():
+            parts = [self.controller(dict(zip(obs, values, strict=True)), stage) for values in passes]
+        return {Columns.ACTION_DIST_INPUTS: torch.cat(parts)[:rows]}
+
+    _forward_exploration = _forward_inference
 
     def _forward_train(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Tensor]:
         outputs = self._forward(batch)

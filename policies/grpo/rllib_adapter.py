@@ -43,6 +43,7 @@ PRIVATE_NAMES: Final = (
     (EnvRunnerGroup, "_worker_manager", "to know which env runners live and to call one of them"),
     (rllib_algorithm, "EnvRunnerGroup", "to bound the time in which env runners start"),
     (EnvRunnerGroup, "_remote_config", "to know the timeouts of a group"),
+    (EnvRunnerGroup, "_remote_config_obj_ref", "to send runners their configuration by value"),
     (FaultTolerantActorManager, "actors", "to call one env runner"),
     (FaultTolerantActorManager, "healthy_actor_ids", "to know which env runners live"),
     (FaultTolerantActorManager, "set_actor_state", "to take a dead env runner out of service"),
@@ -188,6 +189,8 @@ class PromptRunnerGroup(EnvRunnerGroup):
     """
 
     def add_workers(self, num_workers: int, validate: bool = False) -> None:
+        # By value: from arguments lost from the object store Ray restarts no actor, and it warns of that each time.
+        self._remote_config_obj_ref = self._remote_config
         super().add_workers(num_workers, validate=False)
         try:
             timeouts = self._remote_config.timeouts

@@ -96,7 +96,8 @@ def make_job(request: Request, address: str, auth: str) -> jobs.Job:
         raise UserError(f"command {request.command!r} cannot be a job: choose one of {', '.join(COMMANDS)}")
     here = jobs.is_here(address)
     python = request.python or (sys.executable if here else "python")
-    program = ["train.py"] if request.command == "train" else ["-m", "ray_ctrl", request.command]
+    checkout = request.command == "train" and (request.working_dir / "train.py").is_file()
+    program = ["train.py"] if checkout else ["-m", "ray_ctrl", request.command]
     env = {
         "RAY_AUTH_MODE": auth,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),

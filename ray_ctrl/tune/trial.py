@@ -55,9 +55,7 @@ def train_trial(chosen: Mapping[str, Any], *, sweep: Any, root: str) -> None:
         if sweep.file.metric in row:
             report(row, sweep.file.metric)
         while trainer.done < config.run.iterations:
-            row = trainer.iterate()
-            if trainer._due():
-                trainer._checkpoint(row)
+            row = trainer.step()
             if sweep.file.metric in row:
                 report(row, sweep.file.metric)
     finally:

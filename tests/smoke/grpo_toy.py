@@ -83,6 +83,9 @@ class ToyVectorEnv(gym.vector.VectorEnv):
                 raise UserError(f"context ({sample}, {budget}) is not allowed: give a sample and a budget above 0")
         self.contexts = list(contexts)
 
+    def held_out_contexts(self) -> list[tuple[int, float]]:
+        return [] if self.settings.get("no_contexts") else [(sample, 55.0) for sample in range(len(self.features))]
+
     def set_multipliers(self, values: Any) -> None:
         self.multipliers = None if values is None else np.asarray(values, float)
 
@@ -221,7 +224,7 @@ def configuration(runners: int = 0, *, broken: dict[str, Any] | None = None, **t
     settings |= {"lr": 5e-4, "entropy_coef": 0.01, "ema_decay": 0.0}
     return (
         GRPOConfig()
-        .environment(ENVIRONMENT, env_config={"group_size": 4, "seed": 1, **(broken or {})})
+        .environment(ENVIRONMENT, env_config={"seed": 1, **(broken or {})})
         .env_runners(num_env_runners=runners, num_envs_per_env_runner=16, sample_timeout_s=60)
         .training(**(settings | training))
         .debugging(seed=1)

@@ -13,7 +13,8 @@ import pytest
 import ray
 from grpo_toy import SAMPLES, configuration, numbers, resumable
 from ray.rllib.callbacks.callbacks import RLlibCallback
-from ray.rllib.core.rl_module.rl_module import RLModule
+from ray.rllib.core.rl_module.rl_module import RLModule, RLModuleSpec
+from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from envs.errors import UserError
@@ -33,7 +34,7 @@ def ray_session() -> None:
 
 
 def evaluating(config: GRPOConfig) -> GRPOConfig:
-    return config.evaluation(evaluation_contexts=CONTEXTS, evaluation_config={"env_config": {"group_size": 1}})
+    return config.evaluation(evaluation_contexts=CONTEXTS, evaluation_config={"env_config": {}})
 
 
 # 1. Configuration.
@@ -122,6 +123,10 @@ class Recorder(RLlibCallback):
         metrics_logger.log_value("sampled", len(samples), reduce="sum")
 
 
+class Uniform(TorchRLModule):
+    """A module of another distribution."""
+
+
 @pytest.mark.parametrize("runners", [0, 1])
 def test_callbacks_and_their_metrics_are_honoured(runners: int) -> None:
     algorithm = configuration(runners).callbacks(Recorder).build_algo()
@@ -169,7 +174,18 @@ def test_without_exploration_the_most_likely_actions_are_taken() -> None:
         (lambda config: config.training(learner_connector=lambda *_: None), "_learner_connector"),
         (lambda config: config.training(train_batch_size_per_learner=500), "train_batch_size_per_learner"),
         (lambda config: config.offline_data(output="/nowhere", output_write_episodes=False), "output_write_episodes"),
-        (lambda config: config.evaluation(evaluation_interval=1), "evaluation_interval = 1 evaluates nothing"),
+        (
+            lambda config: config.environment(env_config={"no_contexts": True}).evaluation(evaluation_interval=1),
+            "no contexts to evaluate, and the environment has no held_out_contexts",
+        ),
+        (lambda config: config.environment(env_config={"group_size": 2}), "group_size = 2 in env_config is not the 4"),
+        (
+            lambda config: evaluating(config).evaluation(
+                evaluation_parallel_to_training=True, evaluation_duration="auto", evaluation_num_env_runners=1
+            ),
+            "evaluation_parallel_to_training = True has no effect",
+        ),
+        (lambda config: config.rl_module(rl_module_spec=RLModuleSpec(module_class=Uniform)), "RLModule Uniform"),
     ],
 )
 def test_what_would_be_ignored_is_refused(change: Any, words: str) -> None:

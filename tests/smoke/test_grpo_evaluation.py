@@ -86,6 +86,14 @@ def test_results_carry_an_evaluation_only_when_there_was_one() -> None:
     algorithm.stop()
 
 
+def test_without_contexts_the_environments_own_are_evaluated() -> None:
+    algorithm = configuration().evaluation(evaluation_interval=1, evaluation_duration=9).build_algo()
+    assert algorithm.train()["evaluation"]["env_runners"]["contexts"] == 9
+    assert [(row["sample"], row["budget_ms"]) for row in algorithm.evaluation_rows] == [(i, 55.0) for i in range(9)]
+    assert algorithm.evaluate()["env_runners"]["contexts"] == 9
+    algorithm.stop()
+
+
 @pytest.mark.parametrize(("duration", "unit"), [(7, "episodes"), (14, "timesteps")])
 def test_evaluation_duration_counts_the_held_out_contexts(duration: int, unit: str) -> None:
     config = evaluating(0).evaluation(

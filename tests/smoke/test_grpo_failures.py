@@ -33,7 +33,7 @@ def run(runners: int, broken: dict[str, Any], iterations: int, **env_runners: An
 
 
 def test_runners_killed_during_and_between_samples_change_nothing(
-    tmp_path: Path, undisturbed: list[dict[str, float]]
+    tmp_path: Path, undisturbed: list[dict[str, float]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     algorithm, results = run(2, {"break": "die", "break_round": 1, "once": str(tmp_path / "died")}, 2)
     assert (tmp_path / "died").exists()
@@ -45,6 +45,7 @@ def test_runners_killed_during_and_between_samples_change_nothing(
     # Both are at work again.
     algorithm.restore_env_runners(algorithm.env_runner_group)
     assert algorithm.env_runner_group.num_healthy_remote_env_runners() == 2
+    assert "restart will fail" not in capfd.readouterr().err  # Ray's alarm about what an actor is made from
     algorithm.stop()
 
 

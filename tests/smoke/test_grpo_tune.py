@@ -22,12 +22,18 @@ def ray_session() -> None:
 
 
 def tuner(
-    config: GRPOConfig, folder: Path, scheduler: Any = None, iterations: int = 4, every: int = 0, concurrent: int = 2
+    config: GRPOConfig,
+    folder: Path,
+    scheduler: Any = None,
+    iterations: int = 4,
+    every: int = 0,
+    concurrent: int = 2,
+    metric: str = RETURN,
 ) -> tune.Tuner:
     return tune.Tuner(
         GRPO,
         param_space=config,
-        tune_config=tune.TuneConfig(metric=RETURN, mode="max", scheduler=scheduler, max_concurrent_trials=concurrent),
+        tune_config=tune.TuneConfig(metric=metric, mode="max", scheduler=scheduler, max_concurrent_trials=concurrent),
         run_config=tune.RunConfig(
             name="trials",
             storage_path=str(folder),
@@ -42,17 +48,22 @@ def returned(result: Any) -> float:
     return float(result.metrics["env_runners"]["episode_return_mean"])
 
 
-def test_grid_search_trains_each_value_and_restores_what_is_finished(tmp_path: Path) -> None:
-    config = configuration(lr=tune.grid_search([1e-3, 1e-5]), num_epochs=tune.choice([3]))
-    results = tuner(config, tmp_path, iterations=2).fit()
+def test_grid_search_trains_each_value_and_restore_continues_what_failed(tmp_path: Path) -> None:
+    # The first of the trials to begin its second iteration fails, once.
+    broken = {"break": "user_error", "break_round": 1, "once": str(tmp_path / "failed")}
+    config = configuration(lr=tune.grid_search([1e-3, 1e-5]), num_epochs=tune.choice([3]), broken=broken)
+    results = tuner(config, tmp_path, iterations=2, every=1).fit()
+    assert len(results.errors) == 1
+    finished = [returned(result) for result in results if not result.error]
+    restored = tune.Tuner.restore(str(tmp_path / "trials"), GRPO, param_space=config, resume_errored=True)
+    results = restored.fit()
     assert not results.errors
+    assert [result.metrics["grpo"]["updates"] for result in results] == [1.0, 1.0]
+    assert finished[0] in map(returned, results)
     assert sorted(result.config["lr"] for result in results) == [1e-5, 1e-3]
     found = {result.config["lr"]: result.metrics["learners"]["default_policy"] for result in results}
     assert {lr: row["default_optimizer_learning_rate"] for lr, row in found.items()} == {1e-3: 1e-3, 1e-5: 1e-5}
     assert found[1e-3]["kl_old"] > found[1e-5]["kl_old"]
-    restored = tune.Tuner.restore(str(tmp_path / "trials"), GRPO, param_space=config, resume_errored=True)
-    again = restored.fit()
-    assert list(map(returned, again)) == list(map(returned, results))
     best = results.get_best_result(metric=RETURN, mode="max")
     algorithm = GRPO.from_checkpoint(best.checkpoint.path)
     assert algorithm.updates == 2
@@ -61,10 +72,10 @@ def test_grid_search_trains_each_value_and_restores_what_is_finished(tmp_path: P
 
 
 def test_asha_stops_trials_early(tmp_path: Path) -> None:
-    # One after the other, the best first: the others are stopped where they are compared with it.
+    # One after the other, by how far the policy moves, the first most: the others are stopped next to it.
     config = configuration(lr=tune.grid_search([3e-3, 1e-6, 1e-7]))
     asha = ASHAScheduler(max_t=4, grace_period=2, reduction_factor=2)
-    results = tuner(config, tmp_path, asha, concurrent=1).fit()
+    results = tuner(config, tmp_path, asha, concurrent=1, metric="grpo/kl_old").fit()
     assert not results.errors
     lengths = {result.config["lr"]: result.metrics["training_iteration"] for result in results}
     assert lengths == {3e-3: 4, 1e-6: 2, 1e-7: 2}

@@ -96,6 +96,11 @@ def test_the_store_stays_with_the_runs() -> None:
     assert none.entrypoint == "python train.py run.folder=/s store.path=null"
 
 
+def test_outside_a_checkout_the_installed_package_trains(tmp_path: Path) -> None:
+    job = make_job(Request(["run.folder=/s", "store.path=null"], working_dir=tmp_path), THERE, "disabled")
+    assert job.entrypoint == "python -m ray_ctrl train run.folder=/s store.path=null"
+
+
 def test_files_that_are_read_travel_or_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkout, elsewhere = tmp_path / "checkout", tmp_path / "x.jsonl"
     (checkout / "data").mkdir(parents=True)

@@ -516,3 +516,13 @@ def test_engine_counters_are_passed_on():
     env = vector()
     episode(env)
     assert env.stats()["engine/executed"] == 12.0
+
+
+def test_held_out_contexts_take_samples_and_budgets_in_turns() -> None:
+    env = AdaptiveVQAVectorEnv({"resources": make_resources()})
+    contexts = env.held_out_contexts()
+    samples, budgets = len(env.resources.samples), env.resources.budgets.held_out()
+    assert sorted(contexts) == [(sample, budget) for sample in range(samples) for budget in sorted(budgets)]
+    assert [sample for sample, _ in contexts[:samples]] == list(range(samples))
+    assert {budget for _, budget in contexts[:samples]} == set(budgets)
+    env.set_contexts(contexts)

@@ -9,6 +9,7 @@ import torch
 from envs.errors import UserError
 from envs.knobs import STAGE1_PAIRS, KnobSpace
 from policies.controller import CARD_FILE, WEIGHTS_FILE, Controller
+from policies.distribution import KnobDistribution
 from policies.networks import budget_feature
 
 
@@ -145,3 +146,12 @@ def test_full_size_is_small() -> None:
 def test_widths_must_be_positive() -> None:
     with pytest.raises(UserError, match="positive"):
         Controller(0, 256)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_one_stage_alone_decides_as_both_do(stage: int) -> None:
+    controller = Controller(6, 16)
+    obs = observation(stage)
+    alone, both = KnobDistribution(controller(obs, stage)), KnobDistribution(controller(obs))
+    for first, second in zip(alone.stage_log_probs, both.stage_log_probs, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)

@@ -57,6 +57,8 @@ def test_the_full_size_preset_needs_one_gpu_for_each_runner(monkeypatch: pytest.
     several = load_config("molmoe-1b", None, ["runners.count=8"])
     one, eight = plan_layout(config, here=False), plan_layout(several, here=False)
     assert (one.resources.gpus, eight.resources.gpus, eight.resources.cpus) == (0, 8, 32)
+    assert one.resources.lines()[1].split()[-3:] == ["1", "1", "1"]  # the driver: one process, a CPU and a GPU
+    assert plan_layout(load_config("laptop")).resources.lines()[1].split()[-3:] == ["1", "1", "0"]
     assert one.envs == 512
     assert eight.envs == 64
     monkeypatch.setattr("ray_ctrl.preflight._cuda_devices", lambda: 0)

@@ -74,3 +74,4 @@ def test_tensorboard_shows_each_iteration_once(trainer: training.Trainer) -> Non
     place = trainer.folder.root / "tensorboard"
     recorded = accumulators.EventAccumulator(str(place)).Reload()
     assert [(event.step, event.value) for event in recorded.Scalars("train/reward")] == rows
+    assert all("/" in tag for tag in recorded.Tags()["scalars"]), "tags are in groups"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cachetools import LRUCache
 from doubles import with_geometry
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -146,6 +147,28 @@ def test_memory_stays_bounded(small_model, processor, pairs, monkeypatch):
     engine.outcomes(samples, plans)
     assert all(rows == 1 or nodes * longest <= 300 for rows, nodes, longest in sizes)
     assert any(rows > 1 for rows, _, _ in sizes)
+
+
+def test_every_cache_is_bounded(small_model, processor, samples, monkeypatch):
+    """However many images and questions come, no cache has more entries or bytes than its bound."""
+    monkeypatch.setattr("envs.engine.prompts._ENTRIES", 2)
+    monkeypatch.setattr("envs.engine.engine._OUTCOMES_KEPT", 2)
+    monkeypatch.setattr("envs.engine.engine._FEATURES_BYTES", 300)
+    engine = RolloutEngine(small_model, processor, max_new_tokens=1)
+    many = [replace(samples[0], question=f"what is {number}?") for number in range(6)]
+    engine.language_features(many)
+    for sample in many:
+        engine.prompts.prompt(sample, "low")
+        engine.prompts.size(sample)
+    found = {name: value for place in (engine, engine.prompts) for name, value in vars(place).items()}
+    caches = {name: cache for name, cache in found.items() if isinstance(cache, LRUCache)}
+    assert {"_features", "_known", "_states", "_sizes", "_prompts"} <= set(caches)
+    assert all(cache.currsize <= cache.maxsize for cache in caches.values())
+    assert len(engine.prompts._prompts) == 2
+    assert 1 <= len(engine._features) < 6
+    dicts = {name for name, value in found.items() if isinstance(value, dict)}
+    # Of tilings there are a few dozen; the others have a fixed set of keys.
+    assert dicts <= {"_layouts", "_encoder", "_stats"}
 
 
 def test_splitting_a_prompt_into_waves_costs_little_sharing(small_model, processor, samples, space, monkeypatch):
