@@ -18,8 +18,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-train: setup  ## Train the controller on the embedded model and evaluate it on held-out budgets
+train: setup  ## Train the controller on the embedded model, then compare it with rules and the oracle
 	$(BIN)/ray-ctrl train $(ARGS)
+	$(BIN)/ray-ctrl compare --samples 64 task.validation_samples=64
 
 test: setup  ## Unit and smoke tests
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from envs.errors import UserError, first_line
 from envs.files import atomic_folder
 from envs.knobs import BLOCK_COUNTS, INSERTIONS, PAIRS, STAGE1_PAIRS, BoolArray
-from policies.distribution import KnobDistribution, mask_logits, pair_logits
+from policies.distribution import MASKED, KnobDistribution, mask_logits, pair_logits
 from policies.networks import Stage1, Stage2, budget_feature
 
 FORMAT_VERSION: Final = 1
 WEIGHTS_FILE: Final = "controller.safetensors"
 CARD_FILE: Final = "controller.json"
+PARTS: Final = ("question", "token", "position")
+CLOSED: Final = MASKED / 2
+"""Logit of a pair that a controller without a choice of position never takes."""
 
 
 class Controller(nn.Module):
@@ -30,9 +33,13 @@ class Controller(nn.Module):
     Args:
         d_model: width of the model whose language features and latency tokens it reads.
         hidden: width of the MLPs.
+        without: parts left out, to measure what they are worth: `question` (stage 1 does not read it), `token` (stage 2
+            does not read it), `position` (always 1).
     """
 
-    def __init__(self, d_model: int, hidden: int) -> None:
+    open_pairs: Tensor
+
+    def __init__(self, d_model: int, hidden: int, without: Collection[str] | None = None) -> None:
         super().__init__()
         if d_model < 1 or hidden < 1:
             raise UserError(f"controller of d_model {d_model} and hidden {hidden} is not allowed: give positive widths")
@@ -40,6 +47,11 @@ class Controller(nn.Module):
         self.hidden = hidden
         self.stage1 = Stage1(d_model, hidden)
         self.stage2 = Stage2(d_model, hidden)
+        self.without = frozenset(without or ())
+        if not self.without <= set(PARTS):
+            raise UserError(f"parts {sorted(self.without)} cannot be left out: choose from {', '.join(PARTS)}")
+        positions = torch.arange(STAGE1_PAIRS) % len(INSERTIONS)
+        self.register_buffer("open_pairs", (positions == 0) | ("position" not in self.without), persistent=False)
 
     def forward(self, obs: Mapping[str, Tensor], stage: int | None = None) -> Tensor:
         """Masked logits (B, 40) of the 15 (tier, insertion) pairs, then the 25 (top-k, blocks) pairs.
@@ -53,12 +65,22 @@ class Controller(nn.Module):
         feature, mask = budget_feature(obs["budget"]), obs["action_mask"]
         first = second = feature.new_zeros(1, 1)
         if stage != 1:
-            first = pair_logits(*self.stage1(obs["language_feature"].float(), feature).values())
+            first = self._first(obs["language_feature"], feature)
         if stage != 0:
-            position = obs["insertion"][:, 0].round()
-            second = pair_logits(*self.stage2(obs["latency_token"].float(), feature, position).values())
+            second = self._second(obs["latency_token"], feature, obs["insertion"][:, 0].round())
         parts = (first.expand(len(mask), STAGE1_PAIRS), second.expand(len(mask), PAIRS - STAGE1_PAIRS))
         return mask_logits(torch.cat(parts, dim=-1), mask)
+
+    def _first(self, language_feature: Tensor, feature: Tensor) -> Tensor:
+        """Logits (B, 15) of stage 1; a closed pair stays above an illegal one."""
+        read = language_feature.float() * ("question" not in self.without)
+        logits = pair_logits(*self.stage1(read, feature).values())
+        return logits if "position" not in self.without else torch.where(self.open_pairs, logits, CLOSED)
+
+    def _second(self, latency_token: Tensor, feature: Tensor, insertion: Tensor) -> Tensor:
+        """Logits (B, 25) of stage 2."""
+        read = latency_token.float() * ("token" not in self.without)
+        return pair_logits(*self.stage2(read, feature, insertion).values())
 
     @torch.no_grad()
     def act(self, obs: Mapping[str, Tensor]) -> Tensor:
@@ -73,7 +95,7 @@ class Controller(nn.Module):
             budget_1F: `budget_feature` of the budget, computed once for both stages.
             legal: action mask (40,).
         """
-        logits = pair_logits(*self.stage1(language_feature_D[None].float(), budget_1F).values())
+        logits = self._first(language_feature_D[None], budget_1F)
         return _most_likely(logits, legal[:STAGE1_PAIRS], len(INSERTIONS))
 
     @torch.inference_mode()
@@ -81,8 +103,7 @@ class Controller(nn.Module):
         self, latency_token_D: Tensor, budget_1F: Tensor, insertion: int, legal: BoolArray
     ) -> tuple[int, int]:
         """Indices of top-k and blocks for one request, as `act` chooses them; stage 1 does not run."""
-        position = torch.tensor([insertion])
-        logits = pair_logits(*self.stage2(latency_token_D[None].float(), budget_1F, position).values())
+        logits = self._second(latency_token_D[None], budget_1F, torch.tensor([insertion]))
         return _most_likely(logits, legal[STAGE1_PAIRS:], len(BLOCK_COUNTS))
 
     def save(self, folder: str | os.PathLike[str], metadata: Mapping[str, Any], *, overwrite: bool = False) -> Path:
@@ -103,6 +124,7 @@ class Controller(nn.Module):
             "format_version": FORMAT_VERSION,
             "d_model": self.d_model,
             "hidden": self.hidden,
+            "without": sorted(self.without),
             "sha256": hashlib.sha256(weights).hexdigest(),
             "metadata": dict(metadata),
         }
@@ -149,7 +171,7 @@ class Controller(nn.Module):
                 f"controller {source} was trained on another model (fingerprint {str(recorded)[:12]}, "
                 f"this one is {fingerprint[:12]}): use the model it was trained on"
             )
-        controller = cls(card["d_model"], card["hidden"])
+        controller = cls(card["d_model"], card["hidden"], card.get("without"))
         try:
             controller.load_state_dict(load_tensors(weights))
         except (SafetensorError, RuntimeError, KeyError) as error:

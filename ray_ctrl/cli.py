@@ -302,7 +302,7 @@ def tune(
 ) -> None:
     """Search the configuration with many runs, ranked by validation; exports the best controller, a table and a plot.
 
-    Shipped sweeps: smoke, halving, learning, bayesian, grid. Ctrl-C stops; `--resume --run-dir FOLDER` continues.
+    Shipped: ablations, smoke, halving, learning, bayesian, grid. Ctrl-C stops; `--resume --run-dir FOLDER` continues.
     """
 
 

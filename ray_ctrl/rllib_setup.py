@@ -52,7 +52,9 @@ def build_evaluator(context: RunContext, controller: Controller, contexts: int) 
     size = context.config.grpo.group_size
     settings = _common(context, "test", contexts)
     settings.env_runners(num_env_runners=0, num_envs_per_env_runner=size)
-    settings.training(groups_per_iteration=1, hidden=controller.hidden, max_policy_lag=0)
+    settings.training(
+        groups_per_iteration=1, hidden=controller.hidden, without=tuple(controller.without), max_policy_lag=0
+    )
     algorithm = settings.build_algo()
     state = controller.state_dict()
 

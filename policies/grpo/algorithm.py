@@ -253,7 +253,7 @@ class GRPO(QuietAlgorithm):
 
     def controller(self) -> Controller:
         """A copy of the controller as evaluated now, on the CPU, ready for `Controller.save`."""
-        return checkpoint.controller_from(self._evaluated(), self.config.controller.hidden)
+        return checkpoint.controller_from(self._evaluated(), self.config.controller)
 
     # Checkpoints: RLlib saves weights, optimizer, reference and its counters; the rest is added here.
 

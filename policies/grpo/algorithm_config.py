@@ -216,7 +216,7 @@ class GRPOConfig(AlgorithmConfig):
             )
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:
-        model_config = {"hidden": self.controller.hidden, "reference": self.grpo.kl_coef > 0}
+        model_config = {**self.controller.model_dump(), "reference": self.grpo.kl_coef > 0}
         return RLModuleSpec(module_class=ControllerModule, model_config=model_config)
 
     def get_default_learner_class(self) -> type:

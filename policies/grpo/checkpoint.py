@@ -27,6 +27,7 @@ from ray.rllib.core.learner.learner_group import LearnerGroup
 from envs.errors import UserError
 from envs.files import integrity_error
 from policies.controller import Controller
+from policies.grpo.config import ControllerSettings
 from policies.grpo.rllib_adapter import each_learner
 
 if TYPE_CHECKING:
@@ -149,14 +150,14 @@ def fingerprint(state: Mapping[str, Any]) -> str:
     return state_checksum({name: value for name, value in state.items() if name.startswith(PREFIX)})
 
 
-def controller_from(state: Mapping[str, Any], hidden: int) -> Controller:
+def controller_from(state: Mapping[str, Any], settings: ControllerSettings) -> Controller:
     """The plain controller inside an RLlib module's state."""
     tensors = {
         name.removeprefix(PREFIX): torch.as_tensor(np.array(value))
         for name, value in state.items()
         if name.startswith(PREFIX)
     }
-    controller = Controller(tensors["stage1.trunk.norms.0.weight"].shape[0], hidden)
+    controller = Controller(tensors["stage1.trunk.norms.0.weight"].shape[0], settings.hidden, settings.without)
     controller.load_state_dict(tensors)
     return controller.eval()
 

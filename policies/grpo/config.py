@@ -101,6 +101,11 @@ class ControllerSettings(Section):
     """The trained networks."""
 
     hidden: Int = Field(default=128, ge=8, le=4096, description="Width of the hidden layers of both stages.")
+    without: tuple[Literal["question", "token", "position"], ...] = Field(
+        default=(),
+        description="Parts left out, to measure what each is worth: `question` of stage 1, latency `token` of stage 2, "
+        "choice of the insertion `position` (then 1).",
+    )
 
 
 class TimeoutSettings(Section):

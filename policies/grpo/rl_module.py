@@ -61,7 +61,8 @@ class KnobActions(TorchDistribution):
 class ControllerModule(TorchRLModule, InferenceOnlyAPI):
     """Acts by the controller's masked logits.
 
-    model_config: `hidden` (width of the MLPs), `reference` (keep a frozen copy for the KL term, off the env runners).
+    model_config: `hidden` (width of the MLPs), `without` (parts left out), `reference` (keep a frozen copy for the KL,
+    off the env runners).
     """
 
     controller: Controller
@@ -70,10 +71,11 @@ class ControllerModule(TorchRLModule, InferenceOnlyAPI):
         super().setup()
         config = dict(self.model_config or {})
         d_model = int(self.observation_space["language_feature"].shape[0])
-        self.controller = Controller(d_model, int(config.get("hidden", ControllerSettings().hidden)))
+        hidden = int(config.get("hidden", ControllerSettings().hidden))
+        self.controller = Controller(d_model, hidden, config.get("without"))
         self.reference: Controller | None = None
         if config.get("reference") and not self.inference_only:
-            self.reference = Controller(d_model, self.controller.hidden)
+            self.reference = Controller(d_model, hidden, self.controller.without)
             self.refresh_reference()
         self.action_dist_cls = KnobActions
 

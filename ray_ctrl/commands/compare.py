@@ -93,7 +93,7 @@ def named(given: Sequence[str], overrides: Sequence[str]) -> list[TrainedRun]:
         label, _, path = text.rpartition("=")
         folder, home = find_controller(Path(path))
         if not label:
-            label = "GRPO"
+            label = f"GRPO, {controller_config(Controller.load(folder)[1], folder).grpo.advantages}"
         found.append(TrainedRun(label, seeds[label], folder, home))
         seeds[label] += 1
     return found

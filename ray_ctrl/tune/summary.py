@@ -10,8 +10,9 @@ import pandas as pd
 
 from envs.errors import UserError
 from envs.files import atomic_folder, atomic_write, write_json
+from ray_ctrl.config import Config
 from ray_ctrl.run_folder import Checkpoint, RunFolder
-from ray_ctrl.tune.sweep import Sweep
+from ray_ctrl.tune.sweep import VARIANT, Range, Sweep
 from ray_ctrl.tune.trial import TRIALS
 
 
@@ -54,11 +55,22 @@ def _result(sweep: Sweep, folder: RunFolder, status: str) -> Result:
     better = max if sweep.file.mode == "max" else min
     scored = [point for point in curve if point[0] in kept]
     best = better(scored, key=lambda point: point[1]) if scored else None
-    config = folder.config.model_dump(mode="json")
-    keys = [item.key.partition(".") for item in sweep.space]
-    chosen = {f"{section}.{key}": config[section][key] for section, _, key in keys}
+    chosen = {item.key: _chosen(sweep, item, folder.config) for item in sweep.space}
     done = int(metrics[-1]["iteration"]) if metrics else 0
     return Result(folder.root.name, chosen, status, curve, best, done, folder.root)
+
+
+def _chosen(sweep: Sweep, item: Range, config: Config) -> Any:
+    """A trial's value of a searched key, or the variant that its configuration shows."""
+    if item.key != VARIANT:
+        section, _, key = item.key.partition(".")
+        return config.model_dump(mode="json")[section][key]
+    changed = {key for values in item.values for key in values}
+
+    def values_of(some: Config) -> list[Any]:
+        return [getattr(getattr(some, key.split(".")[0]), key.split(".")[1]) for key in sorted(changed)]
+
+    return next(value for value in item.values if values_of(sweep.config({VARIANT: value})) == values_of(config))
 
 
 def export_winner(winner: Result, root: Path) -> Checkpoint:

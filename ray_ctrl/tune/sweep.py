@@ -19,6 +19,8 @@ from envs.section import Flag, Int, Section
 from ray_ctrl.config import Config
 from ray_ctrl.load_config import load_config, read_yaml, to_yaml, valid_keys, with_overrides
 
+VARIANT = "variant"
+"""A key of the space whose choices are several keys each, to change one thing at a time."""
 KINDS = ("uniform", "log_uniform", "int", "log_int", "choice", "grid")
 # Trials that differ here have different profiles or budgets.
 BUDGET_SECTIONS = ("budgets.", "latency.", "model.", "task.")
@@ -37,7 +39,9 @@ class SweepFile(Section):
     preset: str | None = Field(default="laptop", description="Shipped configuration to start from.")
     config: str | None = Field(default=None, description="YAML file that overrides the preset.")
     set: dict[str, Any] = Field(default_factory=dict, description="Fixed values: dotted key to value.")
-    space: dict[str, dict[str, Any]] = Field(description="Dotted key to one of " + ", ".join(KINDS) + ".")
+    space: dict[str, dict[str, Any]] = Field(
+        description="Dotted key to one of " + ", ".join(KINDS) + "; `variant` to a grid or choice of mappings of keys."
+    )
     search: Literal["random", "grid", "bayesian"] = Field(default="random", description="How values are drawn.")
     scheduler: Literal["none", "asha"] = Field(default="none", description="Which trials are stopped early.")
     trials: Int | None = Field(default=None, ge=1, le=100_000, description="Trials; a grid counts its own.")
@@ -93,7 +97,10 @@ class Sweep:
         Raises:
             UserError: a value that the configuration does not allow.
         """
-        return with_overrides(self.base, [f"{key}={_as_yaml(value)}" for key, value in chosen.items()])
+        pairs = [
+            pair for key, value in chosen.items() for pair in (value.items() if key == VARIANT else [(key, value)])
+        ]
+        return with_overrides(self.base, [f"{key}={_as_yaml(value)}" for key, value in pairs])
 
     def samples(self) -> Iterator[dict[str, Any]]:
         """Every end and choice of a key with the first ones of the others: what is checked before the start."""
@@ -164,13 +171,15 @@ def dump(sweep: Sweep) -> str:
 
 def _range(key: str, given: Mapping[str, Any]) -> Range:
     known = [name for name in valid_keys() if "." in name]
-    if key not in known:
+    if key not in [*known, VARIANT]:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "all keys are in docs/config.md"
         raise UserError(f"space: unknown key {key!r}: {hint}")
     if len(given) != 1 or next(iter(given)) not in KINDS:
         raise UserError(f"space: {key} = {dict(given)!r} is not understood: give one of {', '.join(KINDS)}")
     kind, values = next(iter(given.items()))
+    if key == VARIANT and (kind not in ("choice", "grid") or not all(isinstance(value, dict) for value in values)):
+        raise UserError(f"space: {key}.{kind} = {values!r} is not allowed: give a grid or choice of mappings of keys")
     if not isinstance(values, list) or not values:
         allowed = "give a list"
     elif kind in ("choice", "grid"):

@@ -56,7 +56,7 @@ def test_rollouts_are_as_stale_as_they_say_and_no_context_comes_twice() -> None:
 
     algorithm._learn = checked
     for _ in range(6):
-        versions.append(controller_from(ray.get(algorithm.weights()), algorithm.config.controller.hidden))
+        versions.append(controller_from(ray.get(algorithm.weights()), algorithm.config.controller))
         staleness.append(algorithm.train()["grpo"]["policy_lag"])
     assert staleness == [0.0, 1.0, 2.0, 2.0, 2.0, 2.0]
     # Weights do move, so that the comparison above tells versions apart.

@@ -56,6 +56,30 @@ def test_one_stage_alone_decides_as_both_in_a_batch_do(seed: int) -> None:
     )
 
 
+@pytest.mark.parametrize(("part", "stage"), [("question", 0), ("token", 1)])
+def test_a_part_left_out_is_not_read(part: str, stage: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    obs = observation(stage)
+    key = "latency_token" if stage else "language_feature"
+    other = obs | {key: obs[key] + 1.0 + torch.randn(5, 6)}
+    full, less = Controller(6, 16).eval(), Controller(6, 16, (part,)).eval()
+    assert not torch.equal(full(obs), full(other))
+    assert torch.equal(less(obs), less(other))
+    loaded, _ = Controller.load(less.save(tmp_path / "export", {}))
+    assert loaded.without == {part}
+    assert torch.equal(loaded(obs), less(obs))
+
+
+def test_without_a_choice_of_position_it_is_1() -> None:
+    torch.manual_seed(0)
+    controller = Controller(6, 16, ("position",)).eval()
+    actions = controller.act(observation(0, rows=64))
+    assert set(actions[:, 1].tolist()) == {0}
+    assert len(set(Controller(6, 16).act(observation(0, rows=64))[:, 1].tolist())) > 1
+    with pytest.raises(UserError, match="choose from question, token, position"):
+        Controller(6, 16, ("tier",))
+
+
 def test_both_stages_may_be_mixed_in_a_batch() -> None:
     controller = Controller(6, 256)
     first, second = observation(0), observation(1)

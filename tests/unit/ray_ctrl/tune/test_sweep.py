@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from envs.errors import UserError
+from ray_ctrl.tune.summary import _chosen
 from ray_ctrl.tune.sweep import Sweep, dump, find_sweep, load_sweep, make_sweep
 
 SWEEPS = Path(__file__).resolve().parents[4] / "ray_ctrl" / "presets" / "sweeps"
@@ -33,7 +34,7 @@ def test_sweeps_are_found_by_path_or_by_name(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "mine.yaml").write_text("", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert find_sweep("mine.yaml") == Path("mine.yaml")
-    with pytest.raises(UserError, match=r"no sweep 'learnin'.*bayesian, grid, halving, learning, smoke"):
+    with pytest.raises(UserError, match=r"no sweep 'learnin'.*ablations, bayesian, grid, halving, learning, smoke"):
         find_sweep("learnin")
 
 
@@ -171,3 +172,20 @@ def test_a_result_reported_again_is_no_warning() -> None:
         silence_tune()
         for _ in range(2):
             search.on_trial_result("a", {found.file.metric: 0.5, "training_iteration": 1})
+
+
+def test_variants_change_several_keys_together_one_thing_at_a_time() -> None:
+    variants: list[Any] = [{}, {"guardrail.confidence": None}, {"controller.without": ["token"], "grpo.kl_coef": 0.1}]
+    found = make_sweep({"preset": "smoke", "search": "grid", "space": {"variant": {"grid": variants}}}, Path())
+    assert found.trials == 3
+    plain, unmasked, blind = (found.config({"variant": value}) for value in variants)
+    assert plain == found.base
+    assert unmasked.guardrail.confidence is None
+    assert (blind.controller.without, blind.grpo.kl_coef) == (("token",), 0.1)
+    item = found.space[0]
+    assert [_chosen(found, item, config) for config in (plain, unmasked, blind)] == variants
+    for wrong in ({"grid": [1, 2]}, {"uniform": [0, 1]}):
+        with pytest.raises(UserError, match="mappings of keys"):
+            make_sweep({"preset": "smoke", "search": "grid", "space": {"variant": wrong}}, Path())
+    with pytest.raises(UserError, match="speed"):
+        make_sweep({"preset": "smoke", "search": "grid", "space": {"variant": {"grid": [{"grpo.speed": 1}]}}}, Path())
