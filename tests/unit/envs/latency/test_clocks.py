@@ -1,4 +1,4 @@
-"""Records, the three clocks, the profiler and its table."""
+"""Records, the three clocks, the profiler and its measured_profile."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def resources():
 
 
 @pytest.fixture(scope="module")
-def table(resources):
+def measured_profile(resources):
     engine = EngineDouble(CONFIG)
     return profile(engine, resources.samples[:20], repeats=3, per_tiling=20)
 
@@ -140,30 +140,30 @@ def test_an_unknown_device_is_named():
 
 
 @pytest.mark.parametrize("clock", ["roofline", "profiled"])
-def test_negative_answers_are_refused(clock, table):
-    made = RooflineClock(CONFIG, "laptop-2-core") if clock == "roofline" else ProfiledClock(table)
+def test_negative_answers_are_refused(clock, measured_profile):
+    made = RooflineClock(CONFIG, "laptop-2-core") if clock == "roofline" else ProfiledClock(measured_profile)
     with pytest.raises(UserError, match="-1"):
         made.latency(reference_shape(CONFIG), ExecutionPlan(), -1)
 
 
-def test_profiling_covers_tilings_and_knobs(table):
-    assert {cell.shape.crops for cell in table.cells} == {2, 4, 7, 13}
-    assert {cell.plan.insertion for cell in table.cells} == {1, 2, 3, 4, 5}
-    assert {cell.plan.top_k for cell in table.cells} == {4, 5, 6, 7, 8}
-    assert {len(cell.plan.blocks) for cell in table.cells} >= {12, 16}
-    assert all(len(cell.totals_ms) == 3 and len(set(cell.totals_ms)) == 3 for cell in table.cells)
+def test_profiling_covers_tilings_and_knobs(measured_profile):
+    assert {cell.shape.crops for cell in measured_profile.cells} == {2, 4, 7, 13}
+    assert {cell.plan.insertion for cell in measured_profile.cells} == {1, 2, 3, 4, 5}
+    assert {cell.plan.top_k for cell in measured_profile.cells} == {4, 5, 6, 7, 8}
+    assert {len(cell.plan.blocks) for cell in measured_profile.cells} >= {12, 16}
+    assert all(len(cell.totals_ms) == 3 and len(set(cell.totals_ms)) == 3 for cell in measured_profile.cells)
 
 
-def test_profiled_clock_predicts_requests_not_used_to_fit(table, resources):
+def test_profiled_clock_predicts_requests_not_used_to_fit(measured_profile, resources):
     engine = EngineDouble(CONFIG)
-    clock = ProfiledClock.for_engine(table, engine)
+    clock = ProfiledClock.for_engine(measured_profile, engine)
     assert np.median(hold_out(clock, engine, resources.samples[20:])) < 0.08
     assert clock.median_error < 0.05
     assert clock.reference_ms == pytest.approx(engine.truth.reference_ms - 0.4, rel=0.08)
 
 
-def test_most_requests_are_below_the_95th_percentile_of_the_profile(table, resources):
-    engine, clock = EngineDouble(CONFIG), ProfiledClock(table)
+def test_most_requests_are_below_the_95th_percentile_of_the_profile(measured_profile, resources):
+    engine, clock = EngineDouble(CONFIG), ProfiledClock(measured_profile)
     plan = ExecutionPlan()
     inside = []
     for sample in resources.samples:
@@ -175,8 +175,8 @@ def test_most_requests_are_below_the_95th_percentile_of_the_profile(table, resou
 
 @settings(max_examples=50, deadline=None)
 @given(shape=sizes, plan=plans, new_tokens=st.integers(0, 64))
-def test_profiled_clock_never_falls_when_more_is_run(table, shape, plan, new_tokens):
-    clock = ProfiledClock(table)
+def test_profiled_clock_never_falls_when_more_is_run(measured_profile, shape, plan, new_tokens):
+    clock = ProfiledClock(measured_profile)
     base = clock.latency(shape, plan, new_tokens).total
     assert base > 0
     assert clock.latency(shape, plan, new_tokens + 1).total >= base
@@ -185,20 +185,20 @@ def test_profiled_clock_never_falls_when_more_is_run(table, shape, plan, new_tok
     assert clock.latency(shape, full, new_tokens).total >= base
 
 
-def test_a_profile_round_trips_and_is_written_atomically(table, tmp_path):
+def test_a_profile_round_trips_and_is_written_atomically(measured_profile, tmp_path):
     path = tmp_path / "deep" / "table.json"
-    table.save(path)
-    assert LatencyProfile.load(path) == table
+    measured_profile.save(path)
+    assert LatencyProfile.load(path) == measured_profile
     assert [file.name for file in path.parent.iterdir()] == ["table.json"]
     shape, plan = reference_shape(CONFIG), ExecutionPlan()
-    assert ProfiledClock(LatencyProfile.load(path)).latency(shape, plan, 3) == ProfiledClock(table).latency(
+    assert ProfiledClock(LatencyProfile.load(path)).latency(shape, plan, 3) == ProfiledClock(measured_profile).latency(
         shape, plan, 3
     )
 
 
-def test_a_failed_write_leaves_the_old_table(table, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_profile(measured_profile, tmp_path, monkeypatch):
     path = tmp_path / "table.json"
-    table.save(path)
+    measured_profile.save(path)
     before = path.read_bytes()
 
     def fail(*_):
@@ -206,7 +206,7 @@ def test_a_failed_write_leaves_the_old_table(table, tmp_path, monkeypatch):
 
     monkeypatch.setattr("envs.latency.latency_profile.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        table.save(path)
+        measured_profile.save(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
 
@@ -221,8 +221,8 @@ def test_a_failed_write_leaves_the_old_table(table, tmp_path, monkeypatch):
         ({"versions": {}}, "version: None against"),
     ],
 )
-def test_a_table_of_elsewhere_is_refused(table, change, both):
-    foreign = dataclasses.replace(table, identity=dataclasses.replace(table.identity, **change))
+def test_a_profile_of_elsewhere_is_refused(measured_profile, change, both):
+    foreign = dataclasses.replace(measured_profile, identity=dataclasses.replace(measured_profile.identity, **change))
     with pytest.raises(UserError) as caught:
         ProfiledClock.for_engine(foreign, EngineDouble(CONFIG))
     assert both in caught.value.message
@@ -239,14 +239,14 @@ def test_a_table_of_elsewhere_is_refused(table, change, both):
         ('{"format_version": 1, "identity": {}, "reference": {}, "cells": []}', "damaged"),
     ],
 )
-def test_broken_tables_are_named(tmp_path, content, named):
+def test_broken_profiles_are_named(tmp_path, content, named):
     path = tmp_path / "table.json"
     path.write_text(content)
     with pytest.raises(UserError, match=named):
         LatencyProfile.load(path)
 
 
-def test_a_missing_table_is_named(tmp_path):
+def test_a_missing_profile_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nothing.json"):
         LatencyProfile.load(tmp_path / "nothing.json")
 
@@ -260,9 +260,9 @@ def test_a_missing_table_is_named(tmp_path):
         ("plan", "top_k", 99, "99"),
     ],
 )
-def test_a_damaged_cell_is_refused(table, tmp_path, part, key, value, reason):
+def test_a_damaged_cell_is_refused(measured_profile, tmp_path, part, key, value, reason):
     path = tmp_path / "table.json"
-    table.save(path)
+    measured_profile.save(path)
     body = json.loads(path.read_text())
     body["cells"][0][part][key] = value
     path.write_text(json.dumps(body))
@@ -270,9 +270,9 @@ def test_a_damaged_cell_is_refused(table, tmp_path, part, key, value, reason):
         LatencyProfile.load(path)
 
 
-def test_too_small_a_table_is_refused(table):
+def test_too_small_a_table_is_refused(measured_profile):
     with pytest.raises(UserError, match="3 cells"):
-        ProfiledClock(dataclasses.replace(table, cells=table.cells[:3]))
+        ProfiledClock(dataclasses.replace(measured_profile, cells=measured_profile.cells[:3]))
 
 
 def test_profiling_needs_something_to_measure(resources):
@@ -298,13 +298,13 @@ def test_a_disturbed_device_is_measured_longer(resources):
         return answer, LatencyRecord(**{stage: ms * factor for stage, ms in record.to_dict().items()})
 
     busy.run_measured = disturbed
-    tables = [profile(engine, resources.samples[:20], repeats=3, per_tiling=10) for engine in (calm, busy)]
-    assert [len(table.cells[0].totals_ms) for table in tables] == [3, 9]
-    assert ProfiledClock(tables[1]).reference_ms == pytest.approx(ProfiledClock(tables[0]).reference_ms, rel=0.5)
+    profiles = [profile(engine, resources.samples[:20], repeats=3, per_tiling=10) for engine in (calm, busy)]
+    assert [len(measured_profile.cells[0].totals_ms) for measured_profile in profiles] == [3, 9]
+    assert ProfiledClock(profiles[1]).reference_ms == pytest.approx(ProfiledClock(profiles[0]).reference_ms, rel=0.5)
 
 
-def test_noise_is_the_profiles_own_and_the_same_for_equal_executions(table, resources):
-    clock = ProfiledClock(table)
+def test_noise_is_the_profiles_own_and_the_same_for_equal_executions(measured_profile, resources):
+    clock = ProfiledClock(measured_profile)
     noise = LatencyNoise(clock.repeat_ratios, 0)
     drawn = [noise.factor(f"s{i}", ExecutionPlan()) for i in range(4000)]
     assert drawn == [LatencyNoise(clock.repeat_ratios, 0).factor(f"s{i}", ExecutionPlan()) for i in range(4000)]
@@ -320,8 +320,8 @@ def test_noise_is_the_profiles_own_and_the_same_for_equal_executions(table, reso
 
 def test_profiling_text_only_samples():
     engine = EngineDouble(CONFIG)
-    table = profile(engine, make_samples(10, text_only=True), repeats=2, per_tiling=12)
-    clock = ProfiledClock.for_engine(table, engine)
+    measured_profile = profile(engine, make_samples(10, text_only=True), repeats=2, per_tiling=12)
+    clock = ProfiledClock.for_engine(measured_profile, engine)
     record = clock.latency(RequestShape(0, 0, 12, 0), ExecutionPlan("low"), 2)
     assert record.vision == 0
     assert record.total > 0
@@ -338,10 +338,10 @@ def test_measured_clock_runs_the_request_and_the_reference():
     assert engine.calls["measured"] == 1 + 7
 
 
-def test_clocks_say_what_they_are(table):
+def test_clocks_say_what_they_are(measured_profile):
     roofline, profiled, measured = (
         RooflineClock(CONFIG, "laptop-2-core"),
-        ProfiledClock(table),
+        ProfiledClock(measured_profile),
         MeasuredClock(EngineDouble(CONFIG)),
     )
     assert [clock.name for clock in (roofline, profiled, measured)] == ["roofline", "profiled", "measured"]
