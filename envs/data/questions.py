@@ -16,7 +16,7 @@ from envs.data.catalog import OWN, DataSet
 from envs.data.scoring import check_metric, fitting_metric
 from envs.errors import UserError
 from envs.processing.images import IMAGE_ENDINGS, excerpt
-from envs.processing.processor import with_options
+from envs.processing.prompt import with_options
 
 _NESTED: Final = ("qas", "qa")
 _QUESTION: Final[tuple[str, ...]] = ("question", "query")

@@ -30,6 +30,7 @@ from envs.processing.image_processor import (
     select_tiling,
 )
 from envs.processing.images import ImageRef, check_size, excerpt, open_image, to_rgb
+from envs.processing.prompt import prompt_text
 
 CONFIG_FILE: Final = "preprocessor_config.json"
 MODEL_CONFIG_FILE: Final = "config.json"
@@ -211,18 +212,6 @@ MolmoEProcessor = AdaptiveMolmoEProcessor
 """The short name."""
 
 AutoProcessor.register(AdaptiveMolmoEConfig, MolmoProcessor)
-
-
-def prompt_text(question: str, style: str | None = None) -> str:
-    """The published prompt of a question."""
-    named = style not in (None, "demo")  # the published model was trained on demonstrations without a style
-    return f" User: {style}: {question} Assistant:" if named else f" User: {question} Assistant:"
-
-
-def with_options(question: str, options: Sequence[str]) -> str:
-    """A multiple-choice question as the published model expects it: options lettered from A."""
-    lines = "".join(f"\n{chr(ord('A') + i)}: {option}" for i, option in enumerate(options))
-    return f"{question}{lines}\n"
 
 
 def collate(requests: Sequence[Inputs]) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from envs.data.scenes import all_questions, caption, make_scene
 from envs.model.config import AdaptiveMolmoEConfig, VisionConfig
 from envs.processing.image_processor import AdaptiveMolmoEImageProcessor, ImageGeometry
-from envs.processing.processor import IMAGE_TOKENS, MolmoEProcessor, prompt_text
+from envs.processing.processor import IMAGE_TOKENS, MolmoEProcessor
+from envs.processing.prompt import prompt_text
 
 END: Final = "<|endoftext|>"
 PADDING: Final = "<|padding|>"

@@ -37,9 +37,9 @@ RAY_FREE = [
     "envs.latency.guardrail",
     "envs.rendering",
     "envs.env_resources",
-    "envs.model",
+    "envs.model.molmoe",
     "envs.engine",
-    "envs.processing",
+    "envs.processing.processor",
     "envs.data",
     "policies.controller",
     "policies.networks",
@@ -147,6 +147,12 @@ for name in {RAY_FREE!r}:
     importlib.import_module(name)
 assert not {{"ray", "gymnasium"}} & set(sys.modules)
 """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
+
+
+def test_names_of_models_and_files_of_data_are_checked_without_transformers():
+    code = "import sys, envs.model.checkpoint, envs.data; assert 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
 

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from envs.processing import MolmoEProcessor
 from envs.processing.image_processor import AdaptiveMolmoEImageProcessor, ImageGeometry, make_layout, select_tiling
 from envs.processing.images import open_image
-from envs.processing.processor import MolmoEProcessor, prompt_text, with_options
+from envs.processing.prompt import prompt_text, with_options
 
 ROOT = Path(__file__).parents[4]
 GOLDEN = ROOT / "tests" / "golden"
