@@ -8,6 +8,7 @@ import re
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
+from functools import lru_cache
 from itertools import takewhile
 from string import ascii_lowercase, ascii_uppercase
 from typing import Any, Final, NamedTuple
@@ -60,6 +61,7 @@ class Question(NamedTuple):
     family: str | None
 
 
+@lru_cache(maxsize=4096)
 def plain_name(name: str) -> str:
     """A field's name as it is compared: in lower case, with `_` for `-`, a space or in camelCase."""
     return re.sub(r"[\s-]", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())).lower()
