@@ -239,6 +239,26 @@ def answer(
 
 
 @command()
+def serve(
+    path: Annotated[Path, typer.Argument(help="Run folder, or folder of an exported controller.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Settings such as `late=cheapest`; all are in docs/serving.md.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Interface to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    address: Annotated[str, typer.Option(help="Ray cluster; `auto` is RAY_ADDRESS, else a local Ray.")] = "auto",
+) -> None:  # fmt: skip
+    """Serve a controller over HTTP on Ray Serve, with a page at `/`; a budget counts from the request's arrival.
+
+    A controller that is written anew is loaded without losing a request. Ctrl-C stops.
+    """
+
+
+@command()
 def inspect(
     path: Annotated[
         Path,

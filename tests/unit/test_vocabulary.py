@@ -54,6 +54,7 @@ ORDINARY = {
     r"whole numbers?": "integers, to a user",
     r"\bround\(|\.round\b": "Python's, NumPy's and torch's function",
     r"rounds? (up|down|to|it|half|differently|off)\b|rounds off": "arithmetic",
+    r"multi[_ ]round": "lmms-eval's method",
     r"early stopping": "the term of hyperparameter search",
     r"\.?chunk\(|chunked|\"chunk\"": "torch's function, HTTP's transfer encoding",
     r"hold(s|ing)?[ _-]out": "data that training never sees",

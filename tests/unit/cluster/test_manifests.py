@@ -16,6 +16,7 @@ import yaml
 
 from ray_ctrl.load_config import load_config
 from ray_ctrl.preflight import plan_layout
+from ray_ctrl.serve.app import settings_of
 
 FOLDER = Path(__file__).resolve().parents[3] / "cluster" / "manifests"
 SHIPPED = ("raycluster.yaml", "rayjob.yaml", "ray-up.yaml")
@@ -27,7 +28,7 @@ def _documents(name: str) -> list[dict[str, Any]]:
 
 def _cluster(name: str) -> dict[str, Any]:
     spec = _documents(name)[-1]["spec"]
-    return dict(spec.get("rayClusterSpec", spec))
+    return dict(spec.get("rayClusterSpec", spec.get("rayClusterConfig", spec)))
 
 
 def _gpus(name: str) -> int:
@@ -40,7 +41,7 @@ def _gpus(name: str) -> int:
     return sum(group["replicas"] * int(limit["nvidia.com/gpu"]) for group, limit in zip(groups, limits, strict=True))
 
 
-@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml", "rayservice.yaml"])
 def test_pods_and_claims_are_kubernetes_own(name: str) -> None:
     validate = pytest.importorskip("kubernetes_validate")
     cluster = _cluster(name)
@@ -63,7 +64,7 @@ def test_ray_up_file_is_rays_own() -> None:
 
 
 def test_versions_are_those_installed() -> None:
-    for name in ("raycluster.yaml", "rayjob.yaml"):
+    for name in ("raycluster.yaml", "rayjob.yaml", "rayservice.yaml"):
         assert _cluster(name)["rayVersion"] == metadata.version("ray")
     assert f"rayproject/ray:{metadata.version('ray')}-" in (FOLDER / "Dockerfile").read_text("utf-8")
 
@@ -142,3 +143,25 @@ def test_slurm_script_starts_ray_trains_and_queues_itself_again_when_called_to_s
     assert f"store.path={tmp_path}/store/outcomes.sqlite" in called
     assert called.rstrip().endswith("scontrol requeue 4711")
     assert (tmp_path / "store").is_dir()
+
+
+def test_serve_files_are_serves_own_and_agree() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    alone = _documents("serve.yaml")[0]
+    on_kubernetes = yaml.safe_load(_documents("rayservice.yaml")[0]["spec"]["serveConfigV2"])
+    assert alone == on_kubernetes
+    (application,) = ServeDeploySchema.model_validate(alone).applications
+    assert application.import_path == "ray_ctrl.serve.app:build"
+    assert settings_of(application.args).late == "refuse"
+
+
+def test_the_dashboard_shows_metrics_that_exist() -> None:
+    import ray_ctrl.serve.monitoring as monitoring
+
+    source = Path(monitoring.__file__).read_text("utf-8")
+    text = (FOLDER / "grafana.json").read_text("utf-8")
+    shown = set(re.findall(r"ray_ray_ctrl_serve_(\w+?)(?:_total|_bucket)?\b", text))
+    assert len(json.loads(text)["panels"]) == 8
+    assert {f'"{name}"' in source for name in shown} == {True}
+    assert shown >= {"requests", "violations", "plans", "latency_ms", "queue_ms", "pending", "drift_ratio"}
