@@ -161,7 +161,7 @@ def test_the_dashboard_shows_metrics_that_exist() -> None:
 
     source = Path(monitoring.__file__).read_text("utf-8")
     text = (FOLDER / "grafana.json").read_text("utf-8")
-    shown = set(re.findall(r"ray_ray_ctrl_serve_(\w+?)(?:_total|_bucket)?\b", text))
+    plotted = set(re.findall(r"ray_ray_ctrl_serve_(\w+?)(?:_total|_bucket)?\b", text))
     assert len(json.loads(text)["panels"]) == 8
-    assert {f'"{name}"' in source for name in shown} == {True}
-    assert shown >= {"requests", "violations", "plans", "latency_ms", "queue_ms", "pending", "drift_ratio"}
+    assert {f'"{name}"' in source for name in plotted} == {True}
+    assert plotted >= {"requests", "violations", "plans", "latency_ms", "queue_ms", "pending", "drift_ratio"}

@@ -270,9 +270,9 @@ def test_a_sweep_is_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     summary = {"command": "ray-ctrl tune x", "metric": "validation/score", "trials": trials}
     (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     inspect.run(tmp_path)
-    shown = capsys.readouterr().out
-    assert "+0.5000 after iteration 4 of 6: grpo.lr=0.01" in shown
-    assert "no validation after iteration - of 0: grpo.lr=0.1" in shown
+    printed = capsys.readouterr().out
+    assert "+0.5000 after iteration 4 of 6: grpo.lr=0.01" in printed
+    assert "no validation after iteration - of 0: grpo.lr=0.1" in printed
 
 
 def test_more_iterations_of_a_resumed_run_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""docs/serving.md has every setting with its default, and every metric."""
+"""docs/serving.md has every key with its default, and every metric."""
 
 import re
 from pathlib import Path
