@@ -37,11 +37,12 @@ from ray_ctrl.provenance import provenance
 from ray_ctrl.run_context import RunContext, open_context
 from ray_ctrl.run_folder import RunFolder
 from ray_ctrl.serving import clamped_budget_ms
+from ray_ctrl.trainer import validation_contexts
 
 POINTS = 3
 """Budgets in each held-out band."""
 VALIDATION_BUDGETS = 8
-"""Training budgets on which margins are calibrated and learning curves are drawn."""
+"""Training budgets on which margins are calibrated."""
 HEADER = ("method", "accuracy", "gain", "over", "worst", "p95 used", "mean ms", "to oracle")
 LEGEND = (
     "accuracy and gain over one plan per budget: mean ± half of the 95 % interval, paired and clustered by image; "
@@ -148,7 +149,8 @@ class Comparison:
         curves = [summaries.learning_of_run(run.label, run.seed, RunFolder(run.home).metrics()) for run in runs]
         learners: list[rules.Rule] = [rules.BestMean(), rules.Ridge()]
         learners += [rules.MeanByFamily()] if known.families is not None else []
-        curves.append(summaries.learning_of_rules(learners, train, validation, calibration, seed))
+        trained_on = sorted({ms for _, ms in validation_contexts(1, context.budgets)})
+        curves.append(summaries.learning_of_rules(learners, train, validation, trained_on, seed))
         return cls(test, frame, parts, pd.concat(curves), labels, list(dict.fromkeys(run.label for run in runs)))
 
     def write(self, out: Path) -> None:

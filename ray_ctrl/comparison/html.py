@@ -45,6 +45,8 @@ def write_html(
         labels: by budget, why it is not in the headline.
         ours: trained controllers, plotted first.
     """
+    parts = tables["parts"]
+    names = [f"{part.method}, {part.violation:.0%} over" for part in parts.itertuples()]
     figures = {
         "accuracy-over-budget": lines(tables["budgets"], ours, "budget_ms", "accuracy", "accuracy_ci"),
         "accuracy-over-latency": lines(tables["budgets"], ours, "latency_ms", "accuracy", "accuracy_ci"),
@@ -52,7 +54,7 @@ def write_html(
         "p95": lines(tables["budgets"], ours, "budget_ms", "p95_used"),
         "p99": lines(tables["budgets"], ours, "budget_ms", "p99_used"),
         "gap": bars(tables["methods"], "gap_to_oracle", "accuracy_ci"),
-        "parts": bars(tables["parts"], "difference", "difference_ci"),
+        "parts": bars(parts.assign(method=names), "difference", "difference_ci"),
         "knobs-by-budget": knobs(tables["knobs_by_budget"], ours[0], "budget_ms"),
         "learning": learning(tables["learning"], ours),
     }

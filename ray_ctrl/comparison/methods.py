@@ -17,8 +17,8 @@ from policies.baselines.rules import Array, KnownOutcomes, Requests, Rule, Score
 from policies.baselines.two_stage import Trained, ValueHeads
 from ray_ctrl.comparison.outcomes import PlanOutcomes
 
-TARGET: Final = 0.04
-"""Violation rate that the margins aim at in each validation budget; 1 point below the 5 % that may be exceeded."""
+TARGET: Final = 0.03
+"""Mean violation rate that the margins aim at on validation, so that a budget rarely has more than 5 %."""
 MARGINS: Final = np.geomspace(0.8, 2.0, 47)
 FEASIBLE: Final = 0.95
 """A budget is feasible if the cheapest plan meets it for this share of requests."""
@@ -109,14 +109,14 @@ class Choices:
 
 
 def calibrated_margin(method: Method, validation: Choices, budgets: Sequence[float]) -> float:
-    """The smallest margin with at most `TARGET` violations under every budget; NaN if no margin of the grid has that.
+    """The smallest margin with at most `TARGET` violations over all budgets; NaN if no margin of the grid has that.
 
-    Methods that no margin affects get 1.
+    The mean counts, as the largest of several rates is mostly chance. Methods that no margin affects get 1.
     """
     if isinstance(method.rule, rules.Oracle):
         return 1.0
     for margin in MARGINS:
-        if (validation.violation_rates(method, budgets, float(margin)) <= TARGET).all():
+        if validation.violation_rates(method, budgets, float(margin)).mean() <= TARGET:
             affected = method.masked or not method.rule.ignores_budget
             return float(margin) if affected else 1.0
     return float("nan")
