@@ -241,7 +241,7 @@ class GuardrailSettings(Section):
     """The latency mask: only plans predicted to meet the budget can be chosen, in training, evaluation and serving."""
 
     confidence: float | None = Field(
-        default=0.9,
+        default=0.95,
         gt=0,
         lt=1,
         description="Share of requests that should meet their budget under a plan that just meets it as predicted, "

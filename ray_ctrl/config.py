@@ -91,7 +91,7 @@ class RunConfig(Section):
         description="Name of the run folder; `null` names it by time.",
     )
     seed: Int = Field(default=0, ge=0, lt=2**31, description="Seed of everything random.")
-    iterations: Int = Field(default=240, ge=1, description="Training iterations.")
+    iterations: Int = Field(default=80, ge=1, description="Training iterations.")
     checkpoint_every: Int = Field(default=10, ge=1, description="Iterations between checkpoints.")
     keep_checkpoints: Int = Field(
         default=3,
