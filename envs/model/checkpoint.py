@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ LOADABLE_DTYPES = ("F64", "F32", "F16", "BF16")
 _LARGE_DOWNLOAD = 10**8
 # What is fetched for a hub id: weights and the JSON and text files next to them, never code.
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 _log = logging.getLogger(__name__)
 
 
@@ -56,8 +58,15 @@ def check_name(path_or_id: str | Path) -> None:
         raise UserError(f"no model folder {path_or_id}: give an existing folder, a hub id, or 'embedded'")
 
 
-def resolve_folder(path_or_id: str | Path, revision: str | None = None, files: Sequence[str] = _HUB_FILES) -> Path:
+def resolve_folder(
+    path_or_id: str | Path,
+    revision: str | None = None,
+    files: Sequence[str] = _HUB_FILES,
+    options: Mapping[str, Any] | None = None,
+) -> Path:
     """A local folder for a folder, "embedded", or a hub id (of which `files` are fetched at `revision`).
+
+    `options` may have transformers' `token`, `cache_dir`, `local_files_only` and `force_download`; others are ignored.
 
     Raises:
         UserError: there is no such folder, the hub has or gives nothing of that name, or a folder's revision is asked.
@@ -73,13 +82,15 @@ def resolve_folder(path_or_id: str | Path, revision: str | None = None, files: S
         return folder
     from huggingface_hub import snapshot_download
 
+    hub = {key: value for key, value in (options or {}).items() if key in _HUB_OPTIONS and value}
+    fetch: Any = partial(snapshot_download, str(path_or_id), revision=revision, allow_patterns=list(files), **hub)
     with suppress(Exception):  # the size is only a courtesy; fetching says what is wrong
-        planned = snapshot_download(str(path_or_id), revision=revision, allow_patterns=list(files), dry_run=True)
+        planned = fetch(dry_run=True)
         size = sum(file.file_size or 0 for file in planned if file.will_download)
         if size > _LARGE_DOWNLOAD:
             _log.warning("%s: fetching %s from the hub", path_or_id, size_text(size))
     try:
-        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=list(files)))
+        return Path(fetch())
     except Exception as error:  # the hub client raises many unrelated kinds
         reason = first_line(error)
         at = f" at revision {revision}" if revision else ""

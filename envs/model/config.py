@@ -1,6 +1,6 @@
 """The published `config.json` as a transformers configuration: checked, and named when wrong."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -151,7 +151,7 @@ class AdaptiveMolmoEConfig(PreTrainedConfig):
     blank_crops: str = BLANK_CROPS[0]
 
     def __post_init__(self, **kwargs: Any) -> None:
-        values = vars(self)
+        values: dict[str, Any] = self.__dict__
         _check_fixed(kwargs, {**_FIXED, "quantization_config": None})
         if kwargs.get("n_kv_heads") not in (None, self.n_heads):
             raise _error(kwargs, "n_kv_heads", f"null or {self.n_heads} (= n_heads)")
@@ -164,8 +164,9 @@ class AdaptiveMolmoEConfig(PreTrainedConfig):
         self.embedding_size = _count(values, "embedding_size") if self.embedding_size else self.vocab_size
         self.additional_vocab_size = _count(values, "additional_vocab_size") if self.additional_vocab_size else 0
         # The published tokenizer's end-of-text is the last id before the added ones.
-        self.eos_token_id = _token_id(values, "eos_token_id", self.vocab_size - 1)
-        self.pad_token_id = _token_id(values, "pad_token_id", 1)
+        for key, default in (("eos_token_id", self.vocab_size - 1), ("pad_token_id", 1)):
+            values[key] = default if values[key] is None else values[key]
+            _checked(values, key, lambda token: isinstance(token, int) and token >= 0, "null or one token id")
         self.overlap_margins = list(_pair(values, "overlap_margins"))
         self.vision = _vision(values)
         self.vit_layers, self.vision_backbone = list(self.vision.feature_layers), self.vision.to_published()
@@ -284,31 +285,26 @@ def _check_fixed(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
             raise _error(values, key, repr(only))
 
 
+def _checked(values: Mapping[str, Any], key: str, fits: Callable[[Any], bool], allowed: str) -> Any:
+    value = values.get(key)
+    if isinstance(value, bool) or not fits(value):
+        raise _error(values, key, allowed)
+    return value
+
+
 def _count(values: Mapping[str, Any], key: str, most: int = _MAX_SIZE) -> int:
-    if key not in values:
-        raise UserError(f"{key} is missing: give a published config.json")
-    value = values[key]
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise _error(values, key, f"an integer from 1 to {most:,}")
-    return value
-
-
-def _token_id(values: Mapping[str, Any], key: str, default: int) -> int:
-    value = default if values[key] is None else values[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise _error(values, key, "null or one token id of at least 0")
-    return value
+    allowed = f"an integer from 1 to {most:,}"
+    return int(_checked(values, key, lambda value: isinstance(value, int) and 1 <= value <= most, allowed))
 
 
 def _number(values: Mapping[str, Any], key: str) -> float:
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_SIZE:
-        raise _error(values, key, f"a number above 0 and at most {_MAX_SIZE:,}")
-    return float(value)
+    allowed = f"a number above 0 and at most {_MAX_SIZE:,}"
+    return float(_checked(values, key, lambda n: isinstance(n, int | float) and 0 < n <= _MAX_SIZE, allowed))
 
 
 def _pair(values: Mapping[str, Any], key: str) -> tuple[int, int]:
-    value = values.get(key)
-    if not isinstance(value, list | tuple) or len(value) != 2 or any(item not in range(_MAX_SIZE) for item in value):
-        raise _error(values, key, f"two integers from 0 to {_MAX_SIZE:,}")
-    return value[0], value[1]
+    def fits(pair: Any) -> bool:
+        return isinstance(pair, list | tuple) and len(pair) == 2 and all(item in range(_MAX_SIZE) for item in pair)
+
+    first, second = _checked(values, key, fits, f"two integers from 0 to {_MAX_SIZE:,}")
+    return first, second

@@ -5,6 +5,7 @@ the rows of query and key are reordered so that rotary pairs are adjacent (atten
 nothing else changes). transformers applies the list when it loads and, reversed, when it saves.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -68,6 +69,11 @@ class JoinWords(ConversionOps):
 
 def _first(tensors: Tensor | list[Tensor]) -> Tensor:
     return tensors[0] if isinstance(tensors, list) else tensors
+
+
+def is_packed(keys: Iterable[str]) -> bool:
+    """Whether a checkpoint has the experts of a block in two tensors."""
+    return any(key.endswith(".experts.gate_up_proj") for key in keys)
 
 
 def conversions(packed: bool = False) -> list[Rename | Convert]:

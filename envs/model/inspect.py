@@ -16,6 +16,7 @@ from envs.knobs import BLOCK_COUNTS, INSERTIONS, TIER_CROPS, TOP_KS, KnobSpace
 from envs.model.block_importance import read_importance, removal_order
 from envs.model.checkpoint import TensorHeader, mismatches, read_headers, resolve_folder
 from envs.model.config import AdaptiveMolmoEConfig
+from envs.model.conversion import is_packed
 from envs.model.molmoe import on_meta, published_shapes
 
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2}
@@ -114,7 +115,7 @@ def inspect_model(
         source=str(path_or_id),
         config=config,
         tensors=tensors,
-        problems=(*problems, *mismatches(published_shapes(config), tensors)),
+        problems=(*problems, *mismatches(published_shapes(config, is_packed(tensors)), tensors)),
         importance=read_importance(folder),
         needs=tuple(
             Need(device, dtype, needed_bytes(config, dtype, device.name.startswith("cuda")))

@@ -18,7 +18,7 @@ from envs.errors import UserError
 from envs.knobs import ExecutionPlan
 from envs.model.checkpoint import INDEX, WEIGHTS, mismatches, read_headers, resolve_folder, weight_files
 from envs.model.config import AdaptiveMolmoEConfig
-from envs.model.conversion import CONVERTED, conversions
+from envs.model.conversion import CONVERTED, conversions, is_packed
 from envs.model.decode import DecodeBatch
 from envs.model.device import resolve_device, resolve_dtype
 from envs.model.execution_tree import per_row
@@ -55,6 +55,7 @@ class AdaptiveMolmoEForConditionalGeneration(PreTrainedModel):
         self._single_row: SingleRow | None = None
         self._loaded: object = None
         self._cache: FingerprintCache | None = None
+        self.post_init()
 
     @classmethod
     def from_pretrained(
@@ -77,17 +78,17 @@ class AdaptiveMolmoEForConditionalGeneration(PreTrainedModel):
             blank_crops: which crops count as empty, see `AdaptiveMolmoEConfig`; as the checkpoint says if None.
             config: as the checkpoint says if None.
             device_map: transformers' name for `device`; a map must name a single device.
-            kwargs: what transformers' Auto classes add; nothing that would run remote code or other weights.
+            kwargs: what transformers' Auto classes add, such as `token`; nothing that would run remote code.
 
         Raises:
             UserError: nothing there, or files that are corrupt or do not fit each other.
         """
         _check_options(kwargs)
-        folder = resolve_folder(path_or_id, revision)
+        folder = resolve_folder(path_or_id, revision, options=kwargs)
         config = AdaptiveMolmoEConfig.from_pretrained(folder) if config is None else config
         config = replace(config) if blank_crops is None else replace(config, blank_crops=blank_crops)
         tensors, problems = read_headers(folder)
-        packed = any(key.endswith("experts.gate_up_proj") for key in tensors)
+        packed = is_packed(tensors)
         if problems := problems or mismatches(published_shapes(config, packed), tensors):  # before memory is taken
             raise UserError(f"weights in {folder} do not fit its config.json; {'; '.join(problems)}")
         target = resolve_device(device if device_map is None else _single_device(device_map))
@@ -106,6 +107,8 @@ class AdaptiveMolmoEForConditionalGeneration(PreTrainedModel):
             # A tensor that was only renamed is still the file's own memory, which changes when the file does.
             if device.type == "cpu" and not any(part in name for part in CONVERTED):
                 parameter.data = parameter.data.clone()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what converting took: the engine plans with what the device has free
         # Saved as published, however it was stored.
         self._weight_conversions = conversions()
         if errors := [*found.conversion_errors.values(), *found.mismatched_keys, *found.missing_keys]:
@@ -231,21 +234,14 @@ class AdaptiveMolmoEForConditionalGeneration(PreTrainedModel):
         return found
 
     def save_pretrained(
-        self,
-        save_directory: str | Path,
-        max_shard_size: int | str = SHARD_BYTES,
-        dtype: torch.dtype | None = None,
-        **kwargs: Any,
+        self, save_directory: str | Path, max_shard_size: int | str = SHARD_BYTES, **kwargs: Any
     ) -> None:
         """Write `config.json` and safetensors in the published layout, in shards of at most `max_shard_size` bytes.
 
         Weights from an earlier save are removed; `kwargs` are transformers'.
         """
-        if isinstance(max_shard_size, int) and max_shard_size < 1:
-            raise UserError(f"max_shard_size is {max_shard_size}: give a number of bytes above 0")
-        state = None if dtype is None else {key: value.to(dtype) for key, value in self.state_dict().items()}
         with _no_progress_bar():
-            super().save_pretrained(save_directory, state_dict=state, max_shard_size=max_shard_size, **kwargs)
+            super().save_pretrained(save_directory, max_shard_size=max_shard_size, **kwargs)
         single, index = (Path(save_directory) / name for name in (WEIGHTS, INDEX))
         if single.exists() and index.exists():
             min(single, index, key=lambda path: path.stat().st_mtime_ns).unlink()

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
@@ -36,6 +37,7 @@ CONFIG_FILE: Final = "preprocessor_config.json"
 MODEL_CONFIG_FILE: Final = "config.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
 TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
+FILES: Final = (CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, MODEL_CONFIG_FILE)
 IMAGE_TOKENS: Final = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>")
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 PAD_ID: Final = -1
@@ -72,9 +74,9 @@ class AdaptiveMolmoEProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer)
         self.geometry: ImageGeometry = image_processor.geometry
         self.max_tokens = max_tokens
-        # The wrapper around it takes ten times as long per prompt.
-        self.text_encoder = tokenizer.backend_tokenizer
-        # A question that spells "<im_patch>" or "<|endoftext|>" is text, not a command to the model.
+        # A question that spells "<im_patch>" or "<|endoftext|>" is text, not a command to the model. The wrapper sets
+        # this anew at every call, hence a copy.
+        self.text_encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.text_encoder.encode_special_tokens = True
         self.eos_id = self._token_id(tokenizer.eos_token or "<|endoftext|>")
         start, end, patch, column = (self._token_id(token) for token in IMAGE_TOKENS)
@@ -83,19 +85,22 @@ class AdaptiveMolmoEProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(
-        cls, path_or_id: str | Path, revision: str | None = None, **_: Any
+        cls, path_or_id: str | Path, revision: str | None = None, **kwargs: Any
     ) -> "AdaptiveMolmoEProcessor":
         """The processor of a model folder, a hub id or `embedded`. Weights are neither needed nor fetched.
+
+        `kwargs` are what transformers' Auto classes add, such as `token`.
 
         Raises:
             UserError: no such folder or hub model, or a file that is missing or inconsistent.
         """
-        folder = processor_folder(path_or_id, revision)
+        folder = resolve_folder(path_or_id, revision, FILES, kwargs)
         try:
             image_processor = AdaptiveMolmoEImageProcessor(**_read_json(folder / CONFIG_FILE))
         except UserError as error:
             raise UserError(f"{folder}: {error.message}") from None
-        special = {key: value for key, value in _read_json(folder / TOKENIZER_CONFIG_FILE).items() if key in _SPECIAL}
+        config = _read_json(folder / TOKENIZER_CONFIG_FILE)
+        special = {key: token["content"] if isinstance(token := config.get(key), dict) else token for key in _SPECIAL}
         path = folder / TOKENIZER_FILE
         try:
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
@@ -236,11 +241,6 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
         out[row : row + tensor.shape[0], : tensor.shape[1]] = tensor
         row += tensor.shape[0]
     return out
-
-
-def processor_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """Local folder with the processor's files."""
-    return resolve_folder(path_or_id, revision, (CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, MODEL_CONFIG_FILE))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

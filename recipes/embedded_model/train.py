@@ -13,6 +13,7 @@ are next to it.
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -242,7 +243,7 @@ def _packed_phase(name: str, model: AdaptiveMolmoE, data: PackedScenes, recipe: 
 def export(model: AdaptiveMolmoE, folder: Path) -> None:
     """Writes the model folder: weights in half precision, and every file that describes them."""
     write_files(folder)
-    model.save_pretrained(folder, dtype=torch.float16)
+    copy.deepcopy(model).half().save_pretrained(folder)
 
 
 def train(recipe: Recipe, settings: LoopSettings) -> bool:

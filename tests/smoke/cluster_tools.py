@@ -28,7 +28,6 @@ def model_folder(place: Path) -> str:
         return "embedded"
     except UserError:
         pass
-    import torch
 
     from envs.model.config import AdaptiveMolmoEConfig
     from recipes.embedded_model.fresh_weights import initialise
@@ -37,7 +36,7 @@ def model_folder(place: Path) -> str:
     place.mkdir(parents=True, exist_ok=True)
     write_files(place)
     model = initialise(AdaptiveMolmoEConfig.from_pretrained(place), 0)
-    model.save_pretrained(place, dtype=torch.float16)
+    model.half().save_pretrained(place)
     (place / "importance.json").write_text(json.dumps({"importance": [float(i) for i in range(16, 0, -1)]}))
     return str(place)
 

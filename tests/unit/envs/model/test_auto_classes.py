@@ -12,11 +12,13 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
+from transformers.modeling_utils import get_total_byte_count
 
 from envs.embedded import folder as embedded_folder
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
 from envs.model import AdaptiveMolmoE, AdaptiveMolmoEConfig
+from envs.model.inspect import inspect_model
 from envs.processing import AdaptiveMolmoEProcessor, MolmoEProcessor
 
 GOLDEN = Path(__file__).parents[3] / "golden"
@@ -55,6 +57,13 @@ def test_the_embedded_model_answers_through_the_auto_classes() -> None:
     assert model.generate(**inputs, max_new_tokens=4) == wanted
     assert torch.equal(model(**inputs), model(inputs, ExecutionPlan()))
     assert isinstance(processor.tokenizer, PreTrainedTokenizerFast)
+
+
+def test_the_loader_can_reserve_a_gpus_memory(model: AdaptiveMolmoE) -> None:
+    """What it does before it reads to a GPU, as far as it goes without one."""
+    sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    gpu = torch.device("cuda:0")
+    assert get_total_byte_count(model, dict.fromkeys(sizes, gpu)) == {gpu: sum(sizes.values())}
 
 
 def test_defaults_are_the_published_model() -> None:
@@ -138,6 +147,7 @@ def test_packed_experts_are_read(folder: Path, model: AdaptiveMolmoE, tmp_path: 
         tensors[f"{root}.gate_up_proj"] = torch.cat((parts["gate_proj"], parts["up_proj"]), 1)
         tensors[f"{root}.down_proj"] = parts["down_proj"]
     save_file(tensors, folder / "model.safetensors")
+    assert inspect_model(folder).problems == ()
     packed = AdaptiveMolmoE.from_pretrained(folder)
     assert packed.fingerprint == model.fingerprint
     packed.save_pretrained(tmp_path / "split")
@@ -203,3 +213,19 @@ def test_processors_take_transformers_keywords(folder: Path) -> None:
     assert all(torch.equal(named[key], plain[key]) for key in plain)
     alone = processor.image_processor(image.convert("RGB"))
     assert torch.equal(alone["images"], processor(image, "which?", "high")["images"])
+
+
+def test_the_hubs_options_are_passed_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def snapshot(name: str, **options: Any) -> str:
+        asked.append(options)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    AdaptiveMolmoE.from_pretrained("someone/model", token="secret", trust_remote_code=False)
+    MolmoEProcessor.from_pretrained("someone/model", revision="v1", local_files_only=True)
+    model, processor = (options for options in asked if "dry_run" not in options)
+    assert (model["token"], model["revision"]) == ("secret", None)
+    assert (processor["local_files_only"], processor["revision"]) == (True, "v1")
+    assert not any(pattern.endswith((".bin", ".py")) for options in asked for pattern in options["allow_patterns"])

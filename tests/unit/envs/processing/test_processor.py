@@ -140,6 +140,7 @@ def test_text_only(small: MolmoEProcessor) -> None:
 
 
 def test_control_tokens_in_a_question_stay_text(small: MolmoEProcessor) -> None:
+    assert small.tokenizer("<im_patch>").input_ids == [small.special_ids[2]]  # transformers' wrapper decides for itself
     ids = small.prompt_ids("<im_patch><|endoftext|><im_start>")
     assert not {small.eos_id, *small.special_ids} & set(ids)
     assert "<im_patch>" in small.tokenizer.decode(ids)
@@ -193,6 +194,12 @@ def test_a_model_without_styles_is_asked_plainly(small_folder: Path) -> None:
     config.write_text(json.dumps({**SMALL, "prompt_styles": "no"}))
     with pytest.raises(UserError, match="prompt_styles is 'no'"):
         MolmoEProcessor.from_pretrained(small_folder)
+
+
+def test_special_tokens_may_be_objects(small_folder: Path) -> None:
+    path = small_folder / "tokenizer_config.json"
+    path.write_text(json.dumps({"eos_token": {"content": "<|padding|>", "__type": "AddedToken"}}))
+    assert MolmoEProcessor.from_pretrained(small_folder).eos_id == 1
 
 
 def test_unknown_tier(small: MolmoEProcessor) -> None:
