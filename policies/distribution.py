@@ -29,7 +29,7 @@ def pair_logits(first: Tensor, second: Tensor) -> Tensor:
 
 def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
     """Logits with every option whose mask (non-zero = legal) is zero replaced by a large negative."""
-    return torch.where(mask > 0, logits, torch.full_like(logits, MASKED))
+    return logits.masked_fill(mask <= 0, MASKED)
 
 
 @dataclass(frozen=True)

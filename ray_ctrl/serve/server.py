@@ -107,7 +107,7 @@ class Server:
         budgets = pipeline.metadata.get("budgets") or {}
         scaled = {key: budgets[key] * pipeline.scale for key in ("low_ms", "high_ms") if key in budgets}
         return {
-            "controller": self.controller,
+            "controller": Path(self.controller).name,
             "iteration": pipeline.metadata.get("iteration"),
             "reference_ms": pipeline.reference_ms,
             **scaled,
