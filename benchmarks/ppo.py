@@ -21,7 +21,6 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from policies.controller import Controller
 from policies.grpo.rl_module import ControllerWithValue
-from ray_ctrl.controllers import find_controller
 from ray_ctrl.run_context import RunContext, open_context
 from ray_ctrl.run_folder import RunFolder
 from ray_ctrl.trainer import validation_contexts
@@ -86,7 +85,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=8, help="iterations between validations")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    home = find_controller(args.run)[1]
+    home = RunFolder.open(args.run).root
     args.out.mkdir(parents=True)
     for name in SETTINGS:
         if (home / name).is_file():
