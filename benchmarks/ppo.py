@@ -102,8 +102,8 @@ def main() -> None:
         row = {"iteration": iteration, "model_executions": len(algorithm.env_runner.env.unwrapped.executions)}
         row |= validated(context, controller)
         folder.append_metrics(row)
+        controller.save(folder.controller, context.metadata(), overwrite=True)
         print(json.dumps(row), flush=True)
-    controller.save(folder.controller, context.metadata())
 
 
 if __name__ == "__main__":
