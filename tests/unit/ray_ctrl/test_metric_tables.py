@@ -69,7 +69,8 @@ def iteration() -> dict[str, float]:
         _publish=lambda: None,
         _sample=lambda: (rollouts(8), [], dict.fromkeys(COUNTS, 0.0)),
         _returns=lambda found: found.rewards,
-        _learn=lambda found, groups: [],
+        _learn=lambda found, returns, groups: [],
+        _count_executions=lambda found: {"model_executions": 8.0},
     )
     GRPO.training_step(algorithm)
     return dict(algorithm._row)

@@ -60,6 +60,7 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> training.Trainer
     monkeypatch.setattr("ray_ctrl.rllib_setup.build_algorithm", lambda *given: Algorithm(lost))
     monkeypatch.setattr("policies.grpo.checkpoint.restore_checkpoint", restore)
     monkeypatch.setattr("cluster.connect.wait_for", lambda *given: {})
+    monkeypatch.setattr("ray_ctrl.trainer.describe_export", lambda *given: None)
     layout: Any = SimpleNamespace(envs=4, resources=None)
     return training.Trainer(config, RunFolder.create(tmp_path / "run", config), context, layout)
 

@@ -154,6 +154,7 @@ def test_wherever_training_is_interrupted_it_says_how_to_continue(
     monkeypatch.setattr("ray_ctrl.lookup.precompute", ahead)
     monkeypatch.setattr(train, "export_controller", lambda folder: SimpleNamespace(iteration=3))
     monkeypatch.setattr("ray_ctrl.commands.evaluate.evaluate_context", evaluation)
+    monkeypatch.setattr("ray_ctrl.model_card.describe_export", lambda *given: None)
     (tmp_path / "config.yaml").touch()
     layout: Any = SimpleNamespace(resources=None)
     if hint is None:
