@@ -77,7 +77,7 @@ def trial_resources(config: Config) -> PlacementGroupFactory:
         own["GPU"] = float(runners.gpus)
     bundles = [own]
     for role in plan_layout(config).resources.roles:
-        if role.cpus or role.gpus:
+        if role.placed and (role.cpus or role.gpus):
             each = {"CPU": float(role.cpus)} | ({"GPU": float(role.gpus)} if role.gpus else {})
             bundles += [each] * role.count
     return PlacementGroupFactory(bundles)

@@ -57,6 +57,7 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> training.Trainer
     context: Any = SimpleNamespace(
         build=lambda split: resources, budgets=BudgetDistribution.over(10.0, 80.0), metadata=dict, inputs={}
     )
+    monkeypatch.setattr(training, "describe_export", lambda controller: None)
     monkeypatch.setattr("ray_ctrl.rllib_setup.build_algorithm", lambda *given: Algorithm(lost))
     monkeypatch.setattr("policies.grpo.checkpoint.restore_checkpoint", restore)
     monkeypatch.setattr("cluster.connect.wait_for", lambda *given: {})

@@ -13,7 +13,7 @@ from policies.grpo import rllib_adapter
 
 ROOT = Path(__file__).parents[4]
 ADAPTERS = {Path(module.__file__): module.PRIVATE_NAMES for module in (rllib_adapter, ray_adapter)}
-OF_OTHERS = {"_foreach_copy_"}  # torch's
+OF_OTHERS = {"_foreach_copy_", "_version", "_load_pretrained_model"}  # torch's and transformers'
 FILES = sorted(
     path for package in ("envs", "policies", "ray_ctrl", "cluster") for path in (ROOT / package).rglob("*.py")
 )

@@ -72,12 +72,9 @@ def test_a_process_that_ends_a_trial_slowly_still_takes_the_next(
     class Slow(SimpleNamespace):
         done = 0
 
-        def iterate(self) -> dict[str, Any]:
+        def step(self) -> dict[str, Any]:
             self.done += 1
             return {"iteration": self.done, METRIC: 0.5, "reward": 0.5}
-
-        def _due(self) -> bool:
-            return False
 
         def stop(self) -> None:
             time.sleep(2.5)
@@ -111,11 +108,11 @@ def test_what_tune_may_have_missed_is_reported_again(tmp_path: Path, monkeypatch
     folder = run(tmp_path, "me", {1: 0.1, 2: 0.2}, lr=0.01)
     folder.append_metrics({"iteration": 3, METRIC: 0.3, "reward": 0.3})
 
-    def iterate() -> dict[str, Any]:
+    def step() -> dict[str, Any]:
         trainer.done = 3
         return {"iteration": 3, METRIC: 0.4, "reward": 0.4}
 
-    trainer = SimpleNamespace(done=2, iterate=iterate, _due=lambda: False, stop=lambda: None)
+    trainer = SimpleNamespace(done=2, step=step, stop=lambda: None)
     monkeypatch.setenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", "1")
     monkeypatch.setattr(train, "Trainer", lambda *given: trainer)
     monkeypatch.setattr(trial, "open_context", lambda config: SimpleNamespace(with_profile=lambda place: None))
