@@ -2,14 +2,13 @@
 
     python benchmarks/controller.py RUN [--requests 100]
 
-Median microseconds of each part, on requests with different questions; then the controller stage as a share of the
-cheapest plan's and of the full plan's latency. The parts add up to what `AdaptivePipeline` books on that stage.
+Lower quartiles over requests with different questions (other processes only add): microseconds of each part, then the
+controller stage as a share of the cheapest plan's and of the full plan's latency.
 """
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,20 +16,25 @@ import torch
 
 from envs.knobs import ExecutionPlan
 from envs.latency.measured import reference_sample
-from policies.networks import budget_feature
 from ray_ctrl.pipeline import AdaptivePipeline
 from ray_ctrl.serving import RequestController
 
 
+def lower_quartile(values: Iterable[float]) -> float:
+    """Of at least one value."""
+    rising = sorted(values)
+    return rising[len(rising) // 4]
+
+
 def microseconds(part: Callable[[Any], Any], inputs: list[Any]) -> float:
-    """Median of one call per input, after ten to warm up."""
+    """Lower quartile of one call per input, after ten to warm up."""
     spent = []
     for turn, value in enumerate([*inputs[:10], *inputs]):
         began = time.perf_counter()
         part(value)
         if turn >= 10:
             spent.append((time.perf_counter() - began) * 1e6)
-    return statistics.median(spent)
+    return lower_quartile(spent)
 
 
 def main() -> None:
@@ -48,7 +52,7 @@ def main() -> None:
     deciding = RequestController(pipe.controller, pipe.space, budget_ms, pipe.reference_ms)
     parts: dict[str, Callable[[Any], Any]] = {
         "question feature": lambda s: model.language_feature(pipe.engine.processor.question_ids(s.question)).float(),
-        "budget feature": lambda s: budget_feature(torch.tensor([0.1])),
+        "budget": lambda s: RequestController(pipe.controller, pipe.space, budget_ms, pipe.reference_ms),
         "guardrail": lambda s: None if predictor is None else predictor.predicted_ms(s) <= budget_ms,
         "stage 1": lambda s: deciding.decide_stage1(feature_D, True),
         "stage 2": lambda s: deciding.decide_stage2(token_D, deciding._first[1] + 1),
@@ -56,10 +60,10 @@ def main() -> None:
     with torch.inference_mode():
         for name, part in parts.items():
             print(f"{name:<18}{microseconds(part, samples):9.1f} us")
-    stage = statistics.median(pipe.answer(sample, budget_ms).record.controller for sample in samples)
+    stage = lower_quartile(pipe.answer(sample, budget_ms).record.controller for sample in samples)
     print(f"{'controller stage':<18}{stage * 1e3:9.1f} us in a request")
     for name, plan in {"cheapest plan": pipe.space.plan(pipe.space.cheapest), "full plan": ExecutionPlan()}.items():
-        total = statistics.median(pipe.engine.run_measured(sample, plan)[1].total for sample in samples[:20])
+        total = lower_quartile(pipe.engine.run_measured(sample, plan)[1].total for sample in samples[:20])
         print(f"{name:<18}{total:9.2f} ms: the controller takes {stage / total:.1%} of it")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from envs.errors import UserError, first_line
 from envs.files import atomic_folder
-from envs.knobs import BLOCK_COUNTS, INSERTIONS, PAIRS, STAGE1_PAIRS, BoolArray
+from envs.knobs import INSERTIONS, PAIRS, STAGE1_PAIRS
 from policies.distribution import MASKED, KnobDistribution, mask_logits, pair_logits
 from policies.networks import Stage1, Stage2, budget_feature
 
@@ -86,25 +86,6 @@ class Controller(nn.Module):
     def act(self, obs: Mapping[str, Tensor]) -> Tensor:
         """Most likely legal action (B, 4) int64, one index per head."""
         return KnobDistribution(self(obs)).argmax()
-
-    @torch.inference_mode()
-    def decide_stage1(self, language_feature_D: Tensor, budget_1F: Tensor, legal: BoolArray) -> tuple[int, int]:
-        """Indices of tier and insertion position for one request, as `act` chooses them; stage 2 does not run.
-
-        Args:
-            budget_1F: `budget_feature` of the budget, computed once for both stages.
-            legal: action mask (40,).
-        """
-        logits = self._first(language_feature_D[None], budget_1F)
-        return _most_likely(logits, legal[:STAGE1_PAIRS], len(INSERTIONS))
-
-    @torch.inference_mode()
-    def decide_stage2(
-        self, latency_token_D: Tensor, budget_1F: Tensor, insertion: int, legal: BoolArray
-    ) -> tuple[int, int]:
-        """Indices of top-k and blocks for one request, as `act` chooses them; stage 1 does not run."""
-        logits = self._second(latency_token_D[None], budget_1F, torch.tensor([insertion]))
-        return _most_likely(logits, legal[STAGE1_PAIRS:], len(BLOCK_COUNTS))
 
     def save(self, folder: str | os.PathLike[str], metadata: Mapping[str, Any], *, overwrite: bool = False) -> Path:
         """Export to `folder` as safetensors + JSON, which readers see completely or not at all.
@@ -177,12 +158,6 @@ class Controller(nn.Module):
         except (SafetensorError, RuntimeError, KeyError) as error:
             raise UserError(f"{source / WEIGHTS_FILE} does not contain this controller: {first_line(error)}") from error
         return controller.eval(), card["metadata"]
-
-
-def _most_likely(logits: Tensor, legal: BoolArray, width: int) -> tuple[int, int]:
-    """Both indices of the most likely legal pair of logits (1, pairs)."""
-    masked = mask_logits(logits, torch.from_numpy(legal)[None])
-    return divmod(int(masked.log_softmax(-1).argmax()), width)
 
 
 def _read(path: Path) -> bytes:

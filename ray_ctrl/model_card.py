@@ -16,10 +16,10 @@ pipeline_tag: image-text-to-text
 {base_model}tags: [latency, mixture-of-experts, grpo]
 ---
 
-# Latency controller for {model}
+# Latency controller for {about}
 
-Given an image, a question and a latency budget in milliseconds, it chooses how much of {model} runs: at most 3, 6 or 12
-image crops, 4 to 8 experts per token, 12 to 16 blocks. It works with this model alone: fingerprint
+Given an image, a question and a latency budget in milliseconds, it chooses how much of the model runs: at most 3, 6 or
+12 image crops, 4 to 8 experts per token, 12 to 16 blocks. It works with this model alone: fingerprint
 `{fingerprint:.12}`.
 
 ```python
@@ -78,6 +78,7 @@ def _text(metadata: Mapping[str, Any]) -> str:
     return TEXT.format(
         base_model="" if Path(name).is_dir() or "/" not in name else f"base_model: {name}\n",
         model=name,
+        about="the embedded model" if name == "embedded" else name,
         fingerprint=metadata["fingerprint"],
         example=budgets["high_ms"],
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),

@@ -27,6 +27,7 @@ from envs.latency.guardrail import Guardrail, LatencyPredictor
 from envs.model.block_importance import removal_order
 from envs.processing.images import open_image, to_rgb
 from policies.controller import Controller
+from policies.fused import FusedController
 from ray_ctrl.controllers import controller_folder
 from ray_ctrl.serving import RequestController, clamped_budget_ms
 
@@ -118,7 +119,7 @@ class AdaptivePipeline:
 
     def __init__(self, settings: ModelSettings, controller: Controller, metadata: Mapping[str, Any]) -> None:
         torch.set_num_threads(settings.threads)
-        self.controller, self.metadata = controller, metadata
+        self.controller, self.metadata = FusedController(controller), metadata
         self.engine: Any = load_engine(settings, StoreSettings(path=None))
         check_model(self.engine, metadata)
         if settings.block_importance is not None:

@@ -11,6 +11,7 @@ from envs.knobs import KnobSpace
 from envs.latency import Identity, LatencyProfile, ProfiledClock, profile
 from envs.latency.profiler import GOOD_FIT
 from policies.controller import Controller
+from policies.fused import FusedController
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted
 from ray_ctrl.serving import RequestController
@@ -89,7 +90,7 @@ def measure_profile(config: Config, engine: Any) -> LatencyProfile:
     task, latency = config.task, config.latency
     samples = load_task(task.name, "train", task.train_samples, task.seed, on_invalid_row=task.on_invalid_row)
     # An untrained controller costs the time of a trained one, and only its time counts here.
-    controller = Controller(int(engine.model.config.d_model), config.controller.hidden).eval()
+    controller = FusedController(Controller(int(engine.model.config.d_model), config.controller.hidden))
     with counted("profiling this device") as report:
         measured = profile(
             engine,

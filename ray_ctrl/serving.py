@@ -4,14 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from envs.budgets import BudgetDistribution
 from envs.knobs import INSERTIONS, TIERS, TOP_KS, BoolArray, Knobs, KnobSpace
 from envs.latency_token import budget_level
-from policies.controller import Controller
-from policies.networks import budget_feature
+from policies.fused import FusedController
 
 
 def clamped_budget_ms(budget_ms: float, metadata: Mapping[str, Any], reference_ms: float) -> float:
@@ -41,7 +39,7 @@ class RequestController:
 
     def __init__(
         self,
-        controller: Controller,
+        controller: FusedController,
         space: KnobSpace,
         budget_ms: float,
         reference_ms: float,
@@ -50,7 +48,7 @@ class RequestController:
         self.controller, self.space, self.fits = controller, space, fits
         log_ratio = math.log(budget_ms / reference_ms)
         self.level = budget_level(log_ratio)
-        self.budget_1F = budget_feature(torch.tensor([log_ratio]))
+        self.terms = controller.budget_terms(log_ratio)
         self.knobs: Knobs | None = None
         self._first = (0, 0)
 
@@ -62,13 +60,14 @@ class RequestController:
     def decide_stage1(self, language_feature_D: Tensor, has_image: bool) -> tuple[str, int]:
         """Tier and insertion position."""
         legal = self.space.stage1_mask(has_image=has_image, fits=self.fits)
-        self._first = self.controller.decide_stage1(language_feature_D.cpu(), self.budget_1F, legal)
+        self._first = self.controller.decide_stage1(language_feature_D.float().cpu().numpy(), self.terms[0], legal)
         return TIERS[self._first[0]], INSERTIONS[self._first[1]]
 
     def decide_stage2(self, latency_token_D: Tensor, insertion: int) -> tuple[int, tuple[int, ...]]:
         """Top-k and kept blocks."""
         tier, position = self._first[0], INSERTIONS.index(insertion)
         legal = self.space.stage2_mask(insertion, None if self.fits is None else self.fits[tier, position])
-        second = self.controller.decide_stage2(latency_token_D.cpu(), self.budget_1F, insertion, legal)
+        token_D = latency_token_D.float().cpu().numpy()
+        second = self.controller.decide_stage2(token_D, self.terms[1], insertion, legal)
         self.knobs = self.space.decode((tier, position, *second))
         return TOP_KS[second[0]], self.space.plan(self.knobs).blocks

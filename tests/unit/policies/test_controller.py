@@ -10,7 +10,7 @@ from envs.errors import UserError
 from envs.knobs import STAGE1_PAIRS, KnobSpace
 from policies.controller import CARD_FILE, WEIGHTS_FILE, Controller
 from policies.distribution import KnobDistribution
-from policies.networks import budget_feature
+from policies.fused import FusedController
 
 
 def observation(stage: int, rows: int = 5, d_model: int = 6, insertion: int = 2) -> dict[str, torch.Tensor]:
@@ -42,42 +42,17 @@ def test_actions_are_legal(stage: int, insertion: int) -> None:
 def test_one_stage_alone_decides_as_both_in_a_batch_do(seed: int) -> None:
     torch.manual_seed(seed)
     controller = Controller(6, 32).eval()
-    for parameter in controller.parameters():  # far from uniform
+    for parameter in controller.parameters():  # far from uniform, norms included
         torch.nn.init.normal_(parameter, std=0.7)
     first, second = observation(0, 1), observation(1, 1, insertion=3)
-    budget = budget_feature(first["budget"])
-    legal = [obs["action_mask"][0].bool().numpy() for obs in (first, second)]
-    assert controller.decide_stage1(first["language_feature"][0], budget, legal[0]) == tuple(
-        controller.act(first)[0, :2].tolist()
-    )
     second["budget"] = first["budget"]
-    assert controller.decide_stage2(second["latency_token"][0], budget, 3, legal[1]) == tuple(
-        controller.act(second)[0, 2:].tolist()
-    )
-
-
-@pytest.mark.parametrize(("part", "stage"), [("question", 0), ("token", 1)])
-def test_a_part_left_out_is_not_read(part: str, stage: int, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    obs = observation(stage)
-    key = "latency_token" if stage else "language_feature"
-    other = obs | {key: obs[key] + 1.0 + torch.randn(5, 6)}
-    full, less = Controller(6, 16).eval(), Controller(6, 16, (part,)).eval()
-    assert not torch.equal(full(obs), full(other))
-    assert torch.equal(less(obs), less(other))
-    loaded, _ = Controller.load(less.save(tmp_path / "export", {}))
-    assert loaded.without == {part}
-    assert torch.equal(loaded(obs), less(obs))
-
-
-def test_without_a_choice_of_position_it_is_1() -> None:
-    torch.manual_seed(0)
-    controller = Controller(6, 16, ("position",)).eval()
-    actions = controller.act(observation(0, rows=64))
-    assert set(actions[:, 1].tolist()) == {0}
-    assert len(set(Controller(6, 16).act(observation(0, rows=64))[:, 1].tolist())) > 1
-    with pytest.raises(UserError, match="choose from question, token, position"):
-        Controller(6, 16, ("tier",))
+    legal = [obs["action_mask"][0].bool().numpy() for obs in (first, second)]
+    fused = FusedController(controller)
+    terms = fused.budget_terms(float(first["budget"]))
+    chosen = fused.decide_stage1(first["language_feature"][0].numpy(), terms[0], legal[0])
+    assert chosen == tuple(controller.act(first)[0, :2].tolist())
+    chosen = fused.decide_stage2(second["latency_token"][0].numpy(), terms[1], 3, legal[1])
+    assert chosen == tuple(controller.act(second)[0, 2:].tolist())
 
 
 def test_both_stages_may_be_mixed_in_a_batch() -> None:

@@ -15,6 +15,7 @@ from envs.knobs import TIERS, ExecutionPlan, KnobSpace
 from envs.latency import LatencyRecord, RequestShape
 from envs.latency.guardrail import AnswerLengths, Guardrail, LatencyPredictor
 from policies.controller import Controller
+from policies.fused import FusedController
 from ray_ctrl.serving import RequestController
 
 WIDTH = 8
@@ -76,7 +77,7 @@ def test_serving_equals_the_environment(seed: int, budget_ms: float, has_image: 
     if guarded:
         guardrail = Guardrail(0.9, AnswerLengths.fit(engine.language[None], [2], 0.9), 1.05)
         fits = LatencyPredictor(guardrail, engine, SPACE, _Clock()).predicted_ms(sample) <= budget_ms  # type: ignore[arg-type]
-    serving = RequestController(controller, SPACE, budget_ms, _Clock.reference_ms, fits)
+    serving = RequestController(FusedController(controller), SPACE, budget_ms, _Clock.reference_ms, fits)
     tier, insertion = serving.decide_stage1(engine.language, has_image)
     top_k, blocks = serving.decide_stage2(engine.tokens[serving.level, insertion - 1], insertion)
     wanted = _environment_choice(controller, engine, sample, budget_ms, guardrail)
@@ -102,6 +103,6 @@ class _Picture(ImageRef):
 
 def test_budget_level_is_the_environments() -> None:
     controller = Controller(WIDTH, 16)
-    levels = [RequestController(controller, SPACE, ms, 80.0).level for ms in np.geomspace(5, 300, 30)]
+    levels = [RequestController(FusedController(controller), SPACE, ms, 80.0).level for ms in np.geomspace(5, 300, 30)]
     assert levels == sorted(levels)
     assert len(set(levels)) > 8
