@@ -46,6 +46,7 @@ RAY_FREE = [
     "ray_ctrl.serve.server",
     "policies.networks",
     "policies.baselines.rules",
+    "policies.baselines.two_stage",
     "policies.grpo.config",
     "policies.grpo.ema",
     "policies.grpo.known_plans",
