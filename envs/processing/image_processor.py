@@ -46,7 +46,7 @@ class ImageGeometry:
     std: tuple[float, float, float]
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], source: str = "preprocessor_config.json") -> "ImageGeometry":
+    def from_config(cls, config: Mapping[str, Any]) -> "ImageGeometry":
         """Geometry of a published config.
 
         Raises:
@@ -57,38 +57,34 @@ class ImageGeometry:
             value = config.get(key)
             values = tuple(value) if isinstance(value, list | tuple) else (value,)
             if len(values) != count or not all(isinstance(v, int | float) and v >= 0 for v in values):
-                raise UserError(f"{source}: {key} is {value!r}: give {count} number{'s'[: count - 1]} of 0 or more")
+                raise UserError(f"{key} is {value!r}: give {count} number{'s'[: count - 1]} of 0 or more")
             return values
 
         height, width = read("base_image_input_size", 2)
         if height != width:
-            raise UserError(f"{source}: base_image_input_size is {[height, width]}: only square crops are supported")
-        (patch,), std = read("image_patch_size", 1), read("image_std", 3)
-        if min(std) <= 0:
-            raise UserError(f"{source}: image_std is {std}: give three numbers above 0")
-        rows, columns = (int(read(f"image_token_length_{side}", 1)[0]) for side in "hw")
-        before, after = read("overlap_margins", 2)
-        margins = (int(before), int(after))
-        geometry = cls(int(height), int(patch), margins, (rows, columns), read("image_mean", 3), std)
-        geometry._check(source)
+            raise UserError(f"base_image_input_size is {[height, width]}: only square crops are supported")
+        (patch,), (before, after) = read("image_patch_size", 1), read("overlap_margins", 2)
+        tokens = tuple(int(read(f"image_token_length_{side}", 1)[0]) for side in "hw")
+        margins, mean, std = (int(before), int(after)), read("image_mean", 3), read("image_std", 3)
+        geometry = cls(int(height), int(patch), margins, (tokens[0], tokens[1]), mean, std)
+        if misfit := geometry._misfit():
+            raise UserError(misfit)
         return geometry
 
-    def _check(self, source: str) -> None:
+    def _misfit(self) -> str | None:
+        """What does not fit, under the published keys."""
+        if min(self.std) <= 0:
+            return f"image_std is {self.std}: give three numbers above 0"
         if self.patch < 1 or self.crop < self.patch or self.crop % self.patch:
-            raise UserError(
-                f"{source}: crops of {self.crop} pixels (base_image_input_size) do not divide into patches of "
-                f"{self.patch} (image_patch_size)"
-            )
+            crops = f"crops of {self.crop} pixels (base_image_input_size)"
+            return f"{crops} do not divide into patches of {self.patch} (image_patch_size)"
         if min(self.tokens) < 1 or any(self.patches % t for t in self.tokens) or len(set(self.tokens)) != 1:
-            raise UserError(
-                f"{source}: {self.patches} patches a side do not pool into tokens of {list(self.tokens)} "
-                "(image_token_length_h, image_token_length_w): give one divisor for both"
-            )
+            keys = "image_token_length_h, image_token_length_w"
+            return f"{self.patches} patches a side do not pool into {list(self.tokens)} ({keys}): give one divisor"
         if any(margin % self.pool for margin in self.margins) or self.window < self.pool:
-            raise UserError(
-                f"{source}: overlap_margins {list(self.margins)} do not fit crops of {self.patches} patches a side: "
-                f"give multiples of {self.pool} that leave at least {self.pool} patches between them"
-            )
+            allowed = f"multiples of {self.pool} that leave at least {self.pool} of {self.patches} patches between them"
+            return f"overlap_margins {list(self.margins)} do not fit: give {allowed}"
+        return None
 
     def to_config(self) -> dict[str, Any]:
         """The published keys, as in `from_config`."""
@@ -228,7 +224,7 @@ class AdaptiveMolmoEImageProcessor(BaseImageProcessor):
     def __init__(self, max_crops: int = 12, prompt_styles: bool = True, **config: Any) -> None:
         super().__init__()
         if not isinstance(prompt_styles, bool):
-            raise UserError(f"preprocessor_config.json: prompt_styles is {prompt_styles!r}: give true or false")
+            raise UserError(f"prompt_styles is {prompt_styles!r}: give true or false")
         self.geometry = ImageGeometry.from_config(config)
         self.max_crops, self.prompt_styles = max_crops, prompt_styles
         self._mean = torch.tensor(self.geometry.mean, dtype=torch.float32)

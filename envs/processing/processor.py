@@ -98,7 +98,7 @@ class AdaptiveMolmoEProcessor(ProcessorMixin):
         try:
             image_processor = AdaptiveMolmoEImageProcessor(**_read_json(folder / CONFIG_FILE))
         except UserError as error:
-            raise UserError(f"{folder}: {error.message}") from None
+            raise UserError(f"{folder / CONFIG_FILE}: {error.message}") from None
         config = _read_json(folder / TOKENIZER_CONFIG_FILE)
         special = {key: token["content"] if isinstance(token := config.get(key), dict) else token for key in _SPECIAL}
         path = folder / TOKENIZER_FILE
@@ -256,10 +256,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _max_tokens(folder: Path) -> int | None:
     """The longest sequence that the model's config allows; None without such an entry."""
-    if not (folder / MODEL_CONFIG_FILE).is_file():
-        return None
-    longest = _read_json(folder / MODEL_CONFIG_FILE).get("max_sequence_length")
-    return longest if isinstance(longest, int) and not isinstance(longest, bool) and longest > 0 else None
+    path = folder / MODEL_CONFIG_FILE
+    longest = _read_json(path).get("max_sequence_length") if path.is_file() else None
+    return longest if type(longest) is int and longest > 0 else None
 
 
 def _load(image: ImageLike) -> Image.Image:

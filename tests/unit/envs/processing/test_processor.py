@@ -214,7 +214,7 @@ def test_unknown_tier(small: MolmoEProcessor) -> None:
         ({"base_image_input_size": None}, "base_image_input_size is None"),
         ({"image_patch_size": 9}, "do not divide into patches of 9"),
         ({"image_patch_size": 0}, "do not divide into patches of 0"),
-        ({"image_token_length_h": 3}, "do not pool into tokens"),
+        ({"image_token_length_h": 3}, r"do not pool into \[3, 4\] \(image_token_length_h"),
         ({"overlap_margins": [1, 1]}, r"overlap_margins \[1, 1\]"),
         ({"overlap_margins": [4, 4]}, r"overlap_margins \[4, 4\]"),
         ({"image_std": [0, 1, 1]}, "image_std"),
