@@ -125,6 +125,7 @@ class KnobSpace:
         if len(scores) != MODEL_BLOCKS or not np.isfinite(scores).all():
             raise UserError(f"importance needs {MODEL_BLOCKS} finite scores, one per block, got {scores}")
         self.importance = scores
+        self._plans: dict[Knobs, ExecutionPlan] = {}
 
     @cached_property
     def all(self) -> tuple[Knobs, ...]:
@@ -164,9 +165,11 @@ class KnobSpace:
 
     def plan(self, knobs: Knobs) -> ExecutionPlan:
         """The execution plan of `knobs`: the least important blocks after the position are dropped."""
-        dropped = drop_order(self.importance, knobs.insertion)[: MODEL_BLOCKS - knobs.blocks]
-        kept = tuple(block for block in range(MODEL_BLOCKS) if block not in dropped)
-        return ExecutionPlan(knobs.tier, knobs.insertion, knobs.top_k, kept)
+        if knobs not in self._plans:
+            dropped = drop_order(self.importance, knobs.insertion)[: MODEL_BLOCKS - knobs.blocks]
+            kept = tuple(block for block in range(MODEL_BLOCKS) if block not in dropped)
+            self._plans[knobs] = ExecutionPlan(knobs.tier, knobs.insertion, knobs.top_k, kept)
+        return self._plans[knobs]
 
     @cached_property
     def distinct(self) -> tuple[Knobs, ...]:

@@ -4,6 +4,7 @@ Layer norms are folded into the projections behind them, and both heads into one
 equal those of `Controller` up to the order of floating-point sums.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from torch.nn.functional import gelu
 
 from envs.knobs import BLOCK_COUNTS, INSERTIONS, STAGE1_PAIRS, BoolArray
 from policies.controller import Controller
-from policies.networks import Projections, budget_feature
+from policies.networks import Projections, budget_waves
 
 Array = npt.NDArray[np.float32]
+# Of `policies.networks.budget_feature`.
+_FREQUENCIES = (2 * math.pi / budget_waves()).numpy()
 
 
 class _Stage:
@@ -61,7 +64,8 @@ class FusedController:
         Args:
             log_ratio: log(budget / latency of the full plan on this device's reference request).
         """
-        feature_F = budget_feature(torch.tensor([log_ratio]))[0].numpy()
+        angles = np.float32(log_ratio) * _FREQUENCIES
+        feature_F = np.concatenate((np.sin(angles), np.cos(angles)))
         return self.stage1.budget_term(feature_F), self.stage2.budget_term(feature_F)
 
     def decide_stage1(self, language_feature_D: Array, term_H: Array, legal: BoolArray) -> tuple[int, int]:

@@ -32,11 +32,14 @@ def budget_feature(log_ratio: Tensor) -> Tensor:
         (B, 256) float: 128 sines, then 128 cosines, wavelengths in geometric steps (Vaswani et al. 2017, 3.5).
     """
     ratio_B = log_ratio.reshape(log_ratio.shape[0], -1)[:, 0].to(torch.float32)
-    half = BUDGET_WIDTH // 2
-    exponents = torch.linspace(0.0, 1.0, half, device=ratio_B.device)
-    waves = SHORTEST_WAVE * (LONGEST_WAVE / SHORTEST_WAVE) ** exponents
-    angles = ratio_B[:, None] * (2.0 * math.pi / waves)
+    angles = ratio_B[:, None] * (2.0 * math.pi / budget_waves(ratio_B.device))
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def budget_waves(device: torch.device | None = None) -> Tensor:
+    """Wavelengths (128,) in units of the log ratio."""
+    exponents = torch.linspace(0.0, 1.0, BUDGET_WIDTH // 2, device=device)
+    return SHORTEST_WAVE * (LONGEST_WAVE / SHORTEST_WAVE) ** exponents
 
 
 # Small head weights make the first policy near uniform, so that early groups try every choice.

@@ -5,6 +5,7 @@ pipe("photo.jpg", "what is this?", budget_ms=40).answer
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -127,6 +128,7 @@ class AdaptivePipeline:
         self.space = KnobSpace(metadata.get("importance") or self.engine.importance)
         self.reference_ms = self._reference_ms()
         self.scale = self.reference_ms / float(metadata.get("reference_ms", self.reference_ms))
+        self.range_ms = [clamped_budget_ms(ms, metadata, self.reference_ms) for ms in (0.0, math.inf)]
         self.predictor = self._predictor()
 
     @classmethod
@@ -180,7 +182,7 @@ class AdaptivePipeline:
         started = time.perf_counter()
         predicted_ms = None if self.predictor is None else self.predictor.predicted_ms(sample) * self.scale
         fits = None if predicted_ms is None else predicted_ms <= budget_ms
-        clamped_ms = clamped_budget_ms(budget_ms, self.metadata, self.reference_ms)
+        clamped_ms = min(max(budget_ms, self.range_ms[0]), self.range_ms[1])
         deciding = RequestController(self.controller, self.space, clamped_ms, self.reference_ms, fits)
         preparing_ms = (time.perf_counter() - started) * 1e3
         outcome, record, plan = self.engine.run_decided(sample, deciding)

@@ -59,7 +59,7 @@ def pipe() -> AdaptivePipeline:
     metadata = METADATA | {"guardrail": guardrail, "device": "another", "config": {"model": {"threads": 1}}}
     torch.manual_seed(0)
     found = AdaptivePipeline(ModelSettings(device="cpu"), Controller(width, 16).eval(), metadata)
-    found.reference_ms, found.scale = 80.0, 1.0  # as on the device of the profile
+    found.reference_ms, found.scale, found.range_ms = 80.0, 1.0, [20.0, 60.0]  # as on the device of the profile
     return found
 
 
