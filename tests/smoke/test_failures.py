@@ -5,7 +5,6 @@ has a known answer; runs are compared with one that nobody disturbed, number by 
 """
 
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -32,7 +31,7 @@ from policies.grpo.env_runner import RolloutRunner
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-CRASH = Path(__file__).with_name("crash.py")
+CRASH, KILLS = (Path(__file__).with_name(name) for name in ("crash.py", "kills.py"))
 STORE_BYTES = 80_000_000
 ITERATIONS = 4
 LIMIT_S = 900.0  # of one command, on a machine that others use as well
@@ -312,28 +311,10 @@ def same(run: Path, undisturbed_run: Path) -> None:
         assert (run / name).read_bytes() == (undisturbed_run / name).read_bytes(), name
 
 
-def test_drivers_killed_at_random_moments_end_as_if_undisturbed(trained: Path, tmp_path: Path) -> None:
-    """As often as RAY_CTRL_KILLS says; each time at a moment drawn from the length of an undisturbed run."""
-    started = time.monotonic()
-    fine(*TRAIN, "--run-dir", tmp_path / "timed")
-    length = time.monotonic() - started
-    draw = random.Random(1)
-    landed = []
-    for index in range(int(os.environ.get("RAY_CTRL_KILLS", "2"))):
-        run = tmp_path / f"run-{index}"
-        process = start([*TRAIN, "--run-dir", run])
-        try:
-            process.communicate(timeout=draw.uniform(0.1, 1.0) * length)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-        begun = (run / "run.json").is_file()
-        landed.append(len(stable_metrics(run)) if (run / "metrics.jsonl").is_file() else -1)
-        if not (run / "evaluation" / "summary.json").is_file():
-            shutil.rmtree(run / "evaluation", ignore_errors=True)
-            fine("train", "--resume", "--run-dir", run) if begun else fine(*TRAIN, "--run-dir", run)
-        same(run, trained)
-    print("iterations done when killed:", landed)
+def test_drivers_killed_at_random_moments_end_as_if_undisturbed(tmp_path: Path) -> None:
+    done = finish(start([os.environ.get("RAY_CTRL_KILLS", "20"), tmp_path], program=(KILLS,)), 3600)
+    print(done.out)
+    assert done.status == 0, done.out + done.err
 
 
 def test_drivers_killed_within_a_step_go_on_with_new_processes(nodes: Nodes, tmp_path: Path) -> None:

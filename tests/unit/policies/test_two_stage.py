@@ -9,6 +9,7 @@ from envs.knobs import HEAD_SIZES, INSERTIONS, TIERS, KnobSpace
 from policies.baselines.rules import KnownOutcomes, Requests, choose
 from policies.baselines.two_stage import Trained, ValueHeads
 from policies.controller import Controller
+from policies.fused import FusedController
 from ray_ctrl.serving import RequestController
 
 SPACE = KnobSpace([1.0 - 0.05 * block for block in range(16)])
@@ -46,7 +47,7 @@ def test_a_trained_controller_chooses_as_it_serves(budget: float) -> None:
     for row, plan in enumerate(chosen):
         fits = np.full(HEAD_SIZES, False)
         fits[tuple(ACTIONS.T)] = some.latency_ms[row] <= budget
-        serving = RequestController(controller, SPACE, float(np.exp(-0.3)), 1.0, fits)
+        serving = RequestController(FusedController(controller), SPACE, float(np.exp(-0.3)), 1.0, fits)
         tier, insertion = serving.decide_stage1(torch.tensor(some.features[row]), True)
         pair = TIERS.index(tier) * len(INSERTIONS) + INSERTIONS.index(insertion)
         serving.decide_stage2(torch.tensor(some.tokens[row, pair]), insertion)  # type: ignore[index]
