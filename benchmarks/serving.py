@@ -41,7 +41,7 @@ async def ask(client: httpx.AsyncClient, url: str, budget_ms: float, image: byte
     )
     spent_ms = (time.perf_counter() - began) * 1e3
     found = response.json() if response.status_code == 200 else {}
-    return {"status": response.status_code, "ms": spent_ms, "budget_ms": budget_ms, **found, "sent": sent}
+    return {**found, "status": response.status_code, "ms": spent_ms, "budget_ms": budget_ms}
 
 
 async def run(url: str, load: float, service_ms: float, arguments: argparse.Namespace, low: float, high: float) -> str:
