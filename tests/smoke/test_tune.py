@@ -83,7 +83,7 @@ def test_a_sweep_is_interrupted_resumed_and_decided(tmp_path: Path) -> None:
     root = tmp_path / "sweep"
     stopped = interrupted(write(tmp_path, iterations=3, search="random", trials=3), root, after=2)
     assert stopped.status == 130, stopped.out + stopped.err
-    assert "stopping the trials at their last checkpoints" in stopped.err
+    assert "the trials stop at their last checkpoints" in stopped.err
     assert "continue with: ray-ctrl tune --resume" in stopped.out
     before = {trial: rows[:-1] for trial, rows in written(root).items()}
     done = ended("--resume", "--run-dir", root)
