@@ -57,6 +57,8 @@ class FusedController:
         self.stage1 = _Stage(one.trunk, one.tier, one.insertion)
         self.stage2 = _Stage(two.trunk, two.top_k, two.blocks)
         self.positions = _array(two.position.weight)
+        self.reads = [np.float32(part not in controller.without) for part in ("question", "token")]
+        self.open_pairs = controller.open_pairs.numpy()
 
     def budget_terms(self, log_ratio: float) -> tuple[Array, Array]:
         """What both stages need of a budget, computed once a request.
@@ -74,12 +76,13 @@ class FusedController:
         Args:
             legal: action mask (40,).
         """
-        return self.stage1.best(language_feature_D, term_H, legal[:STAGE1_PAIRS], len(INSERTIONS))
+        legal = legal[:STAGE1_PAIRS] & self.open_pairs
+        return self.stage1.best(language_feature_D * self.reads[0], term_H, legal, len(INSERTIONS))
 
     def decide_stage2(self, latency_token_D: Array, term_H: Array, insertion: int, legal: BoolArray) -> tuple[int, int]:
         """Indices of top-k and blocks at an insertion position 1 to 5."""
         term_H = term_H + self.positions[insertion]
-        return self.stage2.best(latency_token_D, term_H, legal[STAGE1_PAIRS:], len(BLOCK_COUNTS))
+        return self.stage2.best(latency_token_D * self.reads[1], term_H, legal[STAGE1_PAIRS:], len(BLOCK_COUNTS))
 
 
 def _folded(norm: Any, layer: Any) -> tuple[Array, Array]:
