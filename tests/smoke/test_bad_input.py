@@ -88,7 +88,7 @@ def test_images_that_cannot_be_read(trained: Path, tmp_path: Path) -> None:
     text.write_text("no picture", encoding="utf-8")
     for image in (cut, text, tmp_path / "none.png", tmp_path):
         assert image.name in refused("answer", image, "what?", "-b", "50", "--controller", trained)
-    assert "question is empty" in refused("answer", complete, " ", "-b", "50", "--controller", trained)
+    assert "give text" in refused("answer", complete, " ", "-b", "50", "--controller", trained)
 
 
 def test_controllers_that_cannot_be_used(trained: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_controllers_that_cannot_be_used(trained: Path, tmp_path: Path) -> None:
     assert "corrupt" in refused("answer", "-", "what?", "-b", "50", "--controller", damaged)
     assert "no run folder or exported controller" in refused("evaluate", tmp_path / "none")
     assert "cannot be read" in refused("evaluate", tmp_path)
-    assert "is no run folder" in refused("inspect", tmp_path)
+    assert "is no run" in refused("inspect", tmp_path)
 
 
 def test_checkpoint_of_another_shape(trained: Path, tmp_path: Path) -> None:
