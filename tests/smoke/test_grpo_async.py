@@ -44,7 +44,7 @@ def test_rollouts_are_as_stale_as_they_say_and_no_context_comes_twice() -> None:
     staleness = []
     learn = algorithm._learn
 
-    def checked(rollouts: Any, groups: Any) -> Any:
+    def checked(rollouts: Any, returns: Any, groups: Any) -> Any:
         acted = versions[max(0, algorithm.updates - LAG)]
         obs = {key: torch.as_tensor(value[:, 0].copy()) for key, value in rollouts.obs.items()}
         with torch.no_grad():
@@ -52,7 +52,7 @@ def test_rollouts_are_as_stale_as_they_say_and_no_context_comes_twice() -> None:
             first, second = (policy.stage_log_probs[0].numpy() for policy in policies)
             np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
         seen.extend(np.unique(rollouts.infos["context"]).tolist())
-        return learn(rollouts, groups)
+        return learn(rollouts, returns, groups)
 
     algorithm._learn = checked
     for _ in range(6):

@@ -263,7 +263,8 @@ def test_equal_groups_can_be_dropped_and_everything_equal_is_survived() -> None:
     from policies.grpo.objective import group_advantages
 
     before = fingerprint(ray.get(algorithm.weights()))
-    algorithm._learn(sampled, group_advantages(np.ones((8, 4)), normalize_by_std=False))
+    returns = np.ones((8, 4))
+    algorithm._learn(sampled, returns.reshape(-1), group_advantages(returns, normalize_by_std=False))
     assert fingerprint(ray.get(algorithm.weights())) == before
     algorithm.stop()
 
