@@ -5,8 +5,8 @@ in each and extrapolates.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from operator import mul
+from functools import cached_property, reduce
+from operator import add, mul
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -94,7 +94,8 @@ def stage_ms(
 ) -> list[Any]:
     """Milliseconds of each stage: numbers, or arrays if sizes and knobs are arrays that broadcast together."""
     rows = quantities(shape, insertion, top_k, blocks, new_tokens)
-    return [sum(map(mul, rows[stage], costs[stage])) for stage in STAGES]
+    # Not sum(): since Python 3.12 it rounds floats in another way than arrays, and numbers must not depend on either.
+    return [reduce(add, map(mul, rows[stage], costs[stage])) for stage in STAGES]
 
 
 def quantities(shape: Any, insertion: Any, top_k: Any, blocks: Any, new_tokens: int) -> dict[str, tuple[Any, ...]]:
