@@ -94,7 +94,7 @@ def stage_ms(
 ) -> list[Any]:
     """Milliseconds of each stage: numbers, or arrays if sizes and knobs are arrays that broadcast together."""
     rows = quantities(shape, insertion, top_k, blocks, new_tokens)
-    # Not sum(): since Python 3.12 it rounds floats in another way than arrays, and numbers must not depend on either.
+    # Not sum(): since Python 3.12 its last bit differs from that of arrays, and numbers must not depend on either.
     return [reduce(add, map(mul, rows[stage], costs[stage])) for stage in STAGES]
 
 
