@@ -15,7 +15,8 @@ Generated from the sections of `ray_ctrl/config.py` by `python docs/config_page.
 
 Values are laid over one another: defaults, then `--preset` ({presets}), then `--config FILE` (YAML), then overrides on
 the command line such as `grpo.lr=3e-4`. Unknown keys are errors that name the nearest valid one; relative paths become
-absolute when they are read. `--dry-run` prints the result and writes nothing.
+absolute when they are read. Text is taken as it is written, numbers are decimal (`010` is ten). `--dry-run` prints the
+result and writes nothing.
 """
 
 

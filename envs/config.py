@@ -15,8 +15,17 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 
 def absolute(path: str | None) -> str | None:
-    """A path as processes in other folders find it."""
-    return None if path is None else str(Path(path).expanduser().absolute())
+    """A path as processes in other folders find it.
+
+    Raises:
+        ValueError: `~name` of a user that this machine does not have.
+    """
+    if path is None:
+        return None
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError:
+        raise ValueError(f"{path.split('/')[0]} is no home on this machine; write the folder in full") from None
 
 
 class ModelSettings(Section):
@@ -71,8 +80,8 @@ class ModelSettings(Section):
     @field_validator("name")
     @classmethod
     def _folder(cls, name: str) -> str:
-        is_folder = name != "embedded" and Path(name).expanduser().is_dir()
-        return str(absolute(name)) if is_folder else name
+        folder = str(absolute(name))
+        return folder if name != "embedded" and Path(folder).is_dir() else name
 
 
 class TaskSettings(Section):

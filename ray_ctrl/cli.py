@@ -103,8 +103,8 @@ def _raise_if_extra(error: ModuleNotFoundError, extra: str) -> None:
 
 
 def _with_overrides(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with lists for None; those that set a configuration key as overrides."""
-    found = {key: value for key, value in options.items() if key not in OPTIONS}
+    """Options with lists for None and `~` of paths expanded; those that set a configuration key as overrides."""
+    found = {key: _expanded(value) for key, value in options.items() if key not in OPTIONS}
     for name in ("overrides", "arguments", "env"):
         if name in found:
             found[name] = list(found[name] or [])
@@ -113,6 +113,14 @@ def _with_overrides(options: dict[str, Any]) -> dict[str, Any]:
         quoted = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items() if value is not None]
         found["overrides"] = [*found.get("overrides", []), *quoted]
     return found
+
+
+def _expanded(value: Any) -> Any:
+    """A path with the home of `~`, which shells leave as it is in `--out=~/x`; anything else unchanged."""
+    try:
+        return value.expanduser() if isinstance(value, Path) else value
+    except RuntimeError:
+        raise UserError(f"{value.parts[0]} is no home on this machine: write the path in full") from None
 
 
 def _print_version(asked: bool) -> None:

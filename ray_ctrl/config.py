@@ -87,7 +87,7 @@ class RunConfig(Section):
     folder: str = Field(default="runs", min_length=1, description="Folder in which run folders are made.")
     name: str | None = Field(
         default=None,
-        pattern=r"^[\w.\-]+$",
+        pattern=r"^\.*[\w\-][\w.\-]*$",
         description="Name of the run folder; `null` names it by time.",
     )
     seed: Int = Field(default=0, ge=0, lt=2**31, description="Seed of everything random.")

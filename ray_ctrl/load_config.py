@@ -56,7 +56,7 @@ OLD_KEYS: Mapping[str, str] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which `3e-4` is a number, as its writers mean it (YAML 1.1 asks for a dot); repeated keys are errors."""
+    """YAML with the numbers of YAML 1.2: `3e-4` is one, `010` is ten, `1:30` is text; repeated keys are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -65,13 +65,24 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(None, None, f"key {repeated[0]!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_decimal(self, node: yaml.ScalarNode) -> int:
+        return int(node.value)
 
-_Loader.yaml_implicit_resolvers = {key: list(pairs) for key, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_NUMBERS = (_INT, _FLOAT, "tag:yaml.org,2002:timestamp")
+_DIGITS = r"\d+(_\d+)*"
+_Loader.yaml_implicit_resolvers = {
+    key: [(tag, pattern) for tag, pattern in pairs if tag not in _NUMBERS]
+    for key, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(rf"^[-+]?{_DIGITS}$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    _FLOAT,
+    re.compile(rf"^[-+]?(({_DIGITS}(\.\d*)?|\.\d+)([eE][-+]?\d+)?|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"),
     list("-+.0123456789"),
 )
+_Loader.add_constructor(_INT, _Loader.construct_decimal)
 
 
 def presets() -> tuple[str, ...]:
@@ -174,9 +185,21 @@ def _file_tree(path: Path) -> Tree:
 
 def _tree(text: str, where: str) -> Tree:
     nested: Tree = {}
+    given: set[str] = set()
     for key, value in read_yaml(text, where, "sections such as 'grpo:' with keys").items():
-        _merge(nested, _nested(str(key), value))
+        tree = _nested(str(key), value)
+        repeated = sorted(given & set(_dotted(tree)))
+        if repeated:
+            raise UserError(f"{where}: {repeated[0]!r} is given twice, with a dot and in its section: leave one out")
+        given |= set(_dotted(tree))
+        _merge(nested, tree)
     return nested
+
+
+def _dotted(tree: Mapping[str, Any]) -> Iterator[str]:
+    """`section.key` of every key of the sections."""
+    for section, keys in tree.items():
+        yield from (f"{section}.{key}" for key in keys) if isinstance(keys, Mapping) else ()
 
 
 def read_yaml(text: str, where: str, expected: str) -> Tree:
@@ -199,6 +222,8 @@ def _override_tree(override: str) -> Tree:
     key = path.strip()
     if not sign or not all(key.split(".")):
         raise UserError(f"override {override!r} is not understood: write section.key=value")
+    if _is_text(key) and text.strip()[:1] not in ("'", '"'):
+        return _nested(key, None if text.strip().lower() in ("", "~", "null") else text.strip())
     try:
         return _nested(key, _read(text, key))
     except yaml.YAMLError:
@@ -211,20 +236,30 @@ def _read(text: str, key: str = "") -> Any:
 
 
 def _with_text(value: Any, written: Any, key: str) -> Any:
-    """`value` as `written` if `key` (`section.name`, or `set.section.name` in a sweep's file) is one of text."""
+    """`value` as `written` if `key` takes text."""
     if isinstance(value, dict) and isinstance(written, dict):
         pairs = zip(value.items(), written.values(), strict=True)
         return {name: _with_text(inner, raw, f"{key}.{name}".strip(".")) for (name, inner), raw in pairs}
     if isinstance(value, list) and isinstance(written, list):
         return [_with_text(inner, raw, key) for inner, raw in zip(value, written, strict=True)]
+    return written if _is_text(key) and value is not None and isinstance(written, str) else value
+
+
+def _is_text(key: str) -> bool:
+    """Whether `section.name`, or `set.section.name` in a sweep's file, takes text."""
     section, name, *_ = [*key.removeprefix("set.").removeprefix("space.").split("."), ""]
     field = SECTIONS[section].model_fields.get(name) if section in SECTIONS else None
-    is_text = field is not None and str in (field.annotation, *get_args(field.annotation))
-    return written if is_text and value is not None and isinstance(written, str) else value
+    return field is not None and str in (field.annotation, *get_args(field.annotation))
 
 
 def _nested(key: str, value: Any) -> Tree:
-    """{"a.b": value} as {"a": {"b": value}}."""
+    """{"a.b": value} as {"a": {"b": value}}.
+
+    Raises:
+        UserError: a section that is no mapping, which later keys of the section would replace.
+    """
+    if key in SECTIONS and value is not None and not isinstance(value, Mapping):
+        raise UserError(f"{key} = {value!r} is not allowed: it is a section; give its keys, such as {key}.KEY=VALUE")
     for part in reversed(key.split(".")):
         value = {part: value}
     return dict(value)
@@ -260,7 +295,8 @@ def _explain(error: ValidationError) -> str:
         return "reward.mode = 'constrained' is not allowed: it is 'lagrangian' now"
     if problem["type"] == "extra_forbidden":
         return f"unknown config key {path!r}: {_nearest_key(path)}"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     section, _, key = path.partition(".")
     model = SECTIONS.get(section)
     field = model.model_fields.get(key.partition(".")[0]) if model else None

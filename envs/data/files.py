@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Final
 
 from envs.errors import UserError
@@ -14,9 +15,11 @@ _RUN_FILES: Final = {"config.yaml", "run.json"}
 """A folder that contains these is a run's, and its JSON Lines are metrics, not data."""
 
 _SPLIT_WORD: Final = re.compile(
-    r"(?P<train>train(?:ing|val)?)|(?P<validation>(?:mini)?val(?:id(?:ation)?)?|dev|eval(?:uation)?)"
-    r"|(?P<test>test(?:ing|dev|std)?|held?out)"
+    r"(?:mini|sub)?(?:(?P<train>train(?:ing|val)?)|(?P<validation>val(?:id(?:ation)?)?|dev(?:el(?:opment)?)?|eval(?:uation)?)"
+    r"|(?P<test>(?:dev|train|val)?test(?:ing|dev|std|challenge|[abc])?|h[eo]ldout))(?:s|set|split|data|mini)?"
 )
+_TWO_WORDS: Final = (("test", "dev|std"), ("h[eo]ld", "out"))
+"""A split word and what may follow it as a word of its own: `test-dev`, `held_out`."""
 
 
 def walk_files(folder: Path) -> Iterator[Path]:
@@ -38,11 +41,12 @@ def walk_files(folder: Path) -> Iterator[Path]:
 def split_of(name: str) -> str | None:
     """The split in a file's or folder's name: that of its last split word; None without.
 
-    Numbers after a word do not count (`val2014`, `test1`), nor does the case (`myTest`).
+    Numbers do not count (`val2014`, `test1`, `test4k`), nor does the case (`myTest`).
     """
-    separated = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
-    joined = re.sub(r"test[\W_]+(dev|std)(?![a-z])", r"test\1", separated.lower())
-    found = [_SPLIT_WORD.fullmatch(word.rstrip("0123456789")) for word in re.findall(r"[a-z0-9]+", joined)]
+    joined = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).lower()
+    for first, second in _TWO_WORDS:
+        joined = re.sub(rf"(?<![a-z])({first})[\W_]*({second})(?![a-z])", r"\1\2", joined)
+    found = [_SPLIT_WORD.fullmatch(word) for word in re.findall(r"[a-z]+", joined)]
     return next((match.lastgroup for match in reversed(found) if match), None)
 
 
@@ -53,8 +57,17 @@ def file_split(file: Path, folder: Path) -> str | None:
 
 
 def stamp_of(path: Path) -> str:
-    """A text that changes whenever the file's content may have, even if size and modification time stay the same."""
-    stat = path.stat()
+    """A text that changes whenever the file's content may have, even if size and modification time stay the same.
+
+    Raises:
+        UserError: a link that leads nowhere, or no regular file, such as a pipe.
+    """
+    try:
+        stat = path.stat()
+        if not S_ISREG(stat.st_mode):
+            raise UserError(f"cannot read {path}: it is no regular file; remove it")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; restore it, or remove it") from None
     return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
 
 

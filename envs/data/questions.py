@@ -27,6 +27,7 @@ _RIGHT_OPTION: Final = (
     *("correct_choice_idx", "correct_choice", "correct_answer", "answer_idx", "answer_index", "answer_key"),
     *("answer", "answers", "label"),
 )
+_QUOTED_LIST: Final = r"\s*\[\s*['\"]"
 _OTHER: Final = ("hint", "metric", "style", "family", "split")
 FIELDS: Final = frozenset((*_NESTED, *_QUESTION, *_ANSWERS, *_OPTIONS, *_RIGHT_OPTION, *_OTHER))
 """Fields that are read, in addition to the image, lettered options and the set's `family`."""
@@ -38,8 +39,15 @@ IMAGE_FIELDS: Final = (
 """Names of an image; the first with a value is read."""
 
 _LETTERED: Final = re.compile("(?:(?:option|choice)_?)?([a-z])")
-_OPTION_WORDS: Final = frozenset(("option", "options", "choice", "choices", "candidates", "alternatives"))
-_IMAGE_WORDS: Final = frozenset(("image", "images", "img", "picture", "pictures", "photo", "photos", "jpg", "png"))
+_NUMBERED: Final = re.compile("(?:option|choice|candidate|alternative|ending)_?[0-9]+")
+_OPTION_WORDS: Final = frozenset(
+    ("option", "options", "choice", "choices", "candidates", "alternatives", "opts", "endings")
+)
+_IMAGE_WORDS: Final = frozenset(
+    ("image", "images", "img", "picture", "pictures", "photo", "photos", "jpg", "png", "pixel", "pixels")
+)
+_BASE64_IMAGE: Final = re.compile(r"\s*(data:image|/9j/|iVBORw0KGgo|R0lGOD|UklGR[A-Za-z0-9+/]{7}RUJQ)")
+"""The first letters of a JPEG, PNG, GIF or WebP file in base64."""
 _NO_IMAGE: Final = re.compile(
     r"ids?|index|width|height|w|h|size|count|num|class(es)?|category|captions?|description|text|type|format|source|"
     r"license|split|tags|labels?|hash|md5|sha256"
@@ -81,7 +89,8 @@ def image_names(names: Iterable[str]) -> list[str]:
 def is_read(name: str) -> bool:
     """Whether a field other than the image is read, or looks like options and so must be."""
     plain = plain_name(name)
-    return plain in FIELDS or bool(_LETTERED.fullmatch(plain)) or not _words(name).isdisjoint(_OPTION_WORDS)
+    lettered = _LETTERED.fullmatch(plain) or _NUMBERED.fullmatch(plain)
+    return plain in FIELDS or bool(lettered) or not _words(name).isdisjoint(_OPTION_WORDS)
 
 
 def _words(name: str) -> set[str]:
@@ -91,18 +100,23 @@ def _words(name: str) -> set[str]:
 def unread_image(fields: Mapping[str, Any]) -> str:
     """What is wrong with a row without an image if an unread field looks like one; empty if nothing."""
     for name, value in fields.items():
-        words = _words(name)
-        named = (
-            bool(words & _IMAGE_WORDS)
-            and not any(map(_NO_IMAGE.fullmatch, words))
-            and isinstance(value, str | list | Mapping)
-        )
-        cell = value[0] if isinstance(value, list) and value else value
-        cell = cell.get("bytes") or cell.get("path") if isinstance(cell, Mapping) else cell
-        path = isinstance(cell, str) and (cell.lower().endswith(IMAGE_ENDINGS) or cell.startswith("data:image"))
-        if value and not is_read(name) and (named or path or isinstance(cell, bytes)):
+        if value and not is_read(name) and _looks_like_image(name, value):
             return f"field {excerpt(name)} is {excerpt(value)}, looks like an image and is not read: name it image"
     return ""
+
+
+def _looks_like_image(name: str, value: Any) -> bool:
+    words = {word.rstrip("0123456789") for word in _words(name)}
+    about = any(map(_NO_IMAGE.fullmatch, words))
+    if words & _IMAGE_WORDS and not about and isinstance(value, str | list | Mapping):
+        return True
+    if isinstance(value, list):
+        return bool(value) and _looks_like_image("", value[0])
+    if isinstance(value, Mapping):
+        return any(_looks_like_image(plain_name(str(inner)), v) for inner, v in value.items() if v)
+    if isinstance(value, str):
+        return value.lower().endswith(IMAGE_ENDINGS) or bool(_BASE64_IMAGE.match(value))
+    return isinstance(value, bytes)
 
 
 def questions(fields: Mapping[str, Any], entry: DataSet) -> Iterator[Question]:
@@ -206,33 +220,59 @@ def _lettered_options(fields: Mapping[str, Any]) -> tuple[str, list[Any] | None]
     """Options in fields of their own (`A`, `option_b`), in order; None without A and B.
 
     Raises:
-        RowError: a list under another name that looks like options.
+        RowError: other fields that look like options: a list, numbered fields, or numbers as A and B.
     """
-    by_letter = {m[1]: v for name, v in fields.items() if (m := _LETTERED.fullmatch(name)) and isinstance(v, str)}
+    given = {name: value for name, value in fields.items() if value is not None}
+    by_letter = {match[1]: value for name, value in given.items() if (match := _LETTERED.fullmatch(name))}
     options = [by_letter[letter] for letter in takewhile(by_letter.__contains__, ascii_lowercase)]
-    if len(options) > 1:
+    if len(options) > 1 and all(isinstance(option, str) for option in options):
         return "A, B, ...", options
-    for name, value in fields.items():
+    numbered = [name for name in given if _NUMBERED.fullmatch(name)]
+    _, right = _first(fields, _RIGHT_OPTION)
+    if len(options) > 1 and _letter(right) is not None:
+        raise RowError(f"A, B, ... are {excerpt(options)}: write the options as texts")
+    if len(numbered) > 1:
+        raise RowError(f"fields {', '.join(map(excerpt, numbered[:2]))} look like options: give a list, choices")
+    for name, value in given.items():
         if isinstance(value, list | Mapping) and value and name not in FIELDS and _words(name) & _OPTION_WORDS:
             raise RowError(f"field {excerpt(name)} is {excerpt(value)} and looks like options: name it choices")
     return "", None
 
 
+def _letter(given: Any) -> int | None:
+    """The place in the alphabet of a letter as answers name options: B, (b), B."""
+    match = re.fullmatch(r"\(?([A-Z])[).:]*", given.strip().upper()) if isinstance(given, str) else None
+    return ascii_uppercase.index(match[1]) if match else None
+
+
 def _right_option(fields: Mapping[str, Any], options: list[str]) -> int:
+    """Index of the right option.
+
+    Raises:
+        RowError: none is named, or two fields name different ones.
+    """
+    named = {key: found for key in _RIGHT_OPTION if (found := _option_of(fields.get(key), options)) is not None}
     key, given = _first(fields, _RIGHT_OPTION)
-    right = given
-    if isinstance(right, list) and len(right) == 1:
-        right = right[0]
-    if isinstance(right, str):
-        if right in options:
-            return options.index(right)
-        letter = re.fullmatch(r"\(?([A-Z])[).:]*", right.strip().upper())
-        right = ascii_uppercase.index(letter[1]) if letter else right
-    if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(options):
+    if key not in named:
         raise RowError(
             f"{key or 'answer'} is {excerpt(given)}: give one of the {len(options)} options, its letter or its index"
         )
-    return right
+    other = next((name for name, index in named.items() if index != named[key]), None)
+    if other:
+        raise RowError(
+            f"{key} is {excerpt(given)} and {other} is {excerpt(fields[other])}, two different options (an index "
+            "counts from 0): leave the wrong one out"
+        )
+    return named[key]
+
+
+def _option_of(given: Any, options: list[str]) -> int | None:
+    """The index of the option that a text, a letter or an index names; None if it names none."""
+    right = given[0] if isinstance(given, list) and len(given) == 1 else given
+    if isinstance(right, str):
+        right = options.index(right) if right in options else _letter(right)
+    is_index = isinstance(right, int) and not isinstance(right, bool)
+    return right if is_index and 0 <= right < len(options) else None
 
 
 def _answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -246,8 +286,12 @@ def _answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _texts(value: Any, listed: bool) -> list[str]:
-    """Answers as texts: a text, a number, a list of these or of objects with `answer`, or, if `listed`, its text."""
-    value = _parsed(value) if listed and isinstance(value, str) else value
+    """Answers as texts: a text, a number, a list of these or of objects with `answer`, or the text of a list.
+
+    Unless `listed`, a text is taken as a list only if the first item is a text in quotes: `[3]` may be an answer.
+    """
+    if isinstance(value, str) and (listed or re.match(_QUOTED_LIST, value)):
+        value = _parsed(value)
     return [_text(item) for item in (value if isinstance(value, list) else [value])]
 
 
@@ -257,25 +301,41 @@ def _parsed(text: str) -> Any:
     Raises:
         RowError: a list of texts that cannot be read, such as a shortened one.
     """
-    if not text.startswith("[") or not text.endswith("]"):
+    stripped = text.strip()
+    if not stripped.startswith("[") or not stripped.endswith("]"):
         return text
     try:
-        return json.loads(text)
+        return json.loads(stripped)
     except (ValueError, RecursionError):
         pass
-    missing = {"nan": "None", "null": "None", "None": "None"}
-    values = (tokenize.STRING, tokenize.NUMBER)
     try:
-        tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.string.strip()]
-        is_value = [t.type in values or t.string in missing for t in tokens]
-        comma = [a and b for a, b in zip(is_value, [*is_value[1:], False], strict=True)]
-        words = (missing.get(t.string, t.string) for t in tokens)
-        parsed = ast.literal_eval("".join(f"{w}," if c else w for w, c in zip(words, comma, strict=True)))
+        parsed = ast.literal_eval(_with_commas(stripped))
     except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError):
-        if re.match(r"\[\s*['\"]", text):
+        if re.match(_QUOTED_LIST, text):
             raise RowError(f"{excerpt(text)} is a list that cannot be read: give a list of texts") from None
         return text
     return parsed if isinstance(parsed, list) else text
+
+
+def _with_commas(text: str) -> str:
+    """A list as numpy prints it with a comma after each value; nan and null are None.
+
+    Raises:
+        ValueError: a quote that is not closed, or two values without a space between them.
+    """
+    values, missing = (tokenize.STRING, tokenize.NUMBER), ("nan", "null", "None")
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.string.strip()]
+    written: list[str] = []
+    for before, token in zip([None, *tokens], tokens, strict=False):
+        starts_value = token.type in values or token.string in missing or token.string == "-"
+        if before and starts_value and (before.type in values or before.string in missing):
+            if before.end == token.start:
+                raise ValueError(f"no space before {token.string}")
+            written.append(",")
+        if token.type == tokenize.ERRORTOKEN:
+            raise ValueError(f"{token.string} is not closed")
+        written.append("None" if token.string in missing else token.string)
+    return "".join(written)
 
 
 def _text(item: Any) -> str:

@@ -27,7 +27,8 @@ from envs.processing.images import excerpt
 _STORED: Final = b"stored in the row"
 _BATCH: Final = 1000
 _log = logging.getLogger(__name__)
-_LAYOUTS: Final = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "json"}
+_ROWS: Final = (".parquet", ".jsonl")
+"""Endings of files of rows."""
 
 
 def read_path(path: Path, entry: DataSet) -> Iterator[Record]:
@@ -40,17 +41,17 @@ def read_path(path: Path, entry: DataSet) -> Iterator[Record]:
     Raises:
         UserError: nothing there that can be read.
     """
-    layout, files = files_of(path, entry)
+    original, files = files_of(path, entry)
     folder = path if path.is_dir() else path.parent
-    if layout == "json":
+    if original:
         yield from read_original(files, folder, entry)
         return
     for file in files:
-        yield from _read_parquet(file, folder, entry) if layout == "parquet" else _read_json_lines(file, folder)
+        yield from _read_parquet(file, folder, entry) if file.suffix == ".parquet" else _read_json_lines(file, folder)
 
 
-def files_of(path: Path, entry: DataSet) -> tuple[str, tuple[Path, ...]]:
-    """The layout at a path (`parquet`, `jsonl` or `json`) and its files in a fixed order.
+def files_of(path: Path, entry: DataSet) -> tuple[bool, tuple[Path, ...]]:
+    """Whether the data at a path are a public set's original JSON, and its files in a fixed order.
 
     Raises:
         UserError: nothing there that can be read.
@@ -59,24 +60,24 @@ def files_of(path: Path, entry: DataSet) -> tuple[str, tuple[Path, ...]]:
         raise UserError(f"no data at {path}: give a folder or file of parquet, JSON Lines or JSON")
     which = f"no parquet or JSON Lines at {path}: for the original JSON of a public set say which, as in textvqa=PATH"
     if path.is_file():
-        layout = _LAYOUTS.get(path.suffix)
-        if layout is None:
+        if path.suffix not in (*_ROWS, ".json"):
             raise UserError(f"cannot read {path}: give a .parquet, .jsonl or .json file, or a folder")
-        if layout == "json" and entry is OWN:
+        if path.suffix == ".json" and entry is OWN:
             raise UserError(which)
-        return layout, (path,)
+        return path.suffix == ".json", (path,)
     below = tuple(walk_files(path))
-    for layout in ("parquet", "jsonl"):
-        files = tuple(sorted(file for file in below if file.suffix == f".{layout}"))
+    # A public set is one or the other; a user's folder may have both.
+    for suffixes in (_ROWS,) if entry is OWN else ((suffix,) for suffix in _ROWS):
+        files = tuple(sorted(file for file in below if file.suffix in suffixes))
         if files:
-            return layout, files
+            return False, files
     if entry is OWN:
         raise UserError(which)
     files = tuple(sorted(file for file in below if any(file.match(glob) for glob in entry.files.values())))
     if not files:
         expected = ", ".join(dict.fromkeys(entry.files.values()))
         raise UserError(f"no parquet, JSON Lines or original files of {entry.name} below {path}: expected {expected}")
-    return "json", files
+    return True, files
 
 
 def read_hub(source: HubSplit, split: str | None, entry: DataSet, revision: str | None = None) -> Iterator[Record]:
@@ -215,30 +216,33 @@ def _shortest(value: Any, kind: Any) -> Any:
 
 
 def _cells(column: Any) -> list[Any]:
-    """The content of each image cell: `_STORED` for bytes, a path, or None."""
+    """The content of each image cell: `_STORED` for bytes, a path, None, or what is none of these."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     kind = column.type
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    if any(is_bytes(kind) for is_bytes in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)):
         return [_STORED if valid else None for valid in column.is_valid().to_pylist()]
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         lengths = pc.list_value_length(column).to_pylist()
         firsts = iter(_cells(pc.list_flatten(column)) if not pa.types.is_integer(kind.value_type) else [])
         cells = [[next(firsts, None) for _ in range(n or 0)] for n in lengths]
-        return [(cell[0] if len(cell) == 1 else f"{len(cell)} images") if cell else None for cell in cells]
+        return [(cell[0] if len(cell) == 1 else cell) if cell else None for cell in cells]
     if pa.types.is_struct(kind):
-        names = {field.name for field in kind}
-        empty = [None] * len(column)
-        stored = pc.struct_field(column, "bytes").is_valid().to_pylist() if "bytes" in names else empty
-        paths = pc.struct_field(column, "path").to_pylist() if "path" in names else empty
-        return [_STORED if bytes_there else path for bytes_there, path in zip(stored, paths, strict=True)]
+        names = [field.name for field in kind]
+        inner = {name: _cells(pc.struct_field(column, name)) for name in names}
+        rows = [{name: cells[i] for name, cells in inner.items()} for i in range(len(column))]
+        if not {"bytes", "path"}.isdisjoint(names):  # an image as `datasets` writes it
+            return [row.get("bytes") or row.get("path") for row in rows]
+        return [row if valid else None for row, valid in zip(rows, column.is_valid().to_pylist(), strict=True)]
     return [value if value != "" else None for value in column.to_pylist()]
 
 
 def _named_image(record: Record, folder: Path | None, name: Any) -> Record:
     """The record with the file that its image cell names; a hub set has no folder."""
     try:
+        if isinstance(name, list) and len(name) > 1:
+            raise UserError(f"the row has {len(name)} images: give one")
         if folder is None:
             raise UserError(f"image is {excerpt(name)}, which is not stored in the row")
         return replace(record, image=inside(folder, name))
@@ -282,8 +286,8 @@ def _own_image(record: Record, fields: Mapping[str, Any], folder: Path) -> Recor
     name = next((fields[key] for key in image_names(fields) if fields[key] not in (None, "", [])), None)
     if name is None:
         return replace(record, error=unread_image(fields))
-    if isinstance(name, list):
-        name = name[0] if len(name) == 1 else f"{len(name)} images"
+    if isinstance(name, list) and len(name) == 1:
+        name = name[0]
     if isinstance(name, Mapping):  # an image as `datasets` writes it
-        name = name.get("path")
+        name = name.get("path") or name
     return _named_image(record, folder, name)

@@ -51,6 +51,14 @@ def test_a_programs_mistake_keeps_its_traceback() -> None:
         exits.guard(fail)
 
 
+def test_the_home_in_a_paths_option_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = cli._with_overrides({"run_dir": Path("~/runs/a"), "out": Path("b"), "question": "~/x"})
+    assert given == {"run_dir": tmp_path / "runs" / "a", "out": Path("b"), "question": "~/x"}
+    with pytest.raises(UserError, match="~nobody-here is no home"):
+        cli._with_overrides({"out": Path("~nobody-here/x")})
+
+
 @pytest.mark.parametrize("task", ["textvqa=/a b/c", "2*textvqa + 1*okvqa=d: e", 'a "quoted" \\ path', "ü #1", "[1, 2]"])
 def test_a_task_given_by_option_is_taken_as_it_stands(task: str) -> None:
     config = load_config(

@@ -176,6 +176,44 @@ def test_text_stays_as_written(text: str, tmp_path: Path) -> None:
     assert load_config(None, file) == read
 
 
+@pytest.mark.parametrize("text", ["my #1 runs", "a: b", "[a]", "%a", "@a", "*a", "{a: b}", "a 'b'"])
+def test_text_on_the_command_line_is_no_yaml(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("smoke", None, [f"run.folder={text}"]).run.folder == str(tmp_path / text)
+    assert load_config("smoke", None, [f'run.folder="{text}"']).run.folder == str(tmp_path / text)
+
+
+@pytest.mark.parametrize(("text", "seed"), [("010", 10), ("1_000", 1000), ("+7", 7), ("0", 0)])
+def test_numbers_are_decimal(text: str, seed: int, tmp_path: Path) -> None:
+    assert load_config("smoke", None, [f"run.seed={text}"]).run.seed == seed
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"run: {{seed: {text}}}\nbudgets.low_ms: {text}.5\n", encoding="utf-8")
+    read = load_config("smoke", file)
+    assert (read.run.seed, read.budgets.low_ms) == (seed, seed + 0.5)
+
+
+@pytest.mark.parametrize("text", ["0x10", "1:30", "0o17", "0b1", "2024-99-99", "2024-01-01"])
+def test_what_is_no_decimal_number_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"run: {{iterations: {text}}}\n", encoding="utf-8")
+    for given in ((None, [f"run.iterations={text}"]), (file, [])):
+        with pytest.raises(UserError, match=rf"run\.iterations = '{text}' is not allowed"):
+            load_config("smoke", *given)
+
+
+@pytest.mark.parametrize("name", [".", "..", "..."])
+def test_a_run_is_named_by_more_than_dots(name: str) -> None:
+    with pytest.raises(UserError, match=r"run\.name"):
+        load_config("smoke", None, [f"run.name={name}"])
+
+
+@pytest.mark.parametrize("key", ["run.folder", "store.path", "latency.profile", "model.name", "run.tracker"])
+def test_the_home_of_an_unknown_user_is_named(key: str) -> None:
+    text = "mlflow:~nobody-here/x" if key == "run.tracker" else "~nobody-here/x"
+    with pytest.raises(UserError, match=rf"{key} = .* is not allowed: ~nobody-here is no home on this machine"):
+        load_config("smoke", None, [f"{key}={text}"])
+
+
 @pytest.mark.parametrize(
     ("given", "read"),
     [
@@ -196,12 +234,27 @@ def test_a_trackers_files_are_absolute(given: str, read: str, monkeypatch: pytes
     assert with_overrides(config, []) == config
 
 
-@pytest.mark.parametrize("text", ["grpo: {lr: 1}\ngrpo: {epochs: 1}\n", "grpo:\n  lr: 1\n  lr: 2\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("grpo: {lr: 1}\ngrpo: {epochs: 1}\n", "grpo:\n  lr: 1\n  lr: 2\n"),
+        *("grpo.lr: 1\ngrpo: {epochs: 1, lr: 2}\n", "grpo: {lr: 1}\ngrpo.lr: 2\n"),
+    ],
+)
 def test_a_repeated_key_is_an_error(text: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"mine\.yaml.*is given twice"):
         load_config("smoke", file)
+
+
+@pytest.mark.parametrize("text", ["run: seed", "run: [seed]", "run: !!omap [seed: 3]", "run: ''"])
+def test_a_section_without_keys_is_never_replaced(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text, encoding="utf-8")
+    for given in ((file, ["run.iterations=1"]), (None, ["run=3", "run.iterations=1"])):
+        with pytest.raises(UserError, match=r"run = .* is a section"):
+            load_config("smoke", *given)
 
 
 def test_dotted_keys_in_a_file_are_sections(tmp_path: Path) -> None:
