@@ -23,7 +23,7 @@ train: setup  ## Train the controller on the embedded model, then compare it wit
 	$(BIN)/ray-ctrl compare --samples 64 task.validation_samples=64
 
 test: setup  ## Unit and smoke tests, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(ARGS)
 
 test-slow: setup  ## The tests that run for minutes
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)

@@ -89,7 +89,7 @@ def test_resumed_runs_equal_uninterrupted_ones(tmp_path: Path) -> None:
     assert first[0] != expected["0"]["numbers"]
     command = [sys.executable, grpo_toy.__file__, str(tmp_path), "0", "1", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=env, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout + done.stderr
     assert json.loads(lines[0].removeprefix("RESULT ")) == expected
