@@ -19,6 +19,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def short_path(path: str | Path, length: int = 100) -> str:
+    """A path for a message: cut after `length` characters if it is long."""
+    return str(path) if len(str(path)) <= length + 20 else f"{str(path)[:length]}..."
+
+
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """A temporary path next to `target`: renamed to it when the block ends, removed when the block raises."""

@@ -14,12 +14,39 @@ from rich.table import Table
 
 
 class _Console(Console):
+    lost = ""
+    """Why output could not be written; empty if it could."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich does, but a full disk under the output costs the output, never the command."""
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            self.lost = error.strerror or str(error)
+            print(f"warning: output cannot be written ({self.lost}): continuing without", file=sys.stderr)
+            self.on_broken_pipe()
+
     def on_broken_pipe(self) -> None:
         """The reader is gone (`| head`, a closed terminal): the command continues, its further lines are dropped."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _open_closed_streams() -> None:
+    """Gives a process started without stdout or stderr (`>&-`) the null device in their place.
+
+    The next file opened would get their number, and what libraries print would be written into it.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_WRONLY)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", errors="replace"))
+
+
+_open_closed_streams()
 # Without a terminal, tables keep their own width rather than the 80 columns that rich assumes. No markup: `[/x]` in a
 # path or an answer is printed as it is.
 console = _Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)

@@ -21,7 +21,7 @@ def find_controller(path: Path) -> tuple[Path, Path]:
     Raises:
         UserError: no run folder, sweep, checkpoint or export with a controller.
     """
-    with explained(path):
+    with explained(path, "give a run folder or an exported controller", verb="read"):
         if (path / "run.json").is_file():
             folder = RunFolder.open(path)
             if folder.controller.is_dir():

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from envs.errors import UserError
+from envs.files import short_path
+from ray_ctrl.console import console
 from ray_ctrl.signals import Interrupted
 
 # What a file system refuses for reasons outside the program.
@@ -30,7 +32,8 @@ def guard(command: Callable[[], Any]) -> int:
         status = _exit_status(error)
         if status is None:
             raise
-    return status if isinstance(status, int) else 0
+    status = status if isinstance(status, int) else 0
+    return status or (1 if console.lost else 0)
 
 
 def warn(message: Warning | str, category: type[Warning], *source: Any, **more: Any) -> None:
@@ -47,7 +50,8 @@ def _exit_status(error: Exception) -> int | None:
     if type(error).__name__ in ("Abort", "Exit"):
         return int(getattr(error, "exit_code", 130))
     if isinstance(error, OSError) and error.errno in REFUSALS:
-        return _report(f"{error.filename or 'the disk'}: {error.strerror}; give another place, or free space", error)
+        place = short_path(error.filename or "the disk")
+        return _report(f"{place}: {error.strerror}; give another place, or free space", error)
     cause = getattr(error, "cause", None)
     if isinstance(cause, UserError):  # raised on a Ray worker and wrapped by Ray
         return _report(cause.message, error)

@@ -21,7 +21,15 @@ from typing import Any
 
 from cluster.resources import check_outlives_job
 from envs.errors import UserError
-from envs.files import atomic_folder, atomic_write, integrity_error, remove_partial, write_json, write_manifest
+from envs.files import (
+    atomic_folder,
+    atomic_write,
+    integrity_error,
+    remove_partial,
+    short_path,
+    write_json,
+    write_manifest,
+)
 from ray_ctrl.config import Config
 from ray_ctrl.load_config import load_config, to_yaml
 from ray_ctrl.provenance import provenance
@@ -84,7 +92,7 @@ class RunFolder:
         Raises:
             UserError: there is none at `root`.
         """
-        with explained(root):
+        with explained(root, "give a run folder", verb="read"):
             found = (root / "config.yaml").is_file() and (root / "run.json").is_file()
         if not found:
             raise UserError(f"{root} is not a run folder: it has no config.yaml and run.json")
@@ -306,13 +314,14 @@ def locked(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def explained(path: Path, advice: str = "give a folder that can be written", what: str = "") -> Iterator[None]:
+def explained(
+    path: Path, advice: str = "give a folder that can be written", what: str = "", verb: str = "write"
+) -> Iterator[None]:
     """Turns what the file system refuses inside (full, read-only, a name too long) into a UserError."""
     try:
         yield
     except OSError as error:
-        name = str(path) if len(str(path)) <= 120 else f"{str(path)[:100]}..."
-        raise UserError(f"cannot write {what}{name}: {error.strerror or error}; {advice}") from error
+        raise UserError(f"cannot {verb} {what}{short_path(path)}: {error.strerror or error}; {advice}") from error
 
 
 def check_writable(folder: Path) -> None:

@@ -154,6 +154,31 @@ def test_output_that_nobody_reads_costs_nothing(tmp_path: Path) -> None:
     assert err == b""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize(
+    ("redirection", "status", "words"), [(">/dev/full", 1, "output cannot be written (No space"), (">&-", 0, "")]
+)
+def test_an_output_that_cannot_be_written_costs_no_result(
+    redirection: str, status: int, words: str, tmp_path: Path
+) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from ray_ctrl import cli; from ray_ctrl.console import console\n"
+        "def work():\n"
+        "    for _ in range(3): console.print('line')\n"
+        "    file = open(sys.argv[1], 'w'); os.write(1, b'from a library'); print('end'); file.write('saved')\n"
+        "cli.app = lambda **given: work()\n"
+        "sys.exit(cli.main([]))"
+    )
+    (tmp_path / "code.py").write_text(code)
+    command = f"'{sys.executable}' code.py saved {redirection}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == status, done.stderr
+    assert (tmp_path / "saved").read_text() == "saved"
+    assert words in done.stderr.decode()
+    assert done.stderr.count(b"\n") == bool(words)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

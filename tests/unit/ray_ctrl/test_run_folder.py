@@ -259,8 +259,13 @@ def test_a_run_folder_that_a_ray_job_removes_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_name_of_300_letters_is_one_short_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for more in ([], ["--resume"]):
-        assert main(["train", "-p", "smoke", "--run-dir", str(tmp_path / ("x" * 300)), *more]) == 2
+    name = str(tmp_path / ("x" * 300))
+    train = ["train", "-p", "smoke"]
+    for arguments in (
+        *([*train, "--run-dir", name], [*train, "--run-dir", name, "--resume"], ["evaluate", name], ["inspect", name]),
+        *([*train, f"latency.profile={name}", "latency.source=profiled"], ["tune", name], ["compare", name]),
+    ):
+        assert main(arguments) == 2
         error = capsys.readouterr().err
         assert "File name too long" in error
         assert len(error) < 300
