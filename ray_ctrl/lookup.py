@@ -1,22 +1,20 @@
 """Baselines that the controller is compared with; the lookup table runs every distinct plan on training samples."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from envs.engine import Outcome
 from envs.env_resources import EnvResources
 from envs.latency import is_measuring
 from policies.baselines import Baseline, FixedKnobs, LookupKnobs, RandomKnobs
 from ray_ctrl import report
+from ray_ctrl.all_plans import distinct_plans, fill_store, run_all_plans
 from ray_ctrl.config import Config
-from ray_ctrl.console import counted
 from ray_ctrl.run_context import RunContext
 
-LOOKUP_BATCH = 1024  # larger ones are no faster, and progress is reported only between two
 STATIC_SHARE = 0.9  # of the budget, for plans chosen from a profile and then measured: a margin for the device's noise
 
 
@@ -65,10 +63,10 @@ def lookup_samples(config: Config, samples: Sequence[Any]) -> list[Any]:
 
 def all_plan_outcomes(resources: EnvResources, samples: Sequence[Any], clock: Any) -> tuple[report.Array, report.Array]:
     """Accuracy and latency by `clock`, ms, of every distinct plan on every sample, both (plans, samples)."""
-    plans = [resources.space.plan(knobs) for knobs in resources.space.distinct]
+    plans = distinct_plans(resources)
     accuracy = np.zeros((len(plans), len(samples)))
     latency = np.zeros_like(accuracy)
-    for s, outcomes in enumerate(run_all_plans(resources, samples)):
+    for s, outcomes in enumerate(run_all_plans(resources, samples, "training samples")):
         for p, outcome in enumerate(outcomes):
             shape = resources.engine.shape(samples[s], plans[p].tier)
             accuracy[p, s] = resources.engine.accuracy(samples[s], outcome)
@@ -76,29 +74,16 @@ def all_plan_outcomes(resources: EnvResources, samples: Sequence[Any], clock: An
     return accuracy, latency
 
 
-def run_all_plans(resources: EnvResources, samples: Sequence[Any]) -> Iterator[list[Outcome]]:
-    """Outcomes of every distinct plan, sample by sample, run in batches of many samples' plans."""
-    plans = [resources.space.plan(knobs) for knobs in resources.space.distinct]
-    step = max(1, LOOKUP_BATCH // len(plans))
-    with counted("running all plans on training samples") as progress:
-        for first in range(0, len(samples), step):
-            some = samples[first : first + step]
-            outcomes = resources.engine.outcomes([s for s in some for _ in plans], plans * len(some))
-            progress(first + len(some), len(samples))
-            for start in range(0, len(outcomes), len(plans)):
-                yield outcomes[start : start + len(plans)]
-
-
 def precompute(context: RunContext) -> None:
     """Runs what the lookup table needs before the first iteration, if training can need nothing else.
 
-    Large batches of it take far less time than the same requests met one by one in rollouts. Not with env runners,
-    which share that work, nor with a measured clock, which reuses nothing.
+    Large batches of it on all cores take far less time than the same requests met one by one in rollouts. Not with env
+    runners, which share that work, nor with a measured clock, which reuses nothing.
     """
     config = context.config
     wanted = config.evaluation.lookup_samples
     covered = wanted is None or wanted >= config.task.train_samples
     if covered and not config.runners.count and config.latency.source != "measured":
-        resources = context.build("train")
-        for _ in run_all_plans(resources, list(resources.samples)):
+        resources = fill_store(context.env_config("train"), "training samples")
+        for _ in run_all_plans(resources, resources.samples, "training samples"):
             pass

@@ -122,9 +122,9 @@ class Comparison:
     @classmethod
     def of(cls, context: RunContext, runs: Sequence[TrainedRun]) -> "Comparison":
         """Runs all plans, fits and calibrates every method, and lets each choose."""
-        train = run_all(context.build("train"), "training samples")
-        validation = run_all(context.build("validation"), "validation samples")
-        test = run_all(context.build("test"), "test samples")
+        train = run_all(context.env_config("train"), "training samples")
+        validation = run_all(context.env_config("validation"), "validation samples")
+        test = run_all(context.env_config("test"), "test samples")
         known, budgets = train.known(), context.budgets.held_out(POINTS)
         trained = [_trained(context, run, budgets) for run in runs]
         shares = (np.arange(VALIDATION_BUDGETS) + 0.5) / VALIDATION_BUDGETS

@@ -8,17 +8,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from envs.env_resources import EnvResources
+from envs.env_resources import EnvConfig, EnvResources
 from envs.errors import UserError
 from envs.knobs import TIERS
-from envs.latency import is_measuring
 from envs.latency.guardrail import plan_latencies
 from envs.latency_token import LEVELS, budget_level
 from policies.baselines.rules import Array, KnownOutcomes, Requests
-from ray_ctrl.console import counted
+from ray_ctrl.all_plans import fill_store, run_all_plans
 
-BATCH: Final = 1024
-"""Requests of one engine call; larger ones are no faster, and progress is reported between two."""
 RULE_LEVEL: Final = LEVELS // 2
 """Budget level of the latency tokens that rules read: they take the budget from the mask."""
 
@@ -104,42 +101,40 @@ class PlanOutcomes:
         return found.numpy().astype(np.float64).reshape(len(self.features), -1, found.shape[-1])
 
 
-def run_all(resources: EnvResources, what: str) -> PlanOutcomes:
-    """Runs every plan on every sample, as far as the store does not know the outcome.
+def run_all(config: EnvConfig, what: str) -> PlanOutcomes:
+    """Runs every plan on every sample of a split, as far as the store does not know the outcome.
+
+    Args:
+        what: the samples' name in progress lines.
 
     Raises:
         UserError: a measuring latency source.
     """
-    clock = resources.clock
-    if is_measuring(clock):
+    if config.latency.source == "measured":
         raise UserError(
             "latency.source=measured cannot time every plan of every sample: compare with latency.source=profiled, and "
             "time a controller with ray-ctrl evaluate RUN latency.source=measured"
         )
-    samples, space = resources.samples, resources.space
+    resources = fill_store(config, what)
+    samples, space, clock = resources.samples, resources.space, resources.clock
     plans = [space.plan(knobs) for knobs in space.all]
     actions = np.array([space.encode(knobs) for knobs in space.all])
     place = tuple(actions.T)
     shape = (len(samples), len(plans))
     accuracy, latency, predicted, answers = np.zeros(shape), np.zeros(shape), np.zeros(shape), np.empty(shape, object)
-    step = max(1, BATCH // len(plans))
-    with counted(f"running all plans on {what}") as progress:
-        for first in range(0, len(samples), step):
-            some = samples[first : first + step]
-            outcomes = resources.engine.outcomes([s for s in some for _ in plans], plans * len(some))
-            for row, sample in enumerate(some, first):
-                mine = outcomes[(row - first) * len(plans) : (row - first + 1) * len(plans)]
-                accuracy[row] = [resources.engine.accuracy(sample, outcome) for outcome in mine]
-                answers[row] = [resources.engine.text(outcome) for outcome in mine]
-                shapes = [resources.engine.shape(sample, tier) for tier in TIERS]
-                lengths = np.array([outcome.n_tokens for outcome in mine])
-                for length in np.unique(lengths):
-                    found = plan_latencies(clock, space, shapes, int(length))[place]
-                    latency[row] = np.where(lengths == length, found, latency[row])
-                if resources.noise is not None:
-                    latency[row] *= [resources.noise.factor(sample.id, plan) for plan in plans]
-                predicted[row] = _predicted(resources, sample, shapes)[place]
-            progress(first + len(some), len(samples))
+    execution = space.executions[place]
+    for row, (sample, distinct) in enumerate(zip(samples, run_all_plans(resources, samples, what), strict=True)):
+        outcomes = [distinct[number] for number in execution]
+        accuracy[row] = [resources.engine.accuracy(sample, outcome) for outcome in outcomes]
+        answers[row] = [resources.engine.text(outcome) for outcome in outcomes]
+        shapes = [resources.engine.shape(sample, tier) for tier in TIERS]
+        lengths = np.array([outcome.n_tokens for outcome in outcomes])
+        for length in np.unique(lengths):
+            found = plan_latencies(clock, space, shapes, int(length))[place]  # type: ignore[arg-type]
+            latency[row] = np.where(lengths == length, found, latency[row])
+        if resources.noise is not None:
+            latency[row] *= [resources.noise.factor(sample.id, plan) for plan in plans]
+        predicted[row] = _predicted(resources, sample, shapes)[place]
     images = [sample.image.digest if sample.image else sample.id for sample in samples]
     families = [sample.family for sample in samples]
     return PlanOutcomes(

@@ -358,9 +358,10 @@ def test_all_plans_are_precomputed_if_training_needs_no_others(
 
     space = SimpleNamespace(distinct=("expensive", "cheap"), plan=lambda knobs: f"{knobs} plan")
     resources = SimpleNamespace(samples=range(6), space=space, engine=SimpleNamespace(outcomes=outcomes))
-    monkeypatch.setattr(lookup, "LOOKUP_BATCH", 4)  # two samples a batch
+    monkeypatch.setattr("ray_ctrl.all_plans.BATCH", 4)  # two samples a batch
+    monkeypatch.setattr(lookup, "fill_store", lambda config, what: resources)
     config = with_overrides(Config(), ["task.train_samples=6", *(f"{key}={value}" for key, value in changes.items())])
-    lookup.precompute(SimpleNamespace(config=config, build=lambda split: resources))  # type: ignore[arg-type]
+    lookup.precompute(SimpleNamespace(config=config, env_config=lambda split: None))  # type: ignore[arg-type]
     assert asked == [(sample, f"{knobs} plan") for sample in range(ran) for knobs in ("expensive", "cheap")]
 
 
