@@ -1,7 +1,7 @@
 """Outcomes of every distinct plan of many samples, shared among the machine's cores.
 
-Batches hold the same requests however many processes share them, and processes meet in the outcome store alone, so the
-outcomes are those of one process.
+Batches are the same for any number of processes, which meet in the outcome store alone, so the outcomes are those of
+one process.
 """
 
 import os
@@ -112,7 +112,7 @@ def _start(config: EnvConfig) -> None:
 def _run_indices(indices: Sequence[int]) -> None:
     assert _resources is not None  # set by the pool's initializer
     samples = [_resources.samples[index] for index in indices]
-    # Latency tokens first: their pass leaves the prefixes that the plans go on from.
+    # Latency tokens first: their pass leaves the prefixes that the plans reuse.
     rows = [sample for sample in samples for _ in TIERS]
     _resources.engine.latency_tokens(rows, list(TIERS) * len(samples), [0] * len(rows))
     _run(_resources, samples)
