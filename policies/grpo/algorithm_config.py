@@ -199,7 +199,8 @@ class GRPOConfig(AlgorithmConfig):
 
     def _validate_unsupported(self) -> None:
         """Refuse what RLlib offers and GRPO would silently ignore."""
-        defaults = AlgorithmConfig()
+        # RLlib derives one of the defaults from the number of learners.
+        defaults = AlgorithmConfig().learners(num_learners=self.num_learners)
         for name, instead in UNSUPPORTED.items():
             if getattr(self, name) != getattr(defaults, name):
                 raise UserError(f"{name} = {getattr(self, name)!r} has no effect on GRPO: {instead}")

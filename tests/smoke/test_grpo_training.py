@@ -128,6 +128,10 @@ def test_the_average_of_weights_is_evaluated_and_exported() -> None:
     algorithm.stop()
 
 
+def test_several_learners_are_allowed() -> None:
+    configuration().learners(num_learners=2).validate()
+
+
 @pytest.mark.slow
 def test_two_learners_give_the_update_of_one() -> None:
     weights = []

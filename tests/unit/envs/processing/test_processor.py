@@ -14,6 +14,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from envs.errors import UserError
+from envs.processing import image_processor
 from envs.processing.image_processor import (
     AdaptiveMolmoEImageProcessor,
     ImageGeometry,
@@ -131,6 +132,22 @@ def test_extreme_sizes_make_complete_inputs(small: MolmoEProcessor, size: tuple[
         inputs = small(Image.new("RGB", size, "red"), "what?", tier)
         assert torch.isfinite(inputs["images"]).all()
         assert small.shape(size, tier, "what?").prompt_tokens == inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("size", [(200, 150), (56, 56), (113, 56), (30, 7), (1, 900), (900, 1)])
+@pytest.mark.parametrize("crops", [3, 12])
+def test_a_large_image_is_resized_in_strips_bit_for_bit(
+    size: tuple[int, int], crops: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    processor = AdaptiveMolmoEImageProcessor(max_crops=crops, **SMALL)
+    plain = processor.preprocess(image)
+    monkeypatch.setattr(image_processor, "STRIPS_ABOVE", 0)
+    for pixels in (1, 700):
+        monkeypatch.setattr(image_processor, "STRIP_PIXELS", pixels)
+        strips = processor.preprocess(image)
+        assert torch.equal(strips["images"], plain["images"])
+        assert torch.equal(strips["image_masks"], plain["image_masks"])
 
 
 def test_text_only(small: MolmoEProcessor) -> None:
