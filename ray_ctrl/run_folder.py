@@ -295,21 +295,27 @@ def remove_on_error(folder: Path, *errors: type[BaseException]) -> Iterator[None
 
 
 @contextmanager
-def locked(root: Path) -> Iterator[None]:
+def locked(root: Path, wait_s: float = 0.0) -> Iterator[None]:
     """Takes the folder's lock, which the kernel releases when the process ends, however it ends.
 
     Raises:
-        UserError: another process has it, or the folder cannot be written.
+        UserError: another process has it for longer than `wait_s` seconds, or the folder cannot be written.
     """
     with explained(root):
         file = (root / LOCK).open("w")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"run folder {root} is in use by another process: wait until it ends, or choose another with --run-dir"
-            ) from None
+        end = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise UserError(
+                        f"run folder {root} is in use by another process: wait until it ends, or choose another with "
+                        "--run-dir"
+                    ) from None
+                time.sleep(0.1)
         yield
 
 

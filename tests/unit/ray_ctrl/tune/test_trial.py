@@ -124,6 +124,31 @@ def test_what_tune_may_have_missed_is_reported_again(tmp_path: Path, monkeypatch
     assert reported == [2, 3]
 
 
+def test_a_trial_and_a_resumed_run_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray_ctrl.commands.train import open_run
+    from ray_ctrl.tune import trial
+
+    folder = run(tmp_path, "me", {1: 0.1}, lr=0.01)
+    (tmp_path / "trials" / "half").mkdir()
+    (tmp_path / "trials" / "half" / "config.yaml").touch()
+    tried: list[str] = []
+
+    def train(folder: RunFolder, config: Any, found: Sweep) -> None:
+        with pytest.raises(UserError, match="in use by another process"), open_run(folder.root, config, None, folder):  # type: ignore[arg-type]
+            pass
+        tried.append(folder.root.name)
+
+    monkeypatch.setattr(trial, "_train", train)
+    monkeypatch.setattr(trial, "LOCK_WAIT_S", 0.2)
+    for name in ("me", "half"):
+        monkeypatch.setattr(trial.tune, "get_context", lambda name=name: SimpleNamespace(get_trial_id=lambda: name))
+        trial.train_trial({"grpo.lr": 0.01}, sweep=sweep(), root=str(tmp_path))
+        with locked(tmp_path / "trials" / name), pytest.raises(UserError, match="in use by another process"):
+            trial.train_trial({"grpo.lr": 0.01}, sweep=sweep(), root=str(tmp_path))
+    assert tried == ["me", "half"]
+    assert folder.metrics()
+
+
 def test_an_interruption_before_tune_listens_is_passed_on_later() -> None:
     """SIGUSR1 would end the process as long as Tune has no handler for it."""
     from ray_ctrl.signals import Stopper
