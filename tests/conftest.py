@@ -2,13 +2,15 @@
 
 import signal
 
+import pytest
 
-def pytest_configure() -> None:
-    """Gives Ctrl-C and a hangup their usual effects, here and in every command that a test starts.
+
+@pytest.fixture(autouse=True)
+def usual_signals() -> None:
+    """Ctrl-C and a hangup have their usual effects, here and in every command that a test starts.
 
     A shell script starts its background jobs with SIGINT ignored, and nohup ignores SIGHUP; children inherit that, and
-    Python then leaves it so: no test could interrupt anything.
+    Python then leaves it so. Ray Tune leaves handlers of its own behind in a process where it has run.
     """
-    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-        if signal.getsignal(number) == signal.SIG_IGN:
-            signal.signal(number, usual)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
