@@ -67,6 +67,7 @@ def fill_store(config: EnvConfig, what: str) -> EnvResources:
 
 
 def _run_shares(config: EnvConfig, shares: Sequence[Sequence[int]], processes: int, what: str) -> None:
+    others = set(active_children())
     with (
         ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start, initargs=(config,)) as pool,
         counted(what) as progress,
@@ -78,7 +79,7 @@ def _run_shares(config: EnvConfig, shares: Sequence[Sequence[int]], processes: i
                 progress(done, len(shares))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in active_children():
+            for child in set(active_children()) - others:
                 child.terminate()  # an interrupted run does not wait for the batches under way
                 child.join()
             raise
