@@ -77,11 +77,11 @@ def _run_shares(config: EnvConfig, shares: Sequence[Sequence[int]], processes: i
             for done, share in enumerate(as_completed(running), 1):
                 share.result()
                 progress(done, len(shares))
+        except BrokenProcessPool:
+            raise  # the pool has ended the others
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             for child in set(active_children()) - others:
                 child.terminate()  # an interrupted run does not wait for the batches under way
-                child.join()
             raise
 
 
