@@ -29,12 +29,24 @@ PENDING_NOTICE_S: Final = 10.0
 
 
 @dataclass(frozen=True)
+class Upload:
+    """Files of a working directory that are uploaded and their bytes, largest first."""
+
+    files: tuple[tuple[str, int], ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for _, size in self.files)
+
+
+@dataclass(frozen=True)
 class Job:
     """What the cluster is asked to run.
 
     Attributes:
         entrypoint: shell command, run in the working directory on the cluster.
         working_dir: local folder to upload; None runs what is installed there.
+        sent: what is uploaded of it.
         env: environment variables of the driver and its workers.
         runtime_env: further keys of Ray's runtime environment, such as `pip`.
         cpus, gpus: of the driver; above 0 it is placed on a node that has them, else it runs on the head.
@@ -43,6 +55,7 @@ class Job:
 
     entrypoint: str
     working_dir: Path | None
+    sent: Upload = Upload(())
     env: Mapping[str, str] = field(default_factory=dict)
     runtime_env: Mapping[str, Any] = field(default_factory=dict)
     cpus: float = 0.0
@@ -56,17 +69,6 @@ class Job:
         if self.working_dir is not None:
             found["working_dir"] = str(self.working_dir)
         return found
-
-
-@dataclass(frozen=True)
-class Upload:
-    """Files of a working directory that are uploaded and their bytes, largest first."""
-
-    files: tuple[tuple[str, int], ...]
-
-    @property
-    def bytes(self) -> int:
-        return sum(size for _, size in self.files)
 
 
 def upload(folder: Path, excludes: Sequence[str] = ()) -> Upload:
@@ -168,8 +170,6 @@ def submit(jobs: Any, job: Job) -> str:
     Raises:
         ConnectError: refused by the server, with its reason.
     """
-    if job.working_dir is not None:
-        upload(job.working_dir, job.runtime_env.get("excludes", ()))
     try:
         return str(
             jobs.submit_job(

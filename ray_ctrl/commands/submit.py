@@ -59,11 +59,12 @@ def run(*, no_wait: bool = False, stop_on_interrupt: bool = False, dry_run: bool
     address = jobs.http_address(request.address)
     auth = request.auth or os.environ.get("RAY_AUTH_MODE") or "disabled"
     job = make_job(request, address, auth)
-    sent = jobs.upload(request.working_dir, job.runtime_env.get("excludes", ()))
     console.print(f"job at {address}: {job.entrypoint}")
-    console.print(f"working directory: {len(sent.files)} files, {sent.bytes / 2**20:.1f} MiB; authentication {auth}")
+    console.print(
+        f"working directory: {len(job.sent.files)} files, {job.sent.bytes / 2**20:.1f} MiB; authentication {auth}"
+    )
     if dry_run:
-        for name, size in sent.files[:5]:
+        for name, size in job.sent.files[:5]:
             console.print(f"  {size / 2**10:>8.0f} KiB  {name}")
         console.print(yaml.safe_dump({"runtime_env": job.environment()}, sort_keys=False))
         return 0
@@ -105,9 +106,11 @@ def make_job(request: Request, address: str, auth: str) -> jobs.Job:
         "RAY_JOB_STOP_WAIT_TIME_S": str(jobs.STOP_WAIT_S),
     }
     runtime_env = _runtime_env(request.runtime_env)
+    sent = jobs.upload(request.working_dir, runtime_env.get("excludes", ()))
     return jobs.Job(
-        entrypoint=shlex.join([python, *program, *_arguments(request, here, runtime_env)]),
+        entrypoint=shlex.join([python, *program, *_arguments(request, here, sent)]),
         working_dir=request.working_dir,
+        sent=sent,
         env=env | _variables(request.env),
         runtime_env=runtime_env,
         cpus=request.cpus,
@@ -116,7 +119,7 @@ def make_job(request: Request, address: str, auth: str) -> jobs.Job:
     )
 
 
-def _arguments(request: Request, here: bool, runtime_env: Mapping[str, Any]) -> list[str]:
+def _arguments(request: Request, here: bool, sent: jobs.Upload) -> list[str]:
     """The command's arguments for the cluster: checked, with paths that are valid there.
 
     A job starts in a copy of the working directory, which is removed after it: relative paths name other files there.
@@ -125,8 +128,7 @@ def _arguments(request: Request, here: bool, runtime_env: Mapping[str, Any]) -> 
         here: whether the cluster is this machine, so that its absolute paths are valid.
     """
     options = _parsed(request)
-    sent = jobs.upload(request.working_dir, runtime_env.get("excludes", ())).files
-    places = _Places(request.working_dir.absolute(), here, frozenset(name for name, _ in sent))
+    places = _Places(request.working_dir.absolute(), here, frozenset(name for name, _ in sent.files))
     words = list(request.arguments)
     for name, value in options.items():
         if isinstance(value, Path) or (name in ("task", "sweep") and value):

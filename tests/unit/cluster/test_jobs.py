@@ -186,9 +186,12 @@ def test_nobody_there_is_one_line() -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_dry_run_sends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_sends_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"arguments": ["--preset", "smoke"], "address": "http://127.0.0.1:9", "working_dir": ROOT}
+    walk, walked = jobs.upload, []
+    monkeypatch.setattr(jobs, "upload", lambda *folder: walked.append(folder) or walk(*folder))
     assert run(**given, dry_run=True) == 0
+    assert len(walked) == 1
     assert "RAY_AUTH_MODE" in capsys.readouterr().out
 
 
