@@ -61,13 +61,12 @@ def check_machine(config: Config, layout: Layout) -> None:
         UserError: naming what is missing.
     """
     if is_local(config.runners.address):
-        if config.model.device.startswith("cuda") and not _cuda_devices():
+        if config.model.device.startswith("cuda") and not cuda_devices():
             raise UserError(
                 f"model.device = {config.model.device!r} needs a GPU for the driver, which runs the model as well, and "
                 "this machine has none: set model.device=cpu, or run where there is one"
             )
-        there = {"CPU": float(machine_cpus()), "GPU": float(_machine_gpus(layout.resources))}
-        missing = shortfall(layout.resources, there, "this machine")
+        missing = shortfall(layout.resources, machine_resources(layout.resources.gpus), "this machine")
         if missing:
             raise UserError(missing)
 
@@ -159,12 +158,13 @@ def _check_budgets(config: Config) -> None:
         )
 
 
-def _machine_gpus(plan: ResourcePlan) -> int:
-    """GPUs of this machine; asked only where the plan wants some, as asking loads torch."""
-    return 0 if plan.gpus == 0 else _cuda_devices()
+def machine_resources(gpus: float) -> dict[str, float]:
+    """CPUs and GPUs of this machine, by Ray's names; GPUs are counted only if `gpus` are wanted: that loads torch."""
+    return {"CPU": float(machine_cpus()), "GPU": float(cuda_devices()) if gpus else 0.0}
 
 
-def _cuda_devices() -> int:
+def cuda_devices() -> int:
+    """GPUs that torch finds."""
     import torch
 
     return torch.cuda.device_count()

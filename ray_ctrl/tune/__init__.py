@@ -164,29 +164,43 @@ def prepare(sweep: Sweep, root: Path) -> Sweep:
 
 
 def print_plan(sweep: Sweep, available: Mapping[str, float] | None = None) -> None:
-    """What will run, and on which resources (by default this machine's), before it starts.
+    """What will run, and on which resources, before it starts.
+
+    Args:
+        available: of the cluster, by Ray's names; None takes this machine's, if the trials would run here.
 
     Raises:
         UserError: not even one trial fits.
     """
-    from cluster.resources import machine_cpus
+    from cluster.connect import is_local
+    from ray_ctrl.preflight import machine_resources
     from ray_ctrl.tune.search import concurrent_trials, totals, trial_resources
 
     file, each = sweep.file, totals(trial_resources(sweep.base))
-    have = {"CPU": 0.0, "GPU": 0.0} | dict(available or {"CPU": float(machine_cpus())})
-    concurrent = concurrent_trials(sweep, each, have)
-    uses, offered = (f"{amounts['CPU']:g} CPUs and {amounts['GPU']:g} GPUs" for amounts in (each, have))
-    if not concurrent:
-        raise UserError(
-            f"a trial needs {uses}, more than the {offered} available: lower runners.count or the resources of each"
-        )
+    address = sweep.base.runners.address
+    if available is None and is_local(address):
+        available = machine_resources(each["GPU"])
+    uses = _amounts(each)
+    where = f"on the cluster at {address}, which a dry run does not ask"
+    if available is not None:
+        concurrent = concurrent_trials(sweep, each, available)
+        if not concurrent:
+            raise UserError(
+                f"a trial needs {uses}, more than the {_amounts(available)} available: lower runners.count or the "
+                "resources of each"
+            )
+        where = f"of {_amounts(available)}: {concurrent} at a time"
     how = file.search + (f" with {file.scheduler}" if file.scheduler != "none" else "")
     console.print(f"{sweep.trials} trials, {how}; up to {sweep.base.run.iterations} iterations each")
     for item in sweep.space:
         console.print(f"  {item.key:<28}{item.kind} {list(item.values)}")
-    console.print(f"each trial uses {uses} of {offered}: {concurrent} at a time")
+    console.print(f"each trial uses {uses} {where}")
     store = sweep.base.store.path or "shared in the sweep folder"
     console.print(f"ranked by {file.metric}, {file.mode}imum; store {store}")
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return f"{resources.get('CPU', 0.0):g} CPUs and {resources.get('GPU', 0.0):g} GPUs"
 
 
 def drive(sweep: Sweep, root: Path, concurrent: int, resume: bool, stopper: Stopper) -> dict[str, str]:

@@ -61,10 +61,10 @@ def test_the_full_size_preset_needs_one_gpu_for_each_runner(monkeypatch: pytest.
     assert plan_layout(load_config("laptop")).resources.lines()[1].split()[-3:] == ["1", "1", "0"]
     assert one.envs == 512
     assert eight.envs == 64
-    monkeypatch.setattr("ray_ctrl.preflight._cuda_devices", lambda: 0)
+    monkeypatch.setattr("ray_ctrl.preflight.cuda_devices", lambda: 0)
     with pytest.raises(UserError, match="needs a GPU for the driver"):
         check_machine(config, one)
-    monkeypatch.setattr("ray_ctrl.preflight._cuda_devices", lambda: 1)
+    monkeypatch.setattr("ray_ctrl.preflight.cuda_devices", lambda: 1)
     check_machine(config, one)
     with pytest.raises(UserError, match="8 GPUs needed, 1 available"):
         check_machine(several, eight)

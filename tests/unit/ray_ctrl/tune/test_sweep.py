@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from envs.errors import UserError
+from ray_ctrl.tune import print_plan
 from ray_ctrl.tune.summary import _chosen
 from ray_ctrl.tune.sweep import Sweep, dump, find_sweep, load_sweep, make_sweep
 
@@ -136,6 +137,21 @@ def test_trials_get_their_resources_and_as_many_run_as_fit() -> None:
     assert concurrent_trials(several, each, {"CPU": 2.0, "GPU": 8.0}) == 0
     assert concurrent_trials(sweep(concurrent=1), alone, {"CPU": 8.0}) == 1
     assert concurrent_trials(sweep(trials=2), alone, {"CPU": 8.0}) == 2
+
+
+def test_a_dry_run_counts_the_gpus_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ray_ctrl.preflight.cuda_devices", lambda: 4)
+    keys = {"model.device": "cuda", "runners.count": 1, "runners.gpus": 1}
+    found = sweep(set=keys)
+    print_plan(found)
+    assert "and 4 GPUs" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr("ray_ctrl.preflight.cuda_devices", lambda: 0)
+    with pytest.raises(UserError, match="this machine has none"):
+        print_plan(found)
+    print_plan(sweep(set=keys | {"runners.address": "10.0.0.1:6379"}))
+    assert "which a dry run does not ask" in " ".join(capsys.readouterr().out.split())
 
 
 def test_trials_share_budgets_unless_the_space_touches_them() -> None:
