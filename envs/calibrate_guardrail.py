@@ -44,6 +44,9 @@ def fit_guardrail(
     """
     if not 0.0 < confidence < 1.0:
         raise UserError(f"guardrail confidence {confidence!r} is not allowed: give a number between 0 and 1, or null")
+    for split, resources in (("training", train), ("validation", validation)):
+        if not resources.samples:
+            raise UserError(f"the guardrail cannot be calibrated with no {split} samples: give the task some")
     lengths = _lengths(train, confidence, seed)
     costs = None if profile is None else ProfileCosts(profile.costs)
     raw = Guardrail(confidence, lengths, 1.0, 1.0, costs)

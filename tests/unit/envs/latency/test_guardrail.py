@@ -174,6 +174,14 @@ def test_a_guardrail_survives_json_and_pickling():
         Guardrail.from_dict({"confidence": 0.9})
 
 
+@pytest.mark.parametrize("empty", ["training", "validation"])
+def test_a_split_without_samples_is_refused(empty):
+    resources = make_resources(10)
+    none = replace(resources, samples=resources.samples[:0])
+    with pytest.raises(UserError, match=f"no {empty} samples"):
+        fit_guardrail(*((none, resources) if empty == "training" else (resources, none)), 0.9, None, 0)
+
+
 @pytest.mark.parametrize("confidence", [0.0, 1.0, -1.0])
 def test_impossible_confidences_are_refused(confidence):
     resources = make_resources()
