@@ -8,16 +8,46 @@ error; run it on an idle machine.
 
 import argparse
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from envs.data import load_task
 from envs.engine import RolloutEngine
-from envs.latency import ProfiledClock, hold_out, profile
+from envs.latency import ProfiledClock, profile
+from envs.latency.profiler import Measurement, draw_requests
 from envs.model import AdaptiveMolmoE
 from envs.model.block_importance import read_importance
 from envs.processing import MolmoEProcessor
+
+
+def hold_out(
+    clock: ProfiledClock,
+    engine: Any,
+    samples: Sequence[Any],
+    *,
+    requests: int = 48,
+    repeats: int = 3,
+    seed: int = 1,
+    controller: Any = None,
+) -> tuple[float, ...]:
+    """|predicted / measured - 1| of requests, each the median of `repeats` runs; give samples that were not profiled.
+
+    Args:
+        controller: as for the profile; without one, its time is excluded on both sides.
+    """
+    rng = np.random.default_rng(seed)
+    every = draw_requests(engine, samples, requests, rng)
+    measurement = Measurement(engine, [every[i] for i in rng.permutation(len(every))[:requests]], controller)
+    measurement.run(repeats, rng, None)
+    errors = []
+    for cell in measurement.cells():
+        predicted = clock.latency(cell.shape, cell.plan, cell.new_tokens)
+        expected = predicted.total - (predicted.controller if controller is None else 0.0)
+        errors.append(abs(expected / float(np.median(cell.totals_ms)) - 1.0))
+    return tuple(errors)
 
 
 def main() -> None:

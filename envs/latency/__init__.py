@@ -4,7 +4,7 @@ from envs.latency.clock import AnyClock, Clock, MeasuringClock, is_measuring, re
 from envs.latency.latency_profile import Identity, LatencyProfile
 from envs.latency.measured import MeasuredClock
 from envs.latency.profiled import ProfiledClock
-from envs.latency.profiler import hold_out, profile
+from envs.latency.profiler import profile
 from envs.latency.record import STAGES, LatencyRecord, RequestShape
 from envs.latency.roofline import DEVICES, RooflineClock
 
@@ -21,7 +21,6 @@ __all__ = [
     "ProfiledClock",
     "RequestShape",
     "RooflineClock",
-    "hold_out",
     "is_measuring",
     "profile",
     "reference_shape",

@@ -56,9 +56,9 @@ def profile(
             f"give 1 or more of each"
         )
     rng = np.random.default_rng(seed)
-    requests = _requests(engine, samples, per_tiling, rng)
+    requests = draw_requests(engine, samples, per_tiling, rng)
     identity, reference = Identity.of(engine), reference_shape(engine.model.config)
-    measurement = _Measurement(engine, requests, controller)
+    measurement = Measurement(engine, requests, controller)
     for _ in range(_MAX_PASSES):
         measurement.run(repeats, rng, progress)
         measured = LatencyProfile(identity, reference, measurement.cells())
@@ -67,34 +67,9 @@ def profile(
     return measured
 
 
-def hold_out(
-    clock: ProfiledClock,
-    engine: "Engine",
-    samples: Sequence[Any],
-    *,
-    requests: int = 48,
-    repeats: int = 3,
-    seed: int = 1,
-    controller: Any = None,
-) -> tuple[float, ...]:
-    """|predicted / measured - 1| of requests, each the median of `repeats` runs; give samples that were not profiled.
-
-    Args:
-        controller: as for the profile; without one, its time is excluded on both sides.
-    """
-    rng = np.random.default_rng(seed)
-    every = _requests(engine, samples, requests, rng)
-    measurement = _Measurement(engine, [every[i] for i in rng.permutation(len(every))[:requests]], controller)
-    measurement.run(repeats, rng, None)
-    errors = []
-    for cell in measurement.cells():
-        predicted = clock.latency(cell.shape, cell.plan, cell.new_tokens)
-        expected = predicted.total - (predicted.controller if controller is None else 0.0)
-        errors.append(abs(expected / float(np.median(cell.totals_ms)) - 1.0))
-    return tuple(errors)
-
-
-def _requests(engine: "Engine", samples: Sequence[Any], per_tiling: int, rng: np.random.Generator) -> list[_Request]:
+def draw_requests(
+    engine: "Engine", samples: Sequence[Any], per_tiling: int, rng: np.random.Generator
+) -> list[_Request]:
     """`per_tiling` requests for every tiling: samples in turn, plans over the range of the knobs."""
     by_tiling: dict[Any, list[tuple[Any, str]]] = defaultdict(list)
     for sample in samples:
@@ -128,7 +103,7 @@ def _plan(tier: str, insertion: int, top_k: int, blocks: int, rng: np.random.Gen
     return ExecutionPlan(tier, insertion, top_k, tuple(b for b in range(MODEL_BLOCKS) if b not in dropped))
 
 
-class _Measurement:
+class Measurement:
     """Repeated runs of requests; the first request of every tier warms up the device."""
 
     def __init__(self, engine: "Engine", requests: Sequence[_Request], controller: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from doubles import PUBLISHED_IMPORTANCE
 
+from benchmarks.profiled_clock import hold_out
 from envs.adaptive_vqa import AdaptiveVQAVectorEnv
 from envs.budgets import BudgetDistribution, budget_range
 from envs.config import LatencySettings, ModelSettings, RewardSettings, StoreSettings, TaskSettings
@@ -17,7 +18,7 @@ from envs.engine import RolloutEngine
 from envs.env_resources import EnvConfig, EnvResources
 from envs.errors import UserError
 from envs.knobs import INSERTIONS, TIERS, Knobs, KnobSpace
-from envs.latency import MeasuredClock, ProfiledClock, RooflineClock, hold_out, is_measuring, profile, reference_shape
+from envs.latency import MeasuredClock, ProfiledClock, RooflineClock, is_measuring, profile, reference_shape
 from envs.latency.measured import reference_sample
 from envs.latency_token import budget_level
 from envs.model.config import AdaptiveMolmoEConfig

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from benchmarks.profiled_clock import hold_out
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
 from envs.latency import (
@@ -21,7 +22,6 @@ from envs.latency import (
     ProfiledClock,
     RequestShape,
     RooflineClock,
-    hold_out,
     is_measuring,
     profile,
     reference_shape,
