@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from envs.errors import UserError
 
+KNOBS: Final = ("tier", "insertion", "top_k", "blocks")
 TIERS: Final = ("low", "medium", "high")
 TIER_CROPS: Final = {"low": 3, "medium": 6, "high": 12}
 INSERTIONS: Final = (1, 2, 3, 4, 5)
@@ -120,6 +121,9 @@ class KnobSpace:
             first.
     """
 
+    full: ClassVar = Knobs("high", 1, 8, 16)
+    cheapest: ClassVar = Knobs("low", 1, 4, 12)
+
     def __init__(self, importance: Sequence[float]) -> None:
         scores = tuple(float(score) for score in importance)
         if len(scores) != MODEL_BLOCKS or not np.isfinite(scores).all():
@@ -136,22 +140,14 @@ class KnobSpace:
             for blocks in block_options(insertion)
         )
 
-    @property
-    def full(self) -> Knobs:
-        """High tier, 8 experts, 16 blocks."""
-        return Knobs("high", 1, 8, 16)
-
-    @property
-    def cheapest(self) -> Knobs:
-        """Low tier, 4 experts, 12 blocks."""
-        return Knobs("low", 1, 4, 12)
-
-    def encode(self, knobs: Knobs) -> tuple[int, int, int, int]:
+    @staticmethod
+    def encode(knobs: Knobs) -> tuple[int, int, int, int]:
         """Action indices of `knobs`."""
         places = (TIERS.index(knobs.tier), INSERTIONS.index(knobs.insertion))
         return (*places, TOP_KS.index(knobs.top_k), BLOCK_COUNTS.index(knobs.blocks))
 
-    def decode(self, action: Sequence[int]) -> Knobs:
+    @staticmethod
+    def decode(action: Sequence[int]) -> Knobs:
         """Knobs of four action indices.
 
         Raises:

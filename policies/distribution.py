@@ -15,7 +15,6 @@ from torch import Tensor
 
 from envs.knobs import HEAD_SIZES, PAIRS, STAGE1_PAIRS
 
-HEADS: Final = ("tier", "insertion", "top_k", "blocks")
 LOGITS_WIDTH: Final = PAIRS
 MASKED: Final = -1.0e9
 _STAGES: Final = (STAGE1_PAIRS, PAIRS - STAGE1_PAIRS)

@@ -12,13 +12,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from envs.errors import UserError
-from envs.knobs import TIERS
+from envs.knobs import KNOBS, TIERS
 
 Array = npt.NDArray[Any]
-COLUMNS = (
-    "context", "sample", "budget_ms", "accuracy", "latency_ms", "reward", "avoidable",
-    "tier", "insertion", "top_k", "blocks",
-)  # fmt: skip
+COLUMNS = ("context", "sample", "budget_ms", "accuracy", "latency_ms", "reward", "avoidable", *KNOBS)
 MIN_ATTAINABLE = 0.05
 """Budgets that the cheapest plan meets for a smaller share of requests are left out of the headline tables."""
 

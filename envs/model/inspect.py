@@ -12,7 +12,7 @@ import torch
 
 from envs.errors import UserError, first_line
 from envs.files import size_text
-from envs.knobs import BLOCK_COUNTS, INSERTIONS, TIER_CROPS, TOP_KS, KnobSpace
+from envs.knobs import BLOCK_COUNTS, INSERTIONS, MAX_DROPPED, TIER_CROPS, TOP_KS, KnobSpace
 from envs.model.block_importance import read_importance, removal_order
 from envs.model.checkpoint import TensorHeader, mismatches, read_headers, resolve_folder
 from envs.model.config import AdaptiveMolmoEConfig
@@ -224,7 +224,7 @@ def describe(summary: ModelSummary) -> str:
         f"knobs       {len(space.all)} combinations, {len(space.distinct)} distinct executions: tiers "
         f"{', '.join(TIER_CROPS)}; insertion {INSERTIONS[0]}-{INSERTIONS[-1]}; top-k {TOP_KS[0]}-{TOP_KS[-1]}; blocks "
         f"{BLOCK_COUNTS[0]}-{BLOCK_COUNTS[-1]}",
-        f"dropped     blocks {', '.join(map(str, removal_order(summary.importance)[:4]))} first",
+        f"dropped     blocks {', '.join(map(str, removal_order(summary.importance)[:MAX_DROPPED]))} first",
         "prompt      at most " + ", ".join(f"{longest_prompt(config, t)} tokens ({t})" for t in TIER_CROPS),
     ]
     for dtype, size in DTYPE_BYTES.items():

@@ -1,45 +1,5 @@
-"""What the controller is compared with: ways to act on observations, and rules fitted on outcomes of all plans."""
+"""What the controller is compared with: ways to act on observations; `rules` are fitted on outcomes of all plans."""
 
-from policies.baselines.acting import Act, Action, Baseline, FixedKnobs, LookupKnobs, Observation, RandomKnobs
-from policies.baselines.rules import (
-    BestMean,
-    Boosted,
-    Cheapest,
-    Full,
-    KnownOutcomes,
-    MeanByFamily,
-    Nearest,
-    Neural,
-    Oracle,
-    RandomFeasible,
-    Requests,
-    Ridge,
-    Rule,
-    SingleKnob,
-    choose,
-)
+from policies.baselines.acting import Baseline, FixedKnobs, LookupKnobs, RandomKnobs
 
-__all__ = [
-    "Act",
-    "Action",
-    "Baseline",
-    "BestMean",
-    "Boosted",
-    "Cheapest",
-    "FixedKnobs",
-    "Full",
-    "KnownOutcomes",
-    "LookupKnobs",
-    "MeanByFamily",
-    "Nearest",
-    "Neural",
-    "Observation",
-    "Oracle",
-    "RandomFeasible",
-    "RandomKnobs",
-    "Requests",
-    "Ridge",
-    "Rule",
-    "SingleKnob",
-    "choose",
-]
+__all__ = ["Baseline", "FixedKnobs", "LookupKnobs", "RandomKnobs"]

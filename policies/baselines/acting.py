@@ -29,7 +29,7 @@ class FixedKnobs:
     action: Action
 
     def __post_init__(self) -> None:
-        _check(self.action)
+        KnobSpace.decode(self.action)
 
     def start(self, seed: tuple[int, ...]) -> Act:
         return LookupKnobs((), (self.action,)).start(seed)
@@ -54,7 +54,7 @@ class LookupKnobs:
                 "give rising edges and one action more than edges"
             )
         for action in self.actions:
-            _check(action)
+            KnobSpace.decode(action)
 
     def start(self, seed: tuple[int, ...]) -> Act:
         actions = np.array(self.actions, dtype=np.int64)
@@ -82,7 +82,3 @@ class RandomKnobs:
             return np.stack((*np.divmod(first, HEAD_SIZES[1]), *np.divmod(second, HEAD_SIZES[3])), axis=1)
 
         return act
-
-
-def _check(action: Action) -> None:
-    KnobSpace([0.0] * 16).decode(action)

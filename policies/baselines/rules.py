@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from envs.errors import UserError
+from envs.knobs import KNOBS, KnobSpace
 
 Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -21,7 +22,6 @@ SAFE_RATE: Final = 0.05
 """Share of training samples on which an allowed plan may exceed the budget, without the guardrail."""
 COMPONENTS: Final = 32
 """Principal components of each wide input of gradient boosting."""
-KNOBS: Final = ("tier", "insertion", "top_k", "blocks")
 
 
 @dataclass(frozen=True)
@@ -182,19 +182,18 @@ class BestMean(_ByPlan):
         self._scores = known.accuracy.mean(0)
 
 
-@dataclass
 class SingleKnob(_ByPlan):
-    """A controller of one knob: the others stay at their maximum; the best mean accuracy counts."""
+    """A controller of one knob: the others stay as in the full plan; the best mean accuracy counts."""
 
-    knob: str = "tier"
+    def __init__(self, knob: str = "tier") -> None:
+        if knob not in KNOBS:
+            raise UserError(f"knob {knob!r} is not known: choose one of {', '.join(KNOBS)}")
+        super().__init__(f"{knob} alone")
+        self._others = [index for index, name in enumerate(KNOBS) if name != knob]
 
     def fit(self, known: KnownOutcomes) -> None:
-        self.name = f"{self.knob} alone"
-        if self.knob not in KNOBS:
-            raise UserError(f"knob {self.knob!r} is not known: choose one of {', '.join(KNOBS)}")
-        full = np.array((2, 0, 4, 4))
-        others = [index for index, name in enumerate(KNOBS) if name != self.knob]
-        mine = (known.actions[:, others] == full[others]).all(axis=1)
+        full = np.array(KnobSpace.encode(KnobSpace.full))
+        mine = (known.actions[:, self._others] == full[self._others]).all(axis=1)
         self._scores = np.where(mine, known.accuracy.mean(0), -np.inf)
 
 
@@ -265,11 +264,7 @@ class _Predictor:
     ignores_budget: bool = False
 
     def fit(self, known: KnownOutcomes) -> None:
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
-        self._model = make_pipeline(StandardScaler(), self._regressor(len(known.features)))
-        self._model.fit(known.features, known.accuracy)
+        self._model = fit_regressor(self._regressor(len(known.features)), known.features, known.accuracy)
 
     def scores(self, requests: Requests) -> PlanScores:
         return PlanScores(np.asarray(self._model.predict(requests.features), np.float64))
@@ -307,25 +302,29 @@ class Nearest(_Predictor):
 class Neural(_Predictor):
     """A small MLP with weight decay."""
 
-    hidden: int = 64
     seed: int = 0
     name: str = "MLP"
 
-    def fit(self, known: KnownOutcomes) -> None:
-        self._model = fitted_network(known.features, known.accuracy, self.hidden, self.seed)
+    def _regressor(self, samples: int) -> Any:
+        return small_network(self.seed)
 
 
-def fitted_network(inputs: Array, targets: Array, hidden: int, seed: int) -> Any:
-    """A regression MLP of one hidden layer with weight decay, on standardized inputs (N, D), targets (N, K)."""
-    from sklearn.exceptions import ConvergenceWarning
+def small_network(seed: int) -> Any:
+    """An MLP of one hidden layer with weight decay."""
     from sklearn.neural_network import MLPRegressor
+
+    return MLPRegressor(hidden_layer_sizes=(64,), alpha=1.0, max_iter=100, random_state=seed)
+
+
+def fit_regressor(regressor: Any, inputs: Array, targets: Array) -> Any:
+    """A scikit-learn regressor fitted on standardized inputs (N, D), targets (N, K)."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    network = MLPRegressor(hidden_layer_sizes=(hidden,), alpha=1.0, max_iter=100, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # weight decay, not the optimizer, sets the fit
-        return make_pipeline(StandardScaler(), network).fit(inputs, targets)
+        return make_pipeline(StandardScaler(), regressor).fit(inputs, targets)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 
 from envs.errors import UserError
 from envs.knobs import HEAD_SIZES, INSERTIONS, PAIRS, STAGE1_PAIRS
-from policies.baselines.rules import Array, BoolArray, IntArray, KnownOutcomes, Requests, fitted_network
+from policies.baselines.rules import Array, BoolArray, IntArray, KnownOutcomes, Requests, fit_regressor, small_network
 from policies.controller import Controller
 
 SECOND_PAIRS: Final = PAIRS - STAGE1_PAIRS
@@ -97,7 +97,6 @@ class ValueHeads:
     Small MLPs with weight decay on the inputs that the controller has; the budget enters through the mask alone.
     """
 
-    hidden_units: int = 64
     seed: int = 0
     name: str = "value heads"
     ignores_budget: bool = False
@@ -115,9 +114,7 @@ class ValueHeads:
         second = self._inputs(known.features, known.tokens)
         targets = (accuracy.reshape(len(accuracy), -1), accuracy.reshape(-1, SECOND_PAIRS))
         inputs = (known.features, second)
-        self._models = [
-            fitted_network(x, y, self.hidden_units, self.seed) for x, y in zip(inputs, targets, strict=True)
-        ]
+        self._models = [fit_regressor(small_network(self.seed), x, y) for x, y in zip(inputs, targets, strict=True)]
 
     def scores(self, requests: Requests) -> "ValueScores":
         if requests.tokens is None:

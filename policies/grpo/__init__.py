@@ -1,1 +1,1 @@
-"""GRPO: pure arithmetic (`advantages`, `losses`, `lagrangian`, `minibatches`), then RLlib; `algorithm` is the loop."""
+"""GRPO: pure arithmetic (`objective`, `known_plans`, `lagrangian`), then RLlib; `algorithm` is the loop."""

@@ -31,6 +31,7 @@ from policies.controller import Controller
 from policies.distribution import KnobDistribution
 from policies.grpo import checkpoint
 from policies.grpo.algorithm_config import GRPOConfig
+from policies.grpo.config import VALIDATED_MODULE
 from policies.grpo.decisions import (
     ENTROPY_SHARES,
     WEIGHTS,
@@ -50,8 +51,6 @@ from policies.grpo.rllib_adapter import QuietAlgorithm, RunnerPool, each_learner
 from policies.grpo.sampling import Dispatcher, Sampler, summed
 
 STATE: Final = "grpo"
-VALIDATED_MODULE: Final = "validated_module"
-"""Folder of a checkpoint from which `RLModule.from_checkpoint` gives the controller that was validated."""
 __all__ = ["GRPO", "GRPOConfig"]
 
 

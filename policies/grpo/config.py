@@ -26,6 +26,8 @@ OLD_KEYS: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 """Keys of earlier versions, each an error that names the new one."""
+VALIDATED_MODULE: Final = "validated_module"
+"""Folder of a checkpoint from which `RLModule.from_checkpoint` gives the controller that was validated."""
 
 
 class GRPOSettings(Section):

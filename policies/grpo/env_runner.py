@@ -6,7 +6,7 @@ how groups are cut into shards changes nothing, and a shard lost with a dead run
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -57,16 +57,13 @@ class Rollouts:
 
     def take(self, rows: Array) -> "Rollouts":
         """Rows of these rollouts, in the order given."""
-        return self._map(lambda array: array[rows])
-
-    def _map(self, change: Callable[[Array], Array]) -> "Rollouts":
         return Rollouts(
-            obs={key: change(value) for key, value in self.obs.items()},
-            actions=change(self.actions),
-            log_probs=change(self.log_probs),
-            logits=change(self.logits),
-            rewards=change(self.rewards),
-            infos={key: change(value) for key, value in self.infos.items()},
+            obs={key: value[rows] for key, value in self.obs.items()},
+            actions=self.actions[rows],
+            log_probs=self.log_probs[rows],
+            logits=self.logits[rows],
+            rewards=self.rewards[rows],
+            infos={key: value[rows] for key, value in self.infos.items()},
         )
 
     @staticmethod

@@ -16,7 +16,7 @@ from ray.rllib.utils.metrics import (
 )
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
-from policies.distribution import HEADS
+from envs.knobs import KNOBS
 from policies.grpo.env_runner import Rollouts
 from policies.grpo.lagrangian import PenaltyMultipliers
 from policies.grpo.objective import GroupAdvantages
@@ -30,7 +30,7 @@ LEARNER_KEYS: Final = (
     "clip_high_share",
     "dual_clip_share",
     "grad_norm",
-    *(f"entropy_{head}" for head in HEADS),
+    *(f"entropy_{head}" for head in KNOBS),
 )
 
 
@@ -46,7 +46,7 @@ def rollout_metrics(
         "reward_mean": float(rollouts.rewards.mean()),
         "violation_rate": float((infos["latency_ms"] > infos["budget_ms"]).mean()),
     }
-    for key in ("accuracy", "latency_ms", "budget_ms", "feasible", *HEADS):
+    for key in ("accuracy", "latency_ms", "budget_ms", "feasible", *KNOBS):
         if key in infos:
             row[f"{key}_mean"] = float(np.mean(infos[key], dtype=np.float64))
     if multipliers is not None:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from policies.distribution import HEADS, KnobDistribution
+from envs.knobs import KNOBS
+from policies.distribution import KnobDistribution
 from policies.grpo.config import GRPOSettings
 
 FloatArray = npt.NDArray[np.float64]
@@ -132,7 +133,7 @@ def _diagnostics(
     metrics = {name: _mean((hit_BP * size_BP).sum(-1), inputs.weights) for name, hit_BP in clipped.items()}
     metrics["kl_old"] = _mean(old.kl(policy), inputs.weights)
     entropies_BH = policy.head_entropies()
-    for column, (name, log_p) in enumerate(zip(HEADS, policy.log_probs, strict=True)):
+    for column, (name, log_p) in enumerate(zip(KNOBS, policy.log_probs, strict=True)):
         deciding_B = ((log_p > -1.0e6).sum(-1) > 1) & (inputs.weights > 0)
         count = deciding_B.sum().clamp(min=1)
         metrics[f"entropy_{name}"] = (entropies_BH[:, column] * deciding_B).sum() / count

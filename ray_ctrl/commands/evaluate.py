@@ -13,7 +13,9 @@ from envs.config import GuardrailSettings
 from envs.env_resources import EnvResources
 from envs.errors import UserError
 from envs.files import atomic_write, write_json
+from envs.knobs import KNOBS, TIERS, Knobs
 from policies.controller import Controller
+from policies.grpo.config import VALIDATED_MODULE
 from ray_ctrl import report
 from ray_ctrl.config import Config
 from ray_ctrl.console import console, counted, table
@@ -27,8 +29,6 @@ from ray_ctrl.provenance import provenance
 from ray_ctrl.run_context import RunContext, open_context
 from ray_ctrl.run_folder import check_writable, claim_folder, explained, free_folder, remove_on_error
 from ray_ctrl.serving import clamped_budget_ms
-
-VALIDATED_MODULE = "validated_module"  # in an RLlib checkpoint: the controller as an RLModule
 
 
 def run(path: Path, overrides: Sequence[str], out: Path | None) -> None:
@@ -193,10 +193,8 @@ def evaluate_context(context: RunContext, folder: Path, out: Path) -> dict[str, 
 def with_predictions(rollouts: pd.DataFrame, resources: EnvResources) -> pd.DataFrame:
     """Adds question, family, answer and reference answers; the engine still has the outcomes of what just ran."""
     samples = [resources.samples[index] for index in rollouts["sample"]]
-    first = (0, 1, 4, 12)  # of each knob
-    actions = rollouts[["tier", "insertion", "top_k", "blocks"]].to_numpy() - first
-    plans = {action: resources.space.plan(resources.space.decode(action)) for action in map(tuple, actions.tolist())}
-    outcomes = resources.engine.outcomes(samples, [plans[action] for action in map(tuple, actions.tolist())])
+    chosen = [Knobs(TIERS[tier], *others) for tier, *others in rollouts[list(KNOBS)].to_numpy().tolist()]
+    outcomes = resources.engine.outcomes(samples, [resources.space.plan(knobs) for knobs in chosen])
     return rollouts.assign(
         family=[sample.family for sample in samples],
         question=[sample.question for sample in samples],

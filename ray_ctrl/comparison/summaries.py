@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from envs.knobs import KNOBS
 from policies.baselines.rules import Rule
 from ray_ctrl.comparison.methods import ONE_PLAN, ORACLE, Choices, Method
 from ray_ctrl.comparison.outcomes import PlanOutcomes
@@ -134,7 +135,7 @@ def per_budget(frame: pd.DataFrame, labels: Mapping[float, str]) -> pd.DataFrame
 def knob_use(frame: pd.DataFrame, key: str) -> pd.DataFrame:
     """Share of each option of each knob by (method, `key`); rows method, key, knob, option, share."""
     parts = []
-    for knob in ("tier", "insertion", "top_k", "blocks"):
+    for knob in KNOBS:
         counts = frame.groupby(["method", key], sort=False)[knob].value_counts(normalize=True).rename("share")
         part = counts.reset_index().rename(columns={knob: "option"})
         parts.append(part.assign(knob=knob, option=part["option"].astype(str)))

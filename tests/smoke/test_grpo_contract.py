@@ -18,8 +18,9 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from envs.errors import UserError
-from policies.grpo.algorithm import GRPO, VALIDATED_MODULE, GRPOConfig
+from policies.grpo.algorithm import GRPO, GRPOConfig
 from policies.grpo.checkpoint import fingerprint, state_checksum
+from policies.grpo.config import VALIDATED_MODULE
 from policies.grpo.evaluation import evaluate_contexts
 from policies.grpo.rllib_adapter import each_learner
 

@@ -5,7 +5,7 @@ import pytest
 
 from envs.errors import UserError
 from envs.knobs import KnobSpace
-from policies.baselines import (
+from policies.baselines.rules import (
     BestMean,
     Boosted,
     Cheapest,

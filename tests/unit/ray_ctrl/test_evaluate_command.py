@@ -182,12 +182,12 @@ def test_predictions_come_with_question_answer_reference_and_family(rollouts: pd
         return [f"{sample.question} {plan}" for sample, plan in zip(samples, plans, strict=True)]
 
     samples = [SimpleNamespace(question=f"q{i}", family=f"f{i}", answers=("a", "b", "a")) for i in (0, 1)]
-    space = SimpleNamespace(decode=lambda action: action, plan=lambda knobs: knobs)
+    space = SimpleNamespace(plan=lambda knobs: (knobs.tier, knobs.insertion, knobs.top_k, knobs.blocks))
     engine = SimpleNamespace(outcomes=outcomes, text=str.upper)
     found = evaluate.with_predictions(rollouts, SimpleNamespace(samples=samples, space=space, engine=engine))  # type: ignore[arg-type]
     last = found.iloc[-1]
     assert (last["question"], last["family"], last["reference"]) == ("q1", "f1", "a | b")
-    assert last["answer"] == "Q1 (1, 1, 1, 1)"  # indices of medium, 2, 5, 13
+    assert last["answer"] == "Q1 ('MEDIUM', 2, 5, 13)"
 
 
 def test_results_are_saved_before_they_are_printed(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from envs.config import RewardSettings
-from policies.distribution import HEADS, LOGITS_WIDTH
+from envs.knobs import KNOBS
+from policies.distribution import LOGITS_WIDTH
 from policies.grpo.algorithm import GRPO
 from policies.grpo.config import GRPOSettings
 from policies.grpo.ema import WeightAverage
@@ -20,7 +21,7 @@ from policies.grpo.sampling import COUNTS
 from ray_ctrl.trainer import Trainer
 
 DOCS = Path(__file__).parents[3] / "docs"
-ENDINGS = {"<head>": HEADS, "<bin>": ("0", "1")}
+ENDINGS = {"<head>": KNOBS, "<bin>": ("0", "1")}
 
 
 def documented(page: str, heading: str) -> set[str]:
@@ -43,7 +44,7 @@ def _expanded(name: str) -> list[str]:
 def rollouts(count: int) -> Rollouts:
     """What runners send of `count` rollouts, in both bins of budgets."""
     numbers = np.linspace(0.1, 1.0, count)
-    infos = dict.fromkeys(("accuracy", "latency_ms", "budget_ms", "feasible", "avoidable", *HEADS), numbers)
+    infos = dict.fromkeys(("accuracy", "latency_ms", "budget_ms", "feasible", "avoidable", *KNOBS), numbers)
     infos["budget_bin"] = np.arange(count) % 2
     return Rollouts(
         obs={},
