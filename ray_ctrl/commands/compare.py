@@ -20,11 +20,14 @@ from ray_ctrl.comparison import summaries
 from ray_ctrl.comparison.html import write_html
 from ray_ctrl.comparison.methods import (
     FEASIBLE,
+    WITHOUT,
     Choices,
     Method,
+    all_rules,
     calibrated_margin,
     feasible_budgets,
     fitted,
+    methods_of,
     rollouts,
     without_parts,
 )
@@ -84,20 +87,34 @@ def run(arguments: Sequence[str], overrides: Sequence[str], out: Path | None) ->
 
 
 def named(given: Sequence[str], overrides: Sequence[str]) -> list[TrainedRun]:
-    """The runs with labels; runs of one label count as its seeds."""
+    """The runs with labels; runs of one label count as its seeds.
+
+    Raises:
+        UserError: no controller, or a label of another row of the report.
+    """
+    taken = {*WITHOUT.values(), *(method.label for rule in all_rules(0) for method in methods_of(rule))}
     if not given:
         newest = newest_controller(Path(load_config("laptop", None, overrides).run.folder))
         given = [str(newest.parent)]
     found: list[TrainedRun] = []
     seeds: Counter[str] = Counter()
     for text in given:
-        label, _, path = text.rpartition("=")
+        label, path = _label_and_path(text)
+        if label in taken:
+            raise UserError(f"label {label!r} is that of another row of the report: choose another")
         folder, home = find_controller(Path(path))
         if not label:
             label = f"GRPO, {controller_config(Controller.load(folder)[1], folder).grpo.advantages}"
         found.append(TrainedRun(label, seeds[label], folder, home))
         seeds[label] += 1
     return found
+
+
+def _label_and_path(text: str) -> tuple[str, str]:
+    """PATH or LABEL=PATH, where either may contain `=`: what exists is the path, else what follows the last `=`."""
+    words = text.split("=")
+    splits = [("=".join(words[:count]), "=".join(words[count:])) for count in range(len(words))]
+    return next((split for split in splits if Path(split[1]).exists()), splits[-1])
 
 
 @dataclass(frozen=True)
@@ -126,7 +143,7 @@ class Comparison:
         validation = run_all(context.env_config("validation"), "validation samples")
         test = run_all(context.env_config("test"), "test samples")
         known, budgets = train.known(), context.budgets.held_out(POINTS)
-        trained = [_trained(context, run, budgets) for run in runs]
+        trained = [_trained(context, run, budgets, test.resources.clock.reference_ms) for run in runs]
         shares = (np.arange(VALIDATION_BUDGETS) + 0.5) / VALIDATION_BUDGETS
         calibration = feasible_budgets(validation, map(float, context.budgets.at(shares)))
         feasible = feasible_budgets(test, budgets)
@@ -145,7 +162,8 @@ class Comparison:
 
         seed = context.config.run.seed
         frame = scored([*trained, *fitted(known, seed)])
-        parts = scored([trained[0], *without_parts(trained[0])])
+        first = frame[(frame["method"] == trained[0].label) & (frame["seed"] == trained[0].seed)]
+        parts = pd.concat([first, scored(list(without_parts(trained[0])))], ignore_index=True)
         curves = [summaries.learning_of_run(run.label, run.seed, RunFolder(run.home).metrics()) for run in runs]
         learners: list[rules.Rule] = [rules.BestMean(), rules.Ridge()]
         learners += [rules.MeanByFamily()] if known.families is not None else []
@@ -185,9 +203,8 @@ class Comparison:
         console.print("\n".join([LEGEND, *left_out, f"report and tables in {out}"]), markup=False)
 
 
-def _trained(context: RunContext, run: TrainedRun, budgets: Sequence[float]) -> Method:
+def _trained(context: RunContext, run: TrainedRun, budgets: Sequence[float], reference_ms: float) -> Method:
     controller, metadata = load_controller(run.folder, context)
-    reference_ms = context.env_config("test").build_clock(context.engine).reference_ms
     observed = {ms: clamped_budget_ms(ms, metadata, reference_ms) for ms in budgets}
     return Method(run.label, Trained(controller, run.label), context.guardrail is not None, run.seed, observed)
 

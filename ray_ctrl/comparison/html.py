@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources as package
 from pathlib import Path
@@ -17,6 +18,7 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from envs.files import atomic_write
+from envs.knobs import KNOBS
 from ray_ctrl.comparison.methods import ONE_PLAN, ORACLE
 from ray_ctrl.comparison.outcomes import PlanOutcomes
 
@@ -24,7 +26,6 @@ VIEWED: Final = 24
 """Samples of the viewer."""
 PLOTTED: Final = (ONE_PLAN, "per family + mask", "ridge + mask", "gradient boosting + mask", ORACLE)
 """Methods that plots start with, in addition to the controllers; the buttons above them add others."""
-KNOBS: Final = ("tier", "insertion", "top_k", "blocks")
 COLORS: Final = (*qualitative.D3, *qualitative.Dark24)
 
 
@@ -62,8 +63,8 @@ def write_html(
         figures["knobs-by-family"] = knobs(tables["knobs_by_family"], ours[0], "family")
     values = {
         "PLOTLY": get_plotlyjs(),
-        "FIGURES": _script({name: json.loads(figure.to_json()) for name, figure in figures.items()}),
-        "VIEWER": _script(viewer(test, frame, [*ours, *PLOTTED])),
+        "FIGURES": script({name: json.loads(figure.to_json()) for name, figure in figures.items()}),
+        "VIEWER": script(viewer(test, frame, [*ours, *PLOTTED])),
         "METHODS": method_table(tables["methods"]),
         "BUDGETS": html.escape("; ".join(f"{ms:.1f} ms: {why}" for ms, why in labels.items() if why) or "none"),
         "ORIGIN": html.escape(f"{origin['command']} on {origin['hardware']}"),
@@ -72,9 +73,12 @@ def write_html(
         "FAMILIES": "" if "knobs-by-family" in figures else "hidden",
     }
     page = package.files("ray_ctrl.comparison").joinpath("report.html").read_text("utf-8")
-    for name, value in values.items():
-        page = page.replace(f"@@{name}@@", value)
-    atomic_write(path, page)
+    atomic_write(path, filled(page, values))
+
+
+def filled(page: str, values: Mapping[str, str]) -> str:
+    """`page` with each @@NAME@@ replaced by its value; a value's own @@NAME@@ is text."""
+    return re.sub(r"@@([A-Z]+)@@", lambda place: values[place[1]], page)
 
 
 def lines(table: pd.DataFrame, ours: Sequence[str], x: str, y: str, error: str | None = None) -> go.Figure:
@@ -216,9 +220,9 @@ def _png(image: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _script(value: Any) -> str:
+def script(value: Any) -> str:
     """JSON that may stand inside a script element."""
-    return json.dumps(value).replace("</", "<\\/")
+    return json.dumps(value).replace("<", "\\u003c")
 
 
 def _ordered(table: pd.DataFrame, ours: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:

@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
+from envs.errors import UserError
 from envs.knobs import BLOCK_COUNTS, INSERTIONS, TIERS, TOP_KS
 from policies.baselines import rules
 from policies.baselines.rules import Array, KnownOutcomes, Requests, Rule, Scores, allowed_plans, choose
@@ -24,6 +25,8 @@ FEASIBLE: Final = 0.95
 """A budget is feasible if the cheapest plan meets it for this share of requests."""
 ORACLE: Final = "oracle (unattainable)"
 ONE_PLAN: Final = "one plan per budget"
+WITHOUT: Final = {part: f"without the {part}" for part in ("question", "token", "mask")}
+"""Labels of a controller without a part."""
 
 
 @dataclass(frozen=True)
@@ -48,26 +51,28 @@ class Method:
         return replace(found, predicted_ms=outcomes.latency_ms) if isinstance(self.rule, rules.Oracle) else found
 
 
-def all_rules(known: KnownOutcomes, seed: int) -> list[Rule]:
-    """Every rule, not fitted yet."""
+def all_rules(seed: int, families: bool = True) -> list[Rule]:
+    """Every rule, not fitted yet; with or without the one per family."""
     found: list[Rule] = [rules.Full(), rules.Cheapest(), rules.RandomFeasible(seed), rules.BestMean()]
-    found += [rules.SingleKnob(knob=knob) for knob in ("tier", "top_k", "blocks")]
-    found += [rules.MeanByFamily()] if known.families is not None else []
+    found += [rules.SingleKnob(knob) for knob in ("tier", "top_k", "blocks")]
+    found += [rules.MeanByFamily()] if families else []
     learned: list[Rule] = [rules.Nearest(), rules.Ridge(), rules.Neural(seed=seed), ValueHeads(seed=seed)]
     return [*found, *learned, rules.Boosted(seed=seed), rules.Oracle()]
 
 
+def methods_of(rule: Rule) -> list[Method]:
+    """A rule without and with the mask; the cheapest plan needs none, the oracle always has it."""
+    if isinstance(rule, rules.Oracle):
+        return [Method(ORACLE, rule, True)]
+    plain = Method(ONE_PLAN if isinstance(rule, rules.BestMean) else rule.name, rule, False)
+    return [plain] if isinstance(rule, rules.Cheapest) else [plain, Method(f"{rule.name} + mask", rule, True)]
+
+
 def fitted(known: KnownOutcomes, seed: int) -> Iterator[Method]:
     """Every rule fitted on `known`, without and with the mask."""
-    for rule in all_rules(known, seed):
+    for rule in all_rules(seed, known.families is not None):
         rule.fit(known)
-        if isinstance(rule, rules.Oracle):
-            yield Method(ORACLE, rule, True)
-            continue
-        plain = ONE_PLAN if isinstance(rule, rules.BestMean) else rule.name
-        yield Method(plain, rule, False)
-        if not isinstance(rule, rules.Cheapest):
-            yield Method(f"{rule.name} + mask", rule, True)
+        yield from methods_of(rule)
 
 
 def feasible_budgets(outcomes: PlanOutcomes, budgets: Iterable[float]) -> list[float]:
@@ -112,13 +117,20 @@ def calibrated_margin(method: Method, validation: Choices, budgets: Sequence[flo
     """The smallest margin with at most `TARGET` violations over all budgets; NaN if no margin of the grid has that.
 
     The mean counts, as the largest of several rates is mostly chance. Methods that no margin affects get 1.
+
+    Raises:
+        UserError: no budgets.
     """
+    if not budgets:
+        raise UserError(
+            "no budget is feasible on the validation samples: no margin can be calibrated; train with others"
+        )
     if isinstance(method.rule, rules.Oracle):
         return 1.0
-    for margin in MARGINS:
+    affected = method.masked or not method.rule.ignores_budget
+    for margin in MARGINS if affected else (1.0,):
         if validation.violation_rates(method, budgets, float(margin)).mean() <= TARGET:
-            affected = method.masked or not method.rule.ignores_budget
-            return float(margin) if affected else 1.0
+            return float(margin)
     return float("nan")
 
 
@@ -163,5 +175,5 @@ def without_parts(method: Method) -> Iterator[Method]:
     if not isinstance(method.rule, Trained):
         return
     for part in ("question", "token"):
-        yield replace(method, label=f"without the {part}", rule=replace(method.rule, lacks=(part,)))
-    yield replace(method, label="without the mask", masked=False)
+        yield replace(method, label=WITHOUT[part], rule=replace(method.rule, lacks=(part,)))
+    yield replace(method, label=WITHOUT["mask"], masked=False)

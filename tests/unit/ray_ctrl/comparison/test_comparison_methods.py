@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from envs.errors import UserError
 from policies.baselines import rules
 from ray_ctrl.comparison import summaries
 from ray_ctrl.comparison.methods import (
@@ -58,6 +59,23 @@ def test_what_ignores_the_budget_has_no_margin(frame: pd.DataFrame) -> None:
     margins = frame.groupby("method")["margin"].first()
     assert np.isnan(margins["full"])
     assert margins["cheapest"] == 1.0
+
+
+def test_a_margin_without_effect_is_tried_once(sets, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Choices(sets[1], sets[0].known())
+    rule, tried = rules.Full(), []
+    rule.fit(seen.known)
+    rates = Choices.violation_rates
+    monkeypatch.setattr(Choices, "violation_rates", lambda *given: tried.append(1) or rates(*given))
+    assert np.isnan(calibrated_margin(Method("full", rule, False), seen, [33.0]))
+    assert len(tried) == 1
+
+
+def test_a_margin_needs_a_budget(sets) -> None:
+    rule = rules.Ridge()
+    rule.fit(sets[0].known())
+    with pytest.raises(UserError, match="no budget"):
+        calibrated_margin(Method("ridge + mask", rule, True), Choices(sets[1], sets[0].known()), [])
 
 
 def test_feasible_budgets_are_those_of_the_cheapest_plan(sets) -> None:

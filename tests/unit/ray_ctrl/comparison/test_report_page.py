@@ -10,6 +10,7 @@ import pytest
 
 from policies.baselines import rules
 from ray_ctrl.commands.compare import Comparison
+from ray_ctrl.comparison import html
 from ray_ctrl.comparison.methods import Choices, calibrated_margin, fitted, rollouts
 from ray_ctrl.comparison.summaries import learning_of_rules
 
@@ -129,6 +130,13 @@ def test_the_page_is_readable(browser: Any, report: Path, width: int, tmp_path: 
     assert min(min(area) for area in areas) > 60, "labels and legends leave no place for the plot"
     page.screenshot(path=tmp_path / f"{width}.png", full_page=True)
     assert said == []
+
+
+def test_text_of_a_task_stays_text(tmp_path: Path) -> None:
+    """Neither a comment that opens a script element nor the name of a place in the page is more than text."""
+    assert "<" not in html.script({"question": "<!--<script> </script>"})
+    page = html.filled("@@A@@ @@B@@", {"A": "@@B@@", "B": "b"})
+    assert page == "@@B@@ b"
 
 
 def test_the_report_loads_nothing(report: Path) -> None:
