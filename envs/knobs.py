@@ -97,7 +97,7 @@ class ExecutionPlan:
                 f"insertion position {self.insertion} and cannot be dropped"
             )
 
-    @property
+    @cached_property
     def top_k_per_block(self) -> tuple[int, ...]:
         """Experts per token in each of the 16 blocks, 0 if dropped. Equal tuples execute equally on equal tilings."""
         kept = set(self.blocks)

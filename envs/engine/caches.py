@@ -25,15 +25,11 @@ def tensor_bytes(tensor: Tensor) -> int:
 
 def split_prefix(prefix: Prefix) -> list[Prefix]:
     """One prefix per prompt, each cut to its own length and independent of the batch it came from."""
-    return [
-        Prefix(
-            tuple(state[row : row + 1, :length].clone() for state in prefix.hidden),
-            tuple(keys[row : row + 1, :length].clone() for keys in prefix.keys),
-            tuple(values[row : row + 1, :length].clone() for values in prefix.values),
-            (length,),
-        )
-        for row, length in enumerate(prefix.lengths)
-    ]
+
+    def cut(row: int, length: int) -> Prefix:
+        return prefix.mapped(lambda part: part[row : row + 1, :length].clone(), (length,))
+
+    return [cut(row, length) for row, length in enumerate(prefix.lengths)]
 
 
 def join_prefixes(parts: Sequence[Prefix]) -> Prefix:
@@ -59,15 +55,10 @@ def pad_rows(rows: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def prefix_size(prefix: Prefix) -> int:
-    """Bytes of a prefix."""
-    return sum(tensor_bytes(tensor) for tensor in (*prefix.hidden, *prefix.keys, *prefix.values))
-
-
 PrefixCache = LRUCache[PromptKey, Prefix]
 """Prefixes by prompt, the least recently used dropped first."""
 
 
 def prefix_cache(limit: int) -> PrefixCache:
     """An empty cache bounded in bytes."""
-    return LRUCache(limit, prefix_size)
+    return LRUCache(limit, lambda prefix: sum(map(tensor_bytes, (*prefix.hidden, *prefix.keys, *prefix.values))))

@@ -21,7 +21,7 @@ from envs.engine.executor import Executor, Job
 from envs.engine.keys import EngineFingerprint, ExecutionKey, PromptKey, latency_key, outcome_key
 from envs.engine.memory import plan_memory
 from envs.engine.prompts import Prompt, Prompts, Tiling
-from envs.engine.single_request import Decider, measure
+from envs.engine.single_request import Decider, SingleRequests
 from envs.engine.store import OutcomeStore, StoredOutcome, StoredStates
 from envs.errors import UserError
 from envs.knobs import ExecutionPlan
@@ -99,6 +99,7 @@ class RolloutEngine:
         self.executor = Executor(model, self.prompts, self.prefixes, self.memory, max_new_tokens)
         self.fingerprint = EngineFingerprint.of(model, processor, max_new_tokens).to_json()
         self._tokens_LD = self._level_tokens()
+        self.single = SingleRequests(model, processor, self._tokens_LD, max_new_tokens)
         norm = float(self._tokens_LD[0].norm())
         self._encoder = {"seed": encoder_seed, "levels": LEVELS, "norm": round(norm, 4)}
         self._known: LRUCache[ExecutionKey, StoredOutcome] = LRUCache(_OUTCOMES_KEPT)
@@ -137,8 +138,9 @@ class RolloutEngine:
         missing = {prompt.key: prompt for prompt in prompts if prompt.key not in states}
         if missing:
             states.update(self._run_states(list(missing.values())))
-        self._count("latency_token_misses", sum(prompt.key in missing for prompt in prompts))
-        self._count("latency_token_hits", sum(prompt.key not in missing for prompt in prompts))
+        misses = sum(prompt.key in missing for prompt in prompts)
+        self._stats["latency_token_misses"] += misses
+        self._stats["latency_token_hits"] += len(prompts) - misses
         found = [states[prompt.key][:, level] for prompt, level in zip(prompts, levels, strict=True)]
         return torch.stack(found).float()
 
@@ -147,9 +149,9 @@ class RolloutEngine:
         jobs = self._jobs(samples, plans)
         found, ran = self._get_or_run({job.key: job for job in jobs})
         misses = sum(job.key in ran for job in jobs)
-        self._count("outcome_misses", misses)
-        self._count("outcome_hits", len(jobs) - misses)
-        self._count("seconds_saved", sum(found[job.key].seconds for job in jobs if job.key not in ran))
+        self._stats["outcome_misses"] += misses
+        self._stats["outcome_hits"] += len(jobs) - misses
+        self._stats["seconds_saved"] += sum(found[job.key].seconds for job in jobs if job.key not in ran)
         return [Outcome(found[job.key].token_ids, found[job.key].finished) for job in jobs]
 
     def known_outcomes(self, samples: Sequence[Sample], plans: Sequence[ExecutionPlan]) -> list[Outcome | None]:
@@ -170,16 +172,12 @@ class RolloutEngine:
         self, sample: Sample, plan: ExecutionPlan, controller: Decider | None = None
     ) -> tuple[Outcome, LatencyRecord]:
         """Run one request at batch 1 under `plan`, stages timed, nothing reused; `controller` only costs its time."""
-        done = measure(
-            self.model, self.processor, sample, plan, controller, self._tokens_LD, self.max_new_tokens
-        )  # fmt: skip
+        done = self.single.measure(sample, plan, controller)
         return Outcome(done.token_ids, done.finished), done.record
 
     def run_decided(self, sample: Sample, controller: Decider) -> tuple[Outcome, LatencyRecord, ExecutionPlan]:
         """Serve one request as `controller` decides, stages timed."""
-        done = measure(
-            self.model, self.processor, sample, None, controller, self._tokens_LD, self.max_new_tokens
-        )  # fmt: skip
+        done = self.single.measure(sample, None, controller)
         return Outcome(done.token_ids, done.finished), done.record, done.plan
 
     def stats(self) -> dict[str, float]:
@@ -198,9 +196,6 @@ class RolloutEngine:
     def _score(self, metric: str, answers: tuple[str, ...], token_ids: tuple[int, ...]) -> float:
         return score(metric, self.processor.decode(token_ids), answers)
 
-    def _count(self, name: str, by: float) -> None:
-        self._stats[name] += by
-
     def _language_feature(self, question: str) -> Tensor:
         if (known := self._features.get(question)) is not None:
             return known
@@ -209,7 +204,8 @@ class RolloutEngine:
         return feature
 
     def _jobs(self, samples: Sequence[Sample], plans: Sequence[ExecutionPlan]) -> list[Job]:
-        return [Job(self.prompts.prompt(s, plan.tier), _top_k(plan)) for s, plan in zip(samples, plans, strict=True)]
+        pairs = zip(samples, plans, strict=True)
+        return [Job(self.prompts.prompt(sample, plan.tier), plan.top_k_per_block) for sample, plan in pairs]
 
     def _find(self, keys: Collection[ExecutionKey]) -> dict[ExecutionKey, StoredOutcome]:
         """Outcomes in memory, else in the store."""
@@ -239,8 +235,8 @@ class RolloutEngine:
         with torch.inference_mode():
             finished = self.executor.run(jobs)
         spent = time.perf_counter() - began
-        self._count("seconds", spent)
-        self._count("executed", len(jobs))
+        self._stats["seconds"] += spent
+        self._stats["executed"] += len(jobs)
         each = spent / len(jobs)
         results = {done.job.key: StoredOutcome(done.token_ids, done.complete, each) for done in finished}
         if self.store is None:
@@ -262,7 +258,7 @@ class RolloutEngine:
         for digest, value in self.store.get_states(list(digests)).items():
             held[digests[digest]] = self._from_bytes(value.states)
             keep(self._states, digests[digest], held[digests[digest]])
-            self._count("seconds_saved", value.seconds)
+            self._stats["seconds_saved"] += value.seconds
         return held
 
     def _run_states(self, prompts: Sequence[Prompt]) -> dict[PromptKey, Tensor]:
@@ -273,7 +269,7 @@ class RolloutEngine:
                 prompt.key: state.cpu() for prompt, state in self.executor.read_latency_tokens(prompts, self._tokens_LD)
             }
         spent = time.perf_counter() - began
-        self._count("seconds", spent)
+        self._stats["seconds"] += spent
         if self.store is not None:
             digests = {latency_key(self.fingerprint, key, self._encoder): key for key in states}
             encoder, each = json.dumps(self._encoder, sort_keys=True), spent / len(states)
@@ -294,11 +290,6 @@ class RolloutEngine:
 
 def _to_bytes(states: Tensor) -> bytes:
     return states.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-@lru_cache(maxsize=4096)
-def _top_k(plan: ExecutionPlan) -> tuple[int, ...]:
-    return plan.top_k_per_block
 
 
 def _check_fit(model: AdaptiveMolmoE, processor: MolmoEProcessor) -> None:

@@ -1,13 +1,12 @@
 """How much fits: bytes that one token of a row takes, and the token budget of a batch that follows."""
 
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from envs.knobs import MODEL_BLOCKS, TOP_KS
 from envs.model.config import AdaptiveMolmoEConfig
+from envs.model.device import main_memory
 
 # Shares of the free memory that batches, prefixes and image features may take; the rest is left to others.
 _SHARES = (0.25, 0.125, 0.0625)
@@ -18,8 +17,6 @@ _ALONE = 0.95
 _CPU_BATCH_TOKENS, _CPU_CROPS = 1 << 12, 64
 # Cache slots of decoding rows, in units of the prefill budget: many rows share the fixed cost of a step.
 _DECODE_BATCHES = 8
-# Where the system does not tell.
-_DEFAULT_FREE = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -79,17 +76,7 @@ def owns_card(device: torch.device) -> bool:
 
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be had on `device`."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    found = [_DEFAULT_FREE]
-    with suppress(OSError, ValueError, IndexError):
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        found = [int(text.split("MemAvailable:")[1].split()[0]) * 1024]
-    # A container's own limit, where it has one.
-    with suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-        found.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
-    return max(0, min(found))
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else main_memory()[1]
 
 
 def plan_memory(

@@ -11,7 +11,6 @@ from envs.data.sample import Sample
 from envs.knobs import ExecutionPlan
 from envs.latency.record import STAGES, LatencyRecord
 from envs.model.molmoe import AdaptiveMolmoE
-from envs.model.prefill import Prefix
 from envs.processing.processor import MolmoEProcessor
 
 
@@ -66,92 +65,70 @@ class _Stopwatch:
             torch.cuda.synchronize(self.device)
 
 
-@torch.inference_mode()
-def measure(
-    model: AdaptiveMolmoE,
-    processor: MolmoEProcessor,
-    sample: Sample,
-    plan: ExecutionPlan | None,
-    decider: Decider | None,
-    latency_tokens_LD: Tensor,
-    max_new_tokens: int,
-) -> Measured:
-    """Run and time one request from decoded image to answer text.
+@dataclass(frozen=True)
+class SingleRequests:
+    """Runs and times requests of one model, from decoded image to answer text.
 
-    With a plan, `decider` only costs its time; without one, it decides. The latency token always runs along with the
-    prefix, as it does in serving.
-
-    Args:
-        latency_tokens_LD: the token of every budget level, on the model's device.
+    Attributes:
+        latency_tokens_LD: the latency token of every budget level, on the model's device.
+        max_new_tokens: token limit of an answer.
     """
-    captured = model.single_row.captured
-    done = _measure(model, processor, sample, plan, decider, latency_tokens_LD, max_new_tokens)
-    if plan is not None and model.single_row.captured > captured:
-        # The first request of its size captured CUDA graphs; how long that took is not asked.
-        done = _measure(model, processor, sample, plan, decider, latency_tokens_LD, max_new_tokens)
-    return done
 
+    model: AdaptiveMolmoE
+    processor: MolmoEProcessor
+    latency_tokens_LD: Tensor
+    max_new_tokens: int
 
-def _measure(
-    model: AdaptiveMolmoE,
-    processor: MolmoEProcessor,
-    sample: Sample,
-    plan: ExecutionPlan | None,
-    decider: Decider | None,
-    latency_tokens_LD: Tensor,
-    max_new_tokens: int,
-) -> Measured:
-    single = model.single_row
-    watch = _Stopwatch(model.device)
-    image = None if sample.image is None else sample.image.load()
-    watch.start()
-    tier, insertion = _decide_first(model, processor, sample, plan, decider)
-    watch.lap("controller")
-    inputs = processor(image, sample.question, tier, sample.style)
-    watch.lap("processor")
-    features = single.encode_images(inputs["images"], inputs["image_masks"]) if "images" in inputs else None
-    watch.lap("vision")
-    token_D = latency_tokens_LD[len(latency_tokens_LD) // 2 if decider is None else decider.level]
-    x = torch.cat((model.embed(inputs, features), token_D[None, None].to(model.dtype)), 1)
-    # As the last token of a causal sequence it sees the prompt and itself, and cutting it off leaves no trace.
-    run = single.run_prefix(x, insertion)
-    state_D = run.hidden[-1][0, -1].float()
-    prefix = _without_last(run)
-    watch.lap("prefix")
-    if decider is not None:
-        top_k, blocks = decider.decide_stage2(state_D, insertion)
-        chosen = plan or ExecutionPlan(tier, insertion, top_k, blocks)
+    @torch.inference_mode()
+    def measure(self, sample: Sample, plan: ExecutionPlan | None, decider: Decider | None) -> Measured:
+        """Run and time one request.
+
+        With a plan, `decider` only costs its time; without one, it decides. The latency token always runs along with
+        the prefix, as it does in serving.
+        """
+        captured = self.model.single_row.captured
+        done = self._measure(sample, plan, decider)
+        if plan is not None and self.model.single_row.captured > captured:
+            # The first request of its size captured CUDA graphs; how long that took is not asked.
+            done = self._measure(sample, plan, decider)
+        return done
+
+    def _measure(self, sample: Sample, plan: ExecutionPlan | None, decider: Decider | None) -> Measured:
+        model, processor, single = self.model, self.processor, self.model.single_row
+        watch = _Stopwatch(model.device)
+        image = None if sample.image is None else sample.image.load()
+        watch.start()
+        tier, insertion = self._decide_first(sample, plan, decider)
         watch.lap("controller")
-    else:
-        assert plan is not None
-        chosen = plan
-    prefilled = single.prefill(x[:, :-1], chosen.top_k_per_block, prefix)
-    watch.lap("suffix")
-    ids, finished = single.decode(prefilled, max_new_tokens)
-    processor.decode(ids)
-    watch.lap("decode")
-    return Measured(tuple(ids), finished, chosen, LatencyRecord(**watch.spent))
+        inputs = processor(image, sample.question, tier, sample.style)
+        watch.lap("processor")
+        features = single.encode_images(inputs["images"], inputs["image_masks"]) if "images" in inputs else None
+        watch.lap("vision")
+        token_D = self.latency_tokens_LD[len(self.latency_tokens_LD) // 2 if decider is None else decider.level]
+        x = torch.cat((model.embed(inputs, features), token_D[None, None].to(model.dtype)), 1)
+        # As the last token of a causal sequence it sees the prompt and itself, and cutting it off leaves no trace.
+        run = single.run_prefix(x, insertion)
+        state_D = run.hidden[-1][0, -1].float()
+        prefix = run.mapped(lambda part: part[:, :-1], (run.lengths[0] - 1,))
+        watch.lap("prefix")
+        if decider is not None:
+            top_k, blocks = decider.decide_stage2(state_D, insertion)
+            chosen = plan or ExecutionPlan(tier, insertion, top_k, blocks)
+            watch.lap("controller")
+        else:
+            assert plan is not None
+            chosen = plan
+        prefilled = single.prefill(x[:, :-1], chosen.top_k_per_block, prefix)
+        watch.lap("suffix")
+        ids, finished = single.decode(prefilled, self.max_new_tokens)
+        processor.decode(ids)
+        watch.lap("decode")
+        return Measured(tuple(ids), finished, chosen, LatencyRecord(**watch.spent))
 
-
-def _decide_first(
-    model: AdaptiveMolmoE,
-    processor: MolmoEProcessor,
-    sample: Sample,
-    plan: ExecutionPlan | None,
-    decider: Decider | None,
-) -> tuple[str, int]:
-    if decider is None:
-        assert plan is not None
-        return plan.tier, plan.insertion
-    feature = model.language_feature(processor.question_ids(sample.question)).float()
-    tier, insertion = decider.decide_stage1(feature, sample.image is not None)
-    return (tier, insertion) if plan is None else (plan.tier, plan.insertion)
-
-
-def _without_last(run: Prefix) -> Prefix:
-    return Prefix(
-        tuple(state[:, :-1] for state in run.hidden),
-        tuple(keys[:, :-1] for keys in run.keys),
-        tuple(values[:, :-1] for values in run.values),
-        tuple(length - 1 for length in run.lengths),
-    )
+    def _decide_first(self, sample: Sample, plan: ExecutionPlan | None, decider: Decider | None) -> tuple[str, int]:
+        if decider is None:
+            assert plan is not None
+            return plan.tier, plan.insertion
+        feature = self.model.language_feature(self.processor.question_ids(sample.question)).float()
+        tier, insertion = decider.decide_stage1(feature, sample.image is not None)
+        return (tier, insertion) if plan is None else (plan.tier, plan.insertion)

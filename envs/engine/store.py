@@ -102,7 +102,7 @@ class OutcomeStore:
     def get_outcomes(self, keys: Sequence[bytes]) -> dict[bytes, StoredOutcome]:
         """Stored outcomes among `keys`."""
         rows = self._select("key, token_ids, finished, seconds", "outcomes", keys)
-        return {row[0]: StoredOutcome(_ids(row[1]), bool(row[2]), row[3]) for row in rows}
+        return {row[0]: StoredOutcome(tuple(json.loads(row[1])), bool(row[2]), row[3]) for row in rows}
 
     def put_outcomes(
         self, fingerprint: str, entries: Mapping[bytes, tuple[str, str, StoredOutcome]]
@@ -329,18 +329,10 @@ def open_existing(path: str | Path, max_bytes: int | None = None) -> OutcomeStor
     Raises:
         UserError: there is no such file.
     """
-    return OutcomeStore(_existing(path), max_bytes)
-
-
-def _existing(path: str | Path) -> Path:
     found = Path(path).expanduser()
     if not found.is_file():
         raise UserError(f"no store at {found}: give the path of an existing store file")
-    return found
-
-
-def _ids(text: str) -> tuple[int, ...]:
-    return tuple(int(token) for token in json.loads(text))
+    return OutcomeStore(found, max_bytes)
 
 
 @contextmanager

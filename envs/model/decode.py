@@ -193,12 +193,7 @@ def _sources(rows: Sequence[tuple[Prefilled, int]], block: int) -> list[_Source]
     """Each row's cache in one block, grouped by the tensors that contain it."""
     found: dict[int, _Source] = {}
     for i, (prefilled, row) in enumerate(rows):
-        cache, prefix = prefilled.caches[block], prefilled.prefix
-        if cache is not None and cache.places[row] >= 0:
-            keys, values, place = cache.keys, cache.values, cache.places[row]
-        else:
-            assert prefix is not None
-            keys, values, place = prefix.keys[block], prefix.values[block], prefilled.prompts[row]
+        keys, values, place = prefilled.cache(row, block)
         source = found.setdefault(id(keys), _Source(keys, values, [], []))
         source.targets.append(i)
         source.places.append(place)

@@ -1,4 +1,8 @@
-"""The torch device and number format behind their names."""
+"""The torch device and number format behind their names, and memory."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -33,3 +37,14 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UserError(f"dtype {dtype!r} is not allowed: give float32, bfloat16 or float16")
     return found
+
+
+def main_memory() -> tuple[int, int]:
+    """Total and free bytes of main memory, bounded by a container's limit; free is the total where it is unknown."""
+    total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError, IndexError):
+        free = int(Path("/proc/meminfo").read_text("ascii").split("MemAvailable:")[1].split()[0]) * 1024
+    with suppress(OSError, ValueError):
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text("ascii")) for name in ("max", "current"))
+        total, free = min(total, limit), min(free, limit - used)
+    return total, max(0, free)

@@ -1,7 +1,6 @@
 """What a checkpoint contains and needs, from its config and the headers of its weight files alone, also on the hub."""
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from envs.model.block_importance import read_importance, removal_order
 from envs.model.checkpoint import TensorHeader, mismatches, read_headers, resolve_folder
 from envs.model.config import AdaptiveMolmoEConfig
 from envs.model.conversion import is_packed
+from envs.model.device import main_memory
 from envs.model.molmoe import on_meta, published_shapes
 
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2}
@@ -186,24 +186,12 @@ def needed_bytes(config: AdaptiveMolmoEConfig, dtype: str, cuda: bool) -> int:
 
 def _devices() -> list[Device]:
     """This machine's memory, and that of its CUDA devices."""
-    found = [Device("cpu", *_main_memory())]
+    found = [Device("cpu", *main_memory())]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
             found.append(Device(f"cuda:{index} ({torch.cuda.get_device_name(index)})", total, free))
     return found
-
-
-def _main_memory() -> tuple[int, int]:
-    """Total and free bytes of main memory, bounded by a container's limit; free is the total where it is unknown."""
-    total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError, IndexError):
-        return total, free
-    return min(total, limit), max(0, min(free, limit - used))
 
 
 def describe(summary: ModelSummary) -> str:

@@ -4,7 +4,7 @@ The host builds the execution tree and sends every index it implies to the devic
 over blocks follow each other without waiting. Letters: B prompts, R nodes a block runs on, T tokens, D width, H heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,11 @@ class Prefix:
         """Padded length."""
         return int(self.hidden[0].shape[1])
 
+    def mapped(self, change: Callable[[Tensor], Tensor], lengths: tuple[int, ...]) -> "Prefix":
+        """With `change` applied to each tensor, which leaves prompts of these lengths."""
+        hidden, keys, values = (tuple(map(change, part)) for part in (self.hidden, self.keys, self.values))
+        return Prefix(hidden, keys, values, lengths)
+
 
 @dataclass(frozen=True)
 class Prefilled:
@@ -61,6 +66,14 @@ class Prefilled:
     prompts: tuple[int, ...]
     lengths: tuple[int, ...]
     top_k: tuple[tuple[int, ...], ...]
+
+    def cache(self, row: int, block: int) -> tuple[Tensor, Tensor, int]:
+        """Tensors with the keys and values of a row in one block, and its place in them."""
+        cache = self.caches[block]
+        if cache is not None and cache.places[row] >= 0:
+            return cache.keys, cache.values, cache.places[row]
+        assert self.prefix is not None
+        return self.prefix.keys[block], self.prefix.values[block], self.prompts[row]
 
 
 @dataclass(frozen=True)

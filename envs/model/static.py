@@ -133,7 +133,8 @@ class StaticDecoder:
                 f"a prompt of {length} tokens does not fit a cache of {self.capacity}: give a shorter prompt"
             )
         self.prepare(top_k)
-        sources = [part[:length].flatten(1) for index in self._kept for part in _source(prefilled, row, index)]
+        found = [prefilled.cache(row, index) for index in self._kept]
+        sources = [part[place, :length].flatten(1) for keys, values, place in found for part in (keys, values)]
         targets = [cache[index, :length] for index in self._kept for cache in (self.cell.keys, self.cell.values)]
         torch._foreach_copy_(targets, sources)
         self.place(token, length)
@@ -203,13 +204,3 @@ class StaticDecoder:
             return False
         self._events[(index - 1) % 2].synchronize()
         return bool(self._flags[(index - 1) % 2])
-
-
-def _source(prefilled: Prefilled, row: int, block: int) -> tuple[Tensor, Tensor]:
-    """Keys and values (T, H, d) of a row in one block, from its prefill or the prefix before it."""
-    cache = prefilled.caches[block]
-    if cache is not None and cache.places[row] >= 0:
-        return cache.keys[cache.places[row]], cache.values[cache.places[row]]
-    assert prefilled.prefix is not None
-    prompt = prefilled.prompts[row]
-    return prefilled.prefix.keys[block][prompt], prefilled.prefix.values[block][prompt]
