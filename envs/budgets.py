@@ -114,6 +114,10 @@ class BudgetDistribution:
         # exp may overshoot an edge by rounding.
         return np.clip(budgets, np.exp(self._starts[piece]), np.exp(self._starts[piece] + self._widths[piece]))
 
+    def evenly(self, count: int) -> list[float]:
+        """`count` training budgets in the middles of equal shares of the mass, rising, ms."""
+        return [float(ms) for ms in self.at((np.arange(count) + 0.5) / count)]
+
     def held_out(self, points: int = 1) -> tuple[float, ...]:
         """Budgets never trained on, rising, ms: one below the range, `points` evenly in every band, one above."""
         shares = [(point + 0.5) / points for point in range(points)]

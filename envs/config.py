@@ -3,12 +3,16 @@
 `ray_ctrl.config` composes them; help and docs/config.md are generated from the fields.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
 from envs.section import Int, Section
+
+if TYPE_CHECKING:
+    from envs.data.sample import Sample
 
 Latency = Literal["profiled", "roofline", "measured"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -120,6 +124,17 @@ class TaskSettings(Section):
         from envs.data.task_spec import absolute_task
 
         return absolute_task(name)
+
+    def load(self, split: str, count: int | None = None) -> "Sequence[Sample]":
+        """Samples of a split: at most `count`, by default as many as configured.
+
+        Raises:
+            UserError: see `envs.data.load_task`.
+        """
+        from envs.data import load_task
+
+        limit = getattr(self, f"{split}_samples") if count is None else count
+        return load_task(self.name, split, limit, self.seed, on_invalid_row=self.on_invalid_row, fresh=self.fresh_seed)
 
 
 class LatencySettings(Section):

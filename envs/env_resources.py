@@ -119,20 +119,9 @@ class EnvConfig(Section):
         Raises:
             UserError: an unreadable checkpoint or task, or a profile of another device, model or thread count.
         """
-        from envs.data import load_task
-
         torch.set_num_threads(self.model.threads)
         engine = self.build_engine()
-        task = self.task
-        limit = {"train": task.train_samples, "validation": task.validation_samples, "test": task.test_samples}
-        samples = load_task(
-            task.name,
-            self.split,
-            limit[self.split],
-            task.seed,
-            on_invalid_row=task.on_invalid_row,
-            fresh=task.fresh_seed,
-        )
+        samples = self.task.load(self.split)
         space = KnobSpace(engine.importance)
         clock = self.build_clock(engine)
         budgets = self.distribution or self._budgets(engine, clock, space, samples)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from envs.env_resources import EnvResources
-from envs.knobs import BLOCK_COUNTS, TIERS, TOP_KS
+from envs.knobs import TIERS, Knobs
 from envs.schedule import Context
 
 SIZE: Final = 384
@@ -29,12 +29,10 @@ def draw_episode(resources: EnvResources, context: Context, info: Mapping[str, A
         canvas.paste(picture, ((SIZE - picture.width) // 2, (SIZE - picture.height) // 2))
     lines = [f"question: {sample.question}", f"budget: {context.budget_ms:.1f} ms"]
     if info:
-        knobs = resources.space.decode(
-            (info["tier"], info["insertion"] - 1, info["top_k"] - TOP_KS[0], info["blocks"] - BLOCK_COUNTS[0])
-        )
+        knobs = Knobs(TIERS[info["tier"]], info["insertion"], info["top_k"], info["blocks"])
         (outcome,) = resources.engine.outcomes([sample], [resources.space.plan(knobs)])
         lines += [
-            f"choice: {TIERS[info['tier']]} tier, p = {knobs.insertion}, {knobs.top_k} experts, {knobs.blocks} blocks",
+            f"choice: {knobs.tier} tier, p = {knobs.insertion}, {knobs.top_k} experts, {knobs.blocks} blocks",
             f"answer: {resources.engine.text(outcome)} (reference: {', '.join(sample.answers[:3])})",
             f"accuracy {info['accuracy']:.2f}, latency {info['latency_ms']:.1f} ms",
         ]

@@ -1,5 +1,6 @@
 """The base of every settings section: frozen pydantic models that refuse unknown keys."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Strict, ValidationError
@@ -26,6 +27,11 @@ class Section(BaseModel):
         except ValidationError as error:
             problem = error.errors()[0]
             name = str(problem["loc"][0])
-            message = problem["msg"][0].lower() + problem["msg"][1:]
             meaning = type(self).model_fields[name].description
-            raise UserError(f"{name} = {problem['input']!r} is not allowed: {message} ({meaning})") from None
+            raise UserError(f"{problem_text(name, problem)} ({meaning})") from None
+
+
+def problem_text(name: str, problem: Mapping[str, Any]) -> str:
+    """What is wrong with the value of `name`, by one of a ValidationError's `errors()`."""
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name} = {problem['input']!r} is not allowed: {message[0].lower()}{message[1:]}"

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from envs.errors import UserError
-from envs.knobs import BLOCK_COUNTS, INSERTIONS, TIERS, TOP_KS
-from envs.knobs import block_options as legal_blocks
+from envs.knobs import BLOCK_COUNTS, INSERTIONS, TIERS, TOP_KS, block_options
 from policies.distribution import mask_logits
 
 BUDGET_WIDTH: Final = 256
@@ -117,13 +116,8 @@ class Stage2(nn.Module):
         self.top_k = _head(hidden, len(TOP_KS))
         self.blocks = _head(hidden, len(BLOCK_COUNTS))
         legal = [[True] * len(BLOCK_COUNTS)]
-        legal += [[n in legal_blocks(p) for n in BLOCK_COUNTS] for p in INSERTIONS]
+        legal += [[n in block_options(p) for n in BLOCK_COUNTS] for p in INSERTIONS]
         self.register_buffer("legal_BN", torch.tensor(legal), persistent=False)
-
-    @staticmethod
-    def block_options(insertion_position: int) -> tuple[int, ...]:
-        """Legal block totals at an insertion position 1 to 5."""
-        return legal_blocks(int(insertion_position))
 
     def forward(self, latency_token: Tensor, budget_feature: Tensor, insertion_position: Tensor) -> dict[str, Tensor]:
         """(B, d_model), (B, 256), (B,) in 1..5 -> {"top_k_logits": (B, 5), "block_logits": (B, 5)}.

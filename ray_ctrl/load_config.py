@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from envs.errors import UserError
+from envs.section import problem_text
 from policies.grpo import config as grpo_config
 from ray_ctrl.config import Config
 
@@ -154,6 +155,11 @@ def describe(field: FieldInfo) -> str:
     high = f"below {limits['lt']:g}" if "lt" in limits else f"{limits['le']:g}" if "le" in limits else ""
     allowed = f"{low} to {high}" if low and high else f"{low} or more" if "ge" in limits else low
     return f"{field.description}{f' {allowed[0].upper()}{allowed[1:]}.' if allowed else ''}"
+
+
+def flat(tree: Mapping[str, Mapping[str, Any]]) -> Tree:
+    """{"section.key": value} of {"section": {"key": value}}."""
+    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
 
 
 def valid_keys() -> Iterator[str]:
@@ -295,13 +301,11 @@ def _explain(error: ValidationError) -> str:
         return "reward.mode = 'constrained' is not allowed: it is 'lagrangian' now"
     if problem["type"] == "extra_forbidden":
         return f"unknown config key {path!r}: {_nearest_key(path)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
     section, _, key = path.partition(".")
     model = SECTIONS.get(section)
     field = model.model_fields.get(key.partition(".")[0]) if model else None
     meaning = f" ({describe(field)})" if field else ""
-    return f"{path} = {problem['input']!r} is not allowed: {message}{meaning}"
+    return f"{problem_text(path, problem)}{meaning}"
 
 
 def _nearest_key(path: str) -> str:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from envs.data import load_task
 from envs.errors import UserError
 from envs.knobs import KnobSpace
 from envs.latency import Identity, LatencyProfile, ProfiledClock, profile
@@ -87,14 +86,13 @@ def find_profile(config: Config, engine: Any, folder: Path) -> Use | Measure:
 
 def measure_profile(config: Config, engine: Any) -> LatencyProfile:
     """Measures this device on training samples, with a bar and a line of what it found."""
-    task, latency = config.task, config.latency
-    samples = load_task(task.name, "train", task.train_samples, task.seed, on_invalid_row=task.on_invalid_row)
+    latency = config.latency
     # An untrained controller costs the time of a trained one, and only its time counts here.
     controller = FusedController(Controller(int(engine.model.config.d_model), config.controller.hidden))
     with counted("profiling this device") as report:
         measured = profile(
             engine,
-            samples,
+            config.task.load("train"),
             repeats=latency.profile_repeats,
             per_tiling=latency.profile_samples,
             seed=config.run.seed,

@@ -13,7 +13,6 @@ from typing import Any
 
 from envs.budgets import BudgetDistribution, budget_range
 from envs.calibrate_guardrail import fit_guardrail
-from envs.data import load_task
 from envs.env_resources import EnvConfig, EnvResources
 from envs.errors import UserError
 from envs.files import write_json
@@ -189,7 +188,7 @@ def open_context(config: Config) -> RunContext:
     with console.status("loading model and samples"):
         torch.set_num_threads(config.model.threads)
         for split in SPLITS:
-            if not load_task(config.task.name, split, 1, config.task.seed, on_invalid_row=config.task.on_invalid_row):
+            if not config.task.load(split, 1):
                 raise UserError(f"task {config.task.name!r} has no samples in split {split}")
         described = env_config(config, "train")
         engine = described.build_engine()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from envs.errors import UserError, first_line
 from envs.files import write_json
+from ray_ctrl.load_config import flat
 
 FILE = "tracking.json"
 
@@ -43,9 +44,8 @@ def open_tracker(
     if track is None:
         return None
     kind, _, target = track.partition(":")
-    flat = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
     try:
-        return (_MLflow if kind == "mlflow" else _WandB)(target, flat, folder, rows)
+        return (_MLflow if kind == "mlflow" else _WandB)(target, flat(config), folder, rows)
     except ImportError as error:
         package = "mlflow-skinny" if kind == "mlflow" else "wandb"
         raise UserError(

@@ -227,5 +227,4 @@ def validation_score(rows: Sequence[Mapping[str, float]]) -> tuple[float, float]
 
 def validation_contexts(samples: int, budgets: "BudgetDistribution") -> list[tuple[int, float]]:
     """Every validation sample under evenly spaced training budgets (held-out budgets choose nothing)."""
-    shares = (np.arange(VALIDATION_BUDGETS) + 0.5) / VALIDATION_BUDGETS
-    return [(sample, float(ms)) for sample in range(samples) for ms in budgets.at(shares)]
+    return [(sample, ms) for sample in range(samples) for ms in budgets.evenly(VALIDATION_BUDGETS)]

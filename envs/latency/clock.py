@@ -52,27 +52,10 @@ def is_measuring(clock: Clock | MeasuringClock) -> "TypeIs[MeasuringClock]":
     return hasattr(clock, "measure")
 
 
-def image_tokens(config: "AdaptiveMolmoEConfig", tiling: tuple[int, int] | None) -> int:
-    """Prompt positions of an image at a tiling: per view a start mark, an end mark and a mark after each row.
-
-    The crops' overlap margins are cut before pooling, except at the rim of the image.
-    """
-    if tiling is None:
-        return 0
-    vision = config.vision
-    rows, columns = vision.token_grid
-    views = rows * (columns + 1) + 2
-    inner = vision.grid - sum(config.overlap_margins)
-    rim = sum(config.overlap_margins)
-    high = -(-(tiling[0] * inner + rim) // vision.pooling[0])
-    wide = -(-(tiling[1] * inner + rim) // vision.pooling[1])
-    return views + high * (wide + 1) + 2
-
-
 def reference_shape(config: "AdaptiveMolmoEConfig") -> RequestShape:
     """Sizes of a model's reference request: 12 crops and the global view, a short question."""
     rows, columns = REFERENCE_TILING
-    tokens = image_tokens(config, REFERENCE_TILING)
+    tokens = config.image_tokens(REFERENCE_TILING)
     return RequestShape(
         crops=TIER_CROPS["high"] + 1,
         image_tokens=tokens,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from envs.errors import UserError
-from envs.knobs import MODEL_BLOCKS, drop_order
+from envs.knobs import MAX_DROPPED, MODEL_BLOCKS, drop_order
 from envs.model.config import AdaptiveMolmoEConfig
 
 IMPORTANCE_FILE: Final = "importance.json"
@@ -107,6 +107,11 @@ def write_importance(path: Path, content: Mapping[str, Any]) -> None:
 def removal_order(scores: Sequence[float]) -> tuple[int, ...]:
     """Blocks 1 to 15 in the order in which they are left out."""
     return drop_order(scores, insertion=1)
+
+
+def dropped_first(scores: Sequence[float]) -> str:
+    """Indices of the blocks that the fewest blocks leave out, in order, for a message."""
+    return ", ".join(map(str, removal_order(scores)[:MAX_DROPPED]))
 
 
 def rank_correlation(scores: Sequence[float], others: Sequence[float]) -> float:

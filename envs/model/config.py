@@ -195,6 +195,19 @@ class AdaptiveMolmoEConfig(PreTrainedConfig):
         """Hidden width of one expert, and of the image projector."""
         return self.mlp_hidden_size // 2
 
+    def image_tokens(self, tiling: tuple[int, int] | None) -> int:
+        """Prompt positions of an image at a tiling: per view a start mark, an end mark and a mark after each row.
+
+        The crops' overlap margins are cut before pooling, except at the rim of the image.
+        """
+        if tiling is None:
+            return 0
+        rim = sum(self.overlap_margins)
+        sides = zip(tiling, self.vision.pooling, strict=True)
+        high, wide = (-(-(crops * (self.vision.grid - rim) + rim) // pool) for crops, pool in sides)
+        rows, columns = self.vision.token_grid
+        return rows * (columns + 1) + 2 + high * (wide + 1) + 2
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Any:
         """As in transformers, `config.json` in `folder`.

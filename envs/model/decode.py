@@ -72,11 +72,6 @@ class DecodeBatch:
         """Device of the caches."""
         return self.language.wte.device
 
-    @property
-    def cached_blocks(self) -> list[int]:
-        """For each row, how many blocks have a cache."""
-        return [sum(block is not None and row in block.members for block in self.blocks) for row in range(len(self))]
-
     def _gather(self, copies: Sequence[tuple[Tensor, Tensor, Tensor]], rows: int) -> Tensor:
         """Keys or values (R, capacity, H, d): of each source tensor, the rows at the given places to the targets."""
         first = copies[0][0]

@@ -11,8 +11,8 @@ import torch
 
 from envs.errors import UserError, first_line
 from envs.files import size_text
-from envs.knobs import BLOCK_COUNTS, INSERTIONS, MAX_DROPPED, TIER_CROPS, TOP_KS, KnobSpace
-from envs.model.block_importance import read_importance, removal_order
+from envs.knobs import BLOCK_COUNTS, INSERTIONS, TIER_CROPS, TOP_KS, KnobSpace
+from envs.model.block_importance import dropped_first, read_importance
 from envs.model.checkpoint import TensorHeader, mismatches, read_headers, resolve_folder
 from envs.model.config import AdaptiveMolmoEConfig
 from envs.model.conversion import is_packed
@@ -156,15 +156,8 @@ def parameter_counts(config: AdaptiveMolmoEConfig) -> dict[str, int]:
 
 def longest_prompt(config: AdaptiveMolmoEConfig, tier: str) -> int:
     """Prompt tokens of the largest tiling of a tier with a question of 64 tokens."""
-    vision, margin = config.vision, sum(config.overlap_margins)
-
-    def side(crops: int, pool: int) -> int:
-        return (crops * (vision.grid - margin) + margin) // pool
-
     tilings = [(rows, TIER_CROPS[tier] // rows) for rows in range(1, TIER_CROPS[tier] + 1)]
-    crops = max(side(rows, vision.pooling[0]) * (side(columns, vision.pooling[1]) + 1) for rows, columns in tilings)
-    global_view = vision.token_grid[0] * (vision.token_grid[1] + 1)
-    return 1 + global_view + 2 + crops + 2 + _QUESTION_TOKENS
+    return 1 + max(map(config.image_tokens, tilings)) + _QUESTION_TOKENS
 
 
 def request_memory(config: AdaptiveMolmoEConfig, dtype: str) -> RequestMemory:
@@ -212,7 +205,7 @@ def describe(summary: ModelSummary) -> str:
         f"knobs       {len(space.all)} combinations, {len(space.distinct)} distinct executions: tiers "
         f"{', '.join(TIER_CROPS)}; insertion {INSERTIONS[0]}-{INSERTIONS[-1]}; top-k {TOP_KS[0]}-{TOP_KS[-1]}; blocks "
         f"{BLOCK_COUNTS[0]}-{BLOCK_COUNTS[-1]}",
-        f"dropped     blocks {', '.join(map(str, removal_order(summary.importance)[:MAX_DROPPED]))} first",
+        f"dropped     blocks {dropped_first(summary.importance)} first",
         "prompt      at most " + ", ".join(f"{longest_prompt(config, t)} tokens ({t})" for t in TIER_CROPS),
     ]
     for dtype, size in DTYPE_BYTES.items():

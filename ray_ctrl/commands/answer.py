@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from envs.budgets import check_budget
-from envs.data import load_task
 from envs.data.sample import Sample
 from envs.errors import UserError
 from envs.knobs import TIERS
@@ -79,10 +78,9 @@ def sample_of_task(config: Config, index: int) -> Sample:
     Raises:
         UserError: there are fewer.
     """
-    task = config.task
-    samples = load_task(task.name, "test", index + 1, task.seed, on_invalid_row=task.on_invalid_row)
+    samples = config.task.load("test", index + 1)
     if index >= len(samples):
-        raise UserError(f"--sample {index}: task {task.name!r} has {len(samples)} test samples, counted from 0")
+        raise UserError(f"--sample {index}: task {config.task.name!r} has {len(samples)} test samples, counted from 0")
     return samples[index]
 
 

@@ -144,8 +144,7 @@ class Comparison:
         test = run_all(context.env_config("test"), "test samples")
         known, budgets = train.known(), context.budgets.held_out(POINTS)
         trained = [_trained(context, run, budgets, test.resources.clock.reference_ms) for run in runs]
-        shares = (np.arange(VALIDATION_BUDGETS) + 0.5) / VALIDATION_BUDGETS
-        calibration = feasible_budgets(validation, map(float, context.budgets.at(shares)))
+        calibration = feasible_budgets(validation, context.budgets.evenly(VALIDATION_BUDGETS))
         feasible = feasible_budgets(test, budgets)
         labels = {ms: _label(ms, feasible, context) for ms in budgets}
         seen, chosen = Choices(validation, known), Choices(test, known)
@@ -167,7 +166,7 @@ class Comparison:
         curves = [summaries.learning_of_run(run.label, run.seed, RunFolder(run.home).metrics()) for run in runs]
         learners: list[rules.Rule] = [rules.BestMean(), rules.Ridge()]
         learners += [rules.MeanByFamily()] if known.families is not None else []
-        trained_on = sorted({ms for _, ms in validation_contexts(1, context.budgets)})
+        trained_on = [ms for _, ms in validation_contexts(1, context.budgets)]
         curves.append(summaries.learning_of_rules(learners, train, validation, trained_on, seed))
         return cls(test, frame, parts, pd.concat(curves), labels, list(dict.fromkeys(run.label for run in runs)))
 

@@ -296,11 +296,9 @@ def model(config: Config) -> Findings:
 
 def task(config: Config) -> Findings:
     """Each split has samples, and an image that opens."""
-    from envs.data import load_task
-
     task = config.task
     for split in ("train", "validation", "test"):
-        samples = load_task(task.name, split, 1, task.seed, on_invalid_row=task.on_invalid_row)
+        samples = task.load(split, 1)
         if not samples:
             raise UserError(f"task {task.name!r} has no samples in split {split}: choose another task")
         if samples[0].image is not None:

@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from envs.config import StoreSettings
-from envs.data import load_task
 from envs.engine.measure_block_importance import measure_importance
 from envs.errors import UserError
-from envs.knobs import MAX_DROPPED
 from envs.model.block_importance import (
     PUBLISHED_IMPORTANCE,
     Importance,
+    dropped_first,
     importance_path,
     is_published_shape,
     rank_correlation,
     read_importance,
-    removal_order,
     write_importance,
 )
 from ray_ctrl.config import Config
@@ -52,7 +50,9 @@ def run(
         )
     file = _target(config, out)
     found, engine = measure(config, samples, split, by)
-    others = _known(config, engine)
+    compared = {
+        name: (scores, rank_correlation(found.scores, scores)) for name, scores in _known(config, engine).items()
+    }
     origin = {
         "task": config.task.name,
         "split": split,
@@ -60,13 +60,13 @@ def run(
         "dtype": config.model.dtype,
         "fingerprint": engine.model.fingerprint,
         "compared_with": {
-            name: {"rank_correlation": _or_none(rank_correlation(found.scores, scores)), "importance": list(scores)}
-            for name, scores in others.items()
+            name: {"rank_correlation": None if math.isnan(correlation) else correlation, "importance": list(scores)}
+            for name, (scores, correlation) in compared.items()
         },
         "origin": provenance(),
     }
     write_importance(file, found.to_dict(origin))
-    _show(found, others)
+    _show(found, compared)
     default = file.absolute() == importance_path(config.model.name).absolute()
     used = "next to the weights, and used from now on" if default else f"use it with model.block_importance={file}"
     console.print(f"importance in {file}: {used}")
@@ -77,8 +77,7 @@ def measure(config: Config, samples: int, split: str, by: str) -> tuple[Importan
     import torch
 
     torch.set_num_threads(config.model.threads)
-    task = config.task
-    chosen = load_task(task.name, split, samples, task.seed, on_invalid_row=task.on_invalid_row)
+    chosen = config.task.load(split, samples)
     with console.status("loading model"):
         # Its outcomes are no run's, so they need not be stored.
         engine = env_config(config, split).model_copy(update={"store": StoreSettings(path=None)}).build_engine()
@@ -109,24 +108,15 @@ def _known(config: Config, engine: Any) -> dict[str, tuple[float, ...]]:
     return found
 
 
-def _show(found: Importance, others: dict[str, tuple[float, ...]]) -> None:
+def _show(found: Importance, others: dict[str, tuple[tuple[float, ...], float]]) -> None:
     rows = [
-        (str(block), f"{score:.4f}", f"{error:.4f}", *(f"{scores[block]:.4f}" for scores in others.values()))
+        (str(block), f"{score:.4f}", f"{error:.4f}", *(f"{scores[block]:.4f}" for scores, _ in others.values()))
         for block, (score, error) in enumerate(zip(found.scores, found.errors, strict=True))
     ]
     title = f"block importance by {found.by.replace('_', ' ')}, {found.samples} samples"
     console.print(table(("block", "measured", "± s.e.", *others), rows, title))
     console.print(f"{found.by.replace('_', ' ')} of the full plan: {found.full:.4f}")
-    console.print(f"left out first: blocks {_first(found.scores)}")
-    for name, scores in others.items():
-        correlation = rank_correlation(found.scores, scores)
+    console.print(f"left out first: blocks {dropped_first(found.scores)}")
+    for name, (scores, correlation) in others.items():
         text = "none, as one of them is constant" if math.isnan(correlation) else f"{correlation:.3f}"
-        console.print(f"{name}: blocks {_first(scores)} first; rank correlation over blocks 1 to 15 {text}")
-
-
-def _first(scores: Sequence[float]) -> str:
-    return ", ".join(map(str, removal_order(scores)[:MAX_DROPPED]))
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+        console.print(f"{name}: blocks {dropped_first(scores)} first; rank correlation over blocks 1 to 15 {text}")

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
-from envs.knobs import MAX_DROPPED
-from envs.model.block_importance import read_scores, removal_order
+from envs.model.block_importance import dropped_first, read_scores
 from envs.model.checkpoint import check_revision
 from envs.model.inspect import describe, inspect_model
 from ray_ctrl.console import console
@@ -104,7 +103,7 @@ def _importance(path: Path) -> dict[str, Any] | None:
         "block importance": path,
         **{key: content[key] for key in ("model", "task", "split", "samples", "metric") if key in content},
         "scores": ", ".join(f"{score:g}" for score in scores),
-        "left out first": "blocks " + ", ".join(map(str, removal_order(scores)[:MAX_DROPPED])),
+        "left out first": f"blocks {dropped_first(scores)}",
     }
 
 

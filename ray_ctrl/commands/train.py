@@ -2,16 +2,16 @@
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from envs.errors import UserError
 from envs.files import atomic_folder, atomic_write
 from ray_ctrl.config import Config
 from ray_ctrl.console import console
-from ray_ctrl.load_config import load_config, to_yaml
+from ray_ctrl.load_config import flat, load_config, to_yaml
 from ray_ctrl.preflight import Layout, check_inputs, check_machine, plan_layout
 from ray_ctrl.run_folder import (
     Checkpoint,
@@ -54,8 +54,10 @@ def run(
         Interrupted: by a signal; what was trained until then is kept.
         UserError: settings, folders or files that cannot be used.
     """
-    folder = _find(run_dir, preset, config_file, overrides) if resume else None
-    if folder is not None:
+    folder = None
+    if resume:
+        runs = Path() if run_dir else Path(load_config(preset, config_file, overrides).run.folder)
+        folder = RunFolder.open(run_dir) if run_dir else newest_run(runs)
         folder.check_importance()
     config = resumed_config(folder, overrides) if folder else load_config(preset, config_file, overrides)
     layout = plan_layout(config, here=not dry_run)
@@ -85,25 +87,15 @@ def resumed_config(folder: RunFolder, overrides: Sequence[str]) -> Config:
     Raises:
         UserError: an override that would make it another run.
     """
-    stored = folder.config
     changed = load_config(None, folder.root / "config.yaml", overrides)
-    for key, value in _flat(stored.model_dump()).items():
-        if _flat(changed.model_dump())[key] != value and not key.startswith(RESUMABLE):
+    values = flat(changed.model_dump())
+    for key, value in flat(folder.config.model_dump()).items():
+        if values[key] != value and not key.startswith(RESUMABLE):
             raise UserError(
                 f"{key} cannot change when a run is resumed (it is {value!r} in {folder.root}): start a "
                 "new run, or change only " + ", ".join(RESUMABLE).replace("runners.", "runners.*")
             )
     return changed
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
-
-
-def _find(run_dir: Path | None, preset: str, file: Path | None, overrides: Sequence[str]) -> RunFolder:
-    if run_dir is not None:
-        return RunFolder.open(run_dir)
-    return newest_run(Path(load_config(preset, file, overrides).run.folder))
 
 
 def _show_plan(config: Config, layout: Layout) -> None:

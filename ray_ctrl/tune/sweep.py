@@ -15,9 +15,9 @@ import yaml
 from pydantic import Field, ValidationError
 
 from envs.errors import UserError
-from envs.section import Flag, Int, Section
+from envs.section import Flag, Int, Section, problem_text
 from ray_ctrl.config import Config
-from ray_ctrl.load_config import load_config, read_yaml, to_yaml, valid_keys, with_overrides
+from ray_ctrl.load_config import flat, load_config, read_yaml, valid_keys, with_overrides
 
 VARIANT = "variant"
 """A key of the space whose choices are several keys each, to change one thing at a time."""
@@ -164,8 +164,7 @@ def make_sweep(tree: Mapping[str, Any], folder: Path, overrides: Sequence[str] =
 def dump(sweep: Sweep) -> str:
     """The sweep as YAML that `make_sweep` reads again, with the resolved configuration."""
     tree = sweep.file.model_dump(mode="json") | {"preset": None, "config": None}
-    config = yaml.safe_load(to_yaml(sweep.base))
-    tree["set"] = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
+    tree["set"] = flat(sweep.base.model_dump(mode="json"))
     return yaml.safe_dump(tree, sort_keys=False)
 
 
@@ -263,5 +262,4 @@ def _explain(error: ValidationError) -> str:
         return f"unknown sweep key {path!r}: {hint}"
     if problem["type"] == "missing":
         return f"sweep key {path!r} is missing"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"sweep: {path} = {problem['input']!r} is not allowed: {message}"
+    return f"sweep: {problem_text(path, problem)}"

@@ -17,7 +17,6 @@ from envs.data.sample import ImageRef, Sample
 from envs.env_resources import EnvResources
 from envs.knobs import TIER_CROPS, TIERS, ExecutionPlan, KnobSpace
 from envs.latency import LatencyRecord, RequestShape, RooflineClock
-from envs.latency.clock import image_tokens
 from envs.model.config import AdaptiveMolmoEConfig
 from envs.processing import MolmoEProcessor
 from envs.processing.image_processor import AdaptiveMolmoEImageProcessor
@@ -88,7 +87,7 @@ class EngineDouble:
 
     def shape(self, sample: Sample, tier: str) -> RequestShape:
         tiling = self.tiling(sample, tier)
-        image = image_tokens(self.model.config, tiling)
+        image = self.model.config.image_tokens(tiling)
         text = 10 + len(sample.question.split())
         if tiling is None or sample.image is None:
             return RequestShape(0, 0, text, 0)

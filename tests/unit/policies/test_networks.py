@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from envs.errors import UserError
-from envs.knobs import BLOCK_COUNTS
+from envs.knobs import BLOCK_COUNTS, block_options
 from policies.networks import BUDGET_WIDTH, SHORTEST_WAVE, Stage1, Stage2, budget_feature
 
 
@@ -28,19 +28,9 @@ def test_stage_2_starts_near_uniform_over_legal_totals(d_model: int) -> None:
     assert out["top_k_logits"].shape == (40, 5)
     assert out["block_logits"].shape == (40, 5)
     for row, probabilities in zip(position.tolist(), out["block_logits"].softmax(-1), strict=True):
-        legal = torch.tensor([n in Stage2.block_options(row) for n in BLOCK_COUNTS])
+        legal = torch.tensor([n in block_options(row) for n in BLOCK_COUNTS])
         assert probabilities[~legal].sum() == 0
         assert (probabilities[legal] * legal.sum() - 1).abs().max() < 0.35
-
-
-def test_block_options_follow_the_position() -> None:
-    assert [Stage2.block_options(p) for p in range(1, 6)] == [
-        (12, 13, 14, 15, 16),
-        (13, 14, 15, 16),
-        (14, 15, 16),
-        (15, 16),
-        (16,),
-    ]
 
 
 @pytest.mark.parametrize("position", [-1, 6])

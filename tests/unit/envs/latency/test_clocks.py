@@ -26,7 +26,6 @@ from envs.latency import (
     profile,
     reference_shape,
 )
-from envs.latency.clock import image_tokens
 from envs.latency.noise import LatencyNoise
 from envs.latency.roofline import experts_touched
 from envs.model.config import MOLMOE_1B_VISION, AdaptiveMolmoEConfig
@@ -87,8 +86,8 @@ def test_impossible_shapes_are_refused(sizes):
 
 def test_image_tokens_of_the_published_layout():
     # 12 rows of 12 patches and a mark for the global view, 28 rows of 36 for 3 x 4 crops, and four view marks.
-    assert image_tokens(FULL_SIZE, (3, 4)) == 12 * 13 + 2 + 28 * 37 + 2
-    assert image_tokens(FULL_SIZE, None) == 0
+    assert FULL_SIZE.image_tokens((3, 4)) == 12 * 13 + 2 + 28 * 37 + 2
+    assert FULL_SIZE.image_tokens(None) == 0
     assert reference_shape(FULL_SIZE).crops == 13
 
 
@@ -114,7 +113,7 @@ def test_roofline_rises_with_everything(device, shape, plan, new_tokens):
 def test_roofline_at_full_size_on_an_h100_is_near_what_such_hardware_does():
     clock = RooflineClock(FULL_SIZE, "h100")
     shape = reference_shape(FULL_SIZE)
-    low = RequestShape(4, image_tokens(FULL_SIZE, (1, 3)), image_tokens(FULL_SIZE, (1, 3)) + 24, shape.pixels)
+    low = RequestShape(4, FULL_SIZE.image_tokens((1, 3)), FULL_SIZE.image_tokens((1, 3)) + 24, shape.pixels)
     assert 20 < clock.reference_ms < 400
     assert 0.3 < clock.latency(low, CHEAPEST, 4).total / clock.reference_ms < 0.8
     assert RooflineClock(FULL_SIZE, "l4").reference_ms > RooflineClock(FULL_SIZE, "a100").reference_ms
@@ -123,7 +122,7 @@ def test_roofline_at_full_size_on_an_h100_is_near_what_such_hardware_does():
 @pytest.mark.parametrize("device", DEVICES)
 def test_small_models_leave_something_to_choose(device):
     clock = RooflineClock(CONFIG, device)
-    low = RequestShape(4, image_tokens(CONFIG, (1, 3)), image_tokens(CONFIG, (1, 3)) + 24, 100_000)
+    low = RequestShape(4, CONFIG.image_tokens((1, 3)), CONFIG.image_tokens((1, 3)) + 24, 100_000)
     assert (
         clock.latency(low, CHEAPEST, 2).total < 0.85 * clock.latency(reference_shape(CONFIG), ExecutionPlan(), 2).total
     )
