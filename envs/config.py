@@ -42,9 +42,7 @@ class ModelSettings(Section):
         "a checkpoint in that layout.",
     )
     revision: str | None = Field(
-        default=None,
-        pattern=r"^[\w./-]+$",
-        description="Commit, branch or tag of a hub id; `null` takes its newest.",
+        default=None, pattern=r"^[\w./-]+$", description="Commit, branch or tag of a hub id; `null` takes its newest."
     )
     blank_crops: Literal["published", "trainer"] = Field(
         default="published",
@@ -68,9 +66,7 @@ class ModelSettings(Section):
     threads: Int = Field(default=1, ge=1, le=256, description="CPU threads of every process that runs the model.")
     max_new_tokens: Int = Field(default=64, ge=1, le=64, description="Longest answer, tokens, under greedy decoding.")
     batch_tokens: Int | None = Field(
-        default=None,
-        ge=64,
-        description="Most prompt tokens in one batch; `null` lets the engine choose.",
+        default=None, ge=64, description="Most prompt tokens in one batch; `null` lets the engine choose."
     )
     latency_token_seed: Int = Field(
         default=0,
@@ -201,10 +197,7 @@ class BudgetSettings(Section):
         "plan is within budget; from 1.0 on the controller sees budgets that only the cheapest plan meets.",
     )
     high_factor: float = Field(
-        default=1.0,
-        gt=0,
-        le=100,
-        description="Largest training budget as a multiple of the upper end of the range.",
+        default=1.0, gt=0, le=100, description="Largest training budget as a multiple of the upper end of the range."
     )
     low_ms: float | None = Field(
         default=None,

@@ -13,14 +13,7 @@ import torch
 from pydantic import ConfigDict, field_validator
 
 from envs.budgets import BudgetDistribution, budget_range
-from envs.config import (
-    BudgetSettings,
-    LatencySettings,
-    ModelSettings,
-    RewardSettings,
-    StoreSettings,
-    TaskSettings,
-)
+from envs.config import BudgetSettings, LatencySettings, ModelSettings, RewardSettings, StoreSettings, TaskSettings
 from envs.contracts import Engine
 from envs.data.sample import Sample
 from envs.errors import UserError

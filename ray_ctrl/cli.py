@@ -234,8 +234,7 @@ def answer(
     question: Annotated[str | None, typer.Argument(help="The question.", show_default=False)] = None,
     overrides: Overrides = None,
     controller: Annotated[
-        Path | None,
-        _option(help="Run folder or exported controller; by default that of the newest run in run.folder."),
+        Path | None, _option(help="Run folder or exported controller; by default that of the newest run in run.folder.")
     ] = None,
     sample: Annotated[
         int | None, _option(help="Ask test sample N of the task instead; prints the reference answers too.", min=0)

@@ -43,25 +43,12 @@ class RunnersConfig(TimeoutSettings):
         description="Environments of each runner's vector; `null` divides the iteration's rollouts evenly. A multiple "
         "of `grpo.group_size`.",
     )
-    learners: Int = Field(
-        default=0,
-        ge=0,
-        le=64,
-        description="Learner processes; 0 learns inside the driver.",
-    )
+    learners: Int = Field(default=0, ge=0, le=64, description="Learner processes; 0 learns inside the driver.")
     learner_cpus: float = Field(default=1.0, gt=0, le=1024, description="CPUs of each learner.")
     learner_gpus: float = Field(default=0.0, ge=0, le=8, description="GPUs of each learner.")
-    eval_runners: Int = Field(
-        default=0,
-        ge=0,
-        le=4096,
-        description="Evaluation runners; 0 evaluates in the driver.",
-    )
+    eval_runners: Int = Field(default=0, ge=0, le=4096, description="Evaluation runners; 0 evaluates in the driver.")
     connect_timeout_s: float = Field(
-        default=60.0,
-        gt=0,
-        le=3600,
-        description="Wait for the cluster and its resources, s.",
+        default=60.0, gt=0, le=3600, description="Wait for the cluster and its resources, s."
     )
 
 
@@ -86,9 +73,7 @@ class RunConfig(Section):
 
     folder: str = Field(default="runs", min_length=1, description="Folder in which run folders are made.")
     name: str | None = Field(
-        default=None,
-        pattern=r"^\.*[\w\-][\w.\-]*$",
-        description="Name of the run folder; `null` names it by time.",
+        default=None, pattern=r"^\.*[\w\-][\w.\-]*$", description="Name of the run folder; `null` names it by time."
     )
     seed: Int = Field(default=0, ge=0, lt=2**31, description="Seed of everything random.")
     iterations: Int = Field(default=80, ge=1, description="Training iterations.")

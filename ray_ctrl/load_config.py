@@ -92,11 +92,7 @@ def presets() -> tuple[str, ...]:
     return tuple(sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if ".yaml" in p.name))
 
 
-def load_config(
-    preset: str | None = "laptop",
-    file: str | Path | None = None,
-    overrides: Sequence[str] = (),
-) -> Config:
+def load_config(preset: str | None = "laptop", file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The resolved configuration: preset < file < overrides.
 
     Args:

@@ -71,13 +71,7 @@ def _common(context: RunContext, split: str, contexts: int) -> GRPOConfig:
     config = context.config
     runners = config.runners
     settings = GRPOConfig()
-    settings.environment(
-        ENVIRONMENT,
-        env_config={
-            "resources": context.env_config("train"),
-            "seed": config.run.seed,
-        },
-    )
+    settings.environment(ENVIRONMENT, env_config={"resources": context.env_config("train"), "seed": config.run.seed})
     timeouts = TimeoutSettings(**{name: getattr(runners, name) for name in TimeoutSettings.model_fields})
     settings.sections(grpo=config.grpo, controller=config.controller, timeouts=timeouts)
     settings.training(runner_threads=config.model.threads)

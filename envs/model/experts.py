@@ -110,12 +110,7 @@ def mixture(
 
 
 def _by_torch(
-    x_ND: Tensor,
-    logits_NE: Tensor,
-    gate_up_EGD: Tensor,
-    down_EHD: Tensor,
-    top_k: int | TopK,
-    kernel: str,
+    x_ND: Tensor, logits_NE: Tensor, gate_up_EGD: Tensor, down_EHD: Tensor, top_k: int | TopK, kernel: str
 ) -> Tensor:
     if kernel == "dense":
         return _dense(x_ND, *route(logits_NE, top_k), gate_up_EGD, down_EHD)

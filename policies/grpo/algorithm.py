@@ -32,14 +32,7 @@ from policies.distribution import KnobDistribution
 from policies.grpo import checkpoint
 from policies.grpo.algorithm_config import GRPOConfig
 from policies.grpo.config import VALIDATED_MODULE
-from policies.grpo.decisions import (
-    ENTROPY_SHARES,
-    WEIGHTS,
-    executions_used,
-    known_decisions,
-    sampled_decisions,
-    take,
-)
+from policies.grpo.decisions import ENTROPY_SHARES, WEIGHTS, executions_used, known_decisions, sampled_decisions, take
 from policies.grpo.ema import WeightAverage, Weights
 from policies.grpo.env_runner import MULTIPLIERS, STEPS, Rollouts
 from policies.grpo.evaluation import EvaluationRequest, Row, standing_contexts

@@ -32,13 +32,7 @@ from envs.errors import UserError
 
 T = TypeVar("T")
 STOP_TIMEOUT_S: Final = 5.0
-CALLBACKS: Final = (
-    "on_episode_created",
-    "on_episode_start",
-    "on_episode_step",
-    "on_episode_end",
-    "on_sample_end",
-)
+CALLBACKS: Final = ("on_episode_created", "on_episode_start", "on_episode_step", "on_episode_end", "on_sample_end")
 PRIVATE_NAMES: Final = (
     (EnvRunnerGroup, "_worker_manager", "to know which env runners live and to call one of them"),
     (rllib_algorithm, "EnvRunnerGroup", "to bound the time in which env runners start"),

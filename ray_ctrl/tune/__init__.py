@@ -111,10 +111,7 @@ def _run(sweep: Sweep, root: Path, resume: bool) -> None:
     sweep = with_shared_store(sweep, root)
     runners, each = sweep.base.runners, totals(trial_resources(sweep.base))
     how = f"ray-ctrl tune --resume --run-dir {root}"
-    with (
-        connect(runners.address, needed(each), timeout_s=runners.connect_timeout_s) as available,
-        Stopper() as stopper,
-    ):
+    with connect(runners.address, needed(each), timeout_s=runners.connect_timeout_s) as available, Stopper() as stopper:
         print_plan(sweep, available)
         with hint_on_interrupt(f"continue with: {how}"):
             with _tune_signal_kept(), stopper.defer_interrupt("the trials stop at their last checkpoints"):
