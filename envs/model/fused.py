@@ -23,22 +23,18 @@ COSTS: dict[str, Cost] = {}
 
 
 def register(
-    name: str,
-    schema: str,
-    *,
-    kernel: Callable[..., Any],
-    reference: Callable[..., Any],
-    meta: Callable[..., Any] | None = None,
-    cost: Cost | None = None,
+    schema: str, reference: Callable[..., Any], meta: Callable[..., Any] | None = None, cost: Cost | None = None
 ) -> Callable[..., Any]:
-    """Define `torch.ops.ray_ctrl.NAME`: `kernel` on CUDA, `reference` on the CPU, `meta` (or the reference) on `meta`.
+    """Define `torch.ops.ray_ctrl.NAME`: its Triton version on CUDA, `reference` on the CPU, `meta` on `meta`.
 
     Args:
-        schema: as in torch, such as "(Tensor x) -> Tensor".
+        schema: as in torch, such as "name(Tensor x) -> Tensor".
+        meta: None takes the reference.
         cost: bytes and operations from the flat arguments and the result, see `COSTS`.
     """
-    _LIBRARY.define(name + schema)
-    _LIBRARY.impl(name, kernel, "CUDA")
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, _launch(name), "CUDA")
     _LIBRARY.impl(name, reference, "CPU")
     _LIBRARY.impl(name, meta or reference, "Meta")
     if cost is not None:
@@ -82,6 +78,11 @@ def _route(logits_NE: Tensor, top_k: int, per_token_N: Tensor | None) -> tuple[T
         return weights, experts.int()
     used = torch.arange(top_k, device=logits_NE.device) < per_token_N.unsqueeze(1)
     return weights * used, experts.masked_fill(~used, logits_NE.shape[1]).int()
+
+
+def _route_meta(logits_NE: Tensor, top_k: int, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape = (len(logits_NE), top_k)
+    return logits_NE.new_empty(shape, dtype=torch.float32), logits_NE.new_empty(shape, dtype=torch.int32)
 
 
 def _sort_pairs(
@@ -157,66 +158,33 @@ def _grouped_cost(args: tuple[Any, ...], out: Tensor) -> tuple[float, float]:
     return x_ND.element_size() * (read + weight_EDH.numel() + out.numel()), 2.0 * pairs * weight_EDH[0].numel()
 
 
-route = register(
-    "route",
-    "(Tensor logits, int top_k, Tensor? per_token) -> (Tensor, Tensor)",
-    kernel=_launch("route"),
-    reference=_route,
-    meta=lambda logits, top_k, _: (
-        logits.new_empty((len(logits), top_k), dtype=torch.float32),
-        logits.new_empty((len(logits), top_k), dtype=torch.int32),
-    ),
-)
+route = register("route(Tensor logits, int top_k, Tensor? per_token) -> (Tensor, Tensor)", _route, _route_meta)
 """Weights (N, K) float32 and experts (N, K) int32: softmax over all, then top-k; of equal logits the first expert.
 
 Slots beyond a token's own top-k have weight 0 and expert E.
 """
 sort_pairs = register(
-    "sort_pairs",
-    "(Tensor weights, Tensor experts, int n_experts, int pairs) -> (Tensor, Tensor, Tensor, Tensor)",
-    kernel=_launch("sort_pairs"),
-    reference=_sort_pairs,
-    meta=_sort_pairs_meta,
+    "sort_pairs(Tensor weights, Tensor experts, int n_experts, int pairs) -> (Tensor, Tensor, Tensor, Tensor)",
+    _sort_pairs,
+    _sort_pairs_meta,
 )
 """Pairs by expert, in token order: token (P,), weight (P,), place of each slot (N, K; -1 unused), ends (E,)."""
-silu_mul = register(
-    "silu_mul",
-    "(Tensor gate_up, Tensor? shares) -> Tensor",
-    kernel=_launch("silu_mul"),
-    reference=_silu_mul,
-    meta=_silu_mul_meta,
-)
+silu_mul = register("silu_mul(Tensor gate_up, Tensor? shares) -> Tensor", _silu_mul, _silu_mul_meta)
 """`silu(gate) * up * share` (P, H) of (P, G)."""
-combine = register(
-    "combine",
-    "(Tensor pairs, Tensor inverse, Tensor? residual) -> Tensor",
-    kernel=_launch("combine"),
-    reference=_combine,
-    meta=_combine_meta,
-)
+combine = register("combine(Tensor pairs, Tensor inverse, Tensor? residual) -> Tensor", _combine, _combine_meta)
 """Residual plus the sum of each token's pairs (N, D), through the places of `sort_pairs`."""
-norm_rope = register(
-    "norm_rope",
-    "(Tensor x, Tensor weight, Tensor rope, float eps) -> Tensor",
-    kernel=_launch("norm_rope"),
-    reference=_norm_rope,
-    meta=_empty_like,
-)
+norm_rope = register("norm_rope(Tensor x, Tensor weight, Tensor rope, float eps) -> Tensor", _norm_rope, _empty_like)
 """RMS norm of each part of (N, parts, D) over D, times weight (parts, D), heads rotated by rope (S, d/2, 2) float32.
 
 Row n stands at position n modulo S. The input may be strided along N; its parts are side by side.
 """
-quick_gelu = register(
-    "quick_gelu", "(Tensor x) -> Tensor", kernel=_launch("quick_gelu"), reference=_quick_gelu, meta=_empty_like
-)
+quick_gelu = register("quick_gelu(Tensor x) -> Tensor", _quick_gelu, _empty_like)
 """`x * sigmoid(1.702 x)`."""
 grouped_mm = register(
-    "grouped_mm",
-    "(Tensor x, Tensor weight, Tensor ends, Tensor? rows, int pairs) -> Tensor",
-    kernel=_launch("grouped_mm"),
-    reference=_grouped_mm,
-    meta=_grouped_mm_meta,
-    cost=_grouped_cost,
+    "grouped_mm(Tensor x, Tensor weight, Tensor ends, Tensor? rows, int pairs) -> Tensor",
+    _grouped_mm,
+    _grouped_mm_meta,
+    _grouped_cost,
 )
 """Each group of rows times its expert's matrix (E, D, H); with `rows`, row p is x[rows[p]]. (P, H)."""
 
