@@ -52,6 +52,8 @@ def _words(annotation: object) -> str:
         first = arguments[0] if arguments else annotation
         if len(arguments) > 1 and not isinstance(arguments[1], type):
             return _words(first)
+    if Ellipsis in arguments:
+        return f"list of {_words(arguments[0])}"
     return " or ".join(_words(a) for a in arguments)
 
 

@@ -95,8 +95,7 @@ class TaskSettings(Section):
     train_samples: Int = Field(
         default=256,
         ge=1,
-        description="Samples of the train split used for training. Training returns to the same finite set, so "
-        "outcomes are reused.",
+        description="Samples of the train split used for training. They recur, so that their outcomes are reused.",
     )
     validation_samples: Int = Field(
         default=128, ge=1, description="Samples of the validation split, which choose among checkpoints."
@@ -187,14 +186,14 @@ class StoreSettings(Section):
 
 
 class BudgetSettings(Section):
-    """Latency budgets. The device's range is the cheapest plan's 95th percentile to the full plan's."""
+    """Latency budgets. The device's range: from the cheapest plan's 95th percentile of latency to the full plan's."""
 
     low_factor: float = Field(
         default=1.0,
         gt=0,
         le=100,
-        description="Smallest training budget as a multiple of the lower end of the device's range. Below that end no "
-        "plan is within budget; from 1.0 on the controller sees budgets that only the cheapest plan meets.",
+        description="Smallest training budget as a multiple of the lower end of the device's range. Below 1.0 "
+        "there are budgets that even the cheapest plan exceeds for over 5 % of requests.",
     )
     high_factor: float = Field(
         default=1.0, gt=0, le=100, description="Largest training budget as a multiple of the upper end of the range."
@@ -249,8 +248,8 @@ class RewardSettings(Section):
         default=0.0,
         ge=0,
         le=1000,
-        description="Reward for the share of the budget used; of plans that answer equally well it prefers the more "
-        "expensive one within budget. 0 is off.",
+        description="Reward for using the entire budget, in proportion: of plans that answer equally well, the more "
+        "expensive one within budget is preferred. 0 is off.",
     )
 
 

@@ -145,10 +145,13 @@ def to_yaml(config: Config) -> str:
 def describe(field: FieldInfo) -> str:
     """What a key means, with its range from the field's own limits."""
     limits = {
-        name: getattr(rule, name) for rule in field.metadata for name in ("gt", "ge", "lt", "le") if hasattr(rule, name)
+        name: f"{getattr(rule, name):.10g}"
+        for rule in field.metadata
+        for name in ("gt", "ge", "lt", "le")
+        if hasattr(rule, name)
     }
-    low = f"above {limits['gt']:g}" if "gt" in limits else f"{limits['ge']:g}" if "ge" in limits else ""
-    high = f"below {limits['lt']:g}" if "lt" in limits else f"{limits['le']:g}" if "le" in limits else ""
+    low = f"above {limits['gt']}" if "gt" in limits else limits.get("ge", "")
+    high = f"below {limits['lt']}" if "lt" in limits else limits.get("le", "")
     allowed = f"{low} to {high}" if low and high else f"{low} or more" if "ge" in limits else low
     return f"{field.description}{f' {allowed[0].upper()}{allowed[1:]}.' if allowed else ''}"
 

@@ -71,8 +71,8 @@ class GRPOSettings(Section):
     entropy_coef: float = Field(default=0.1, ge=0, le=10, description="Weight of the entropy bonus, per nat.")
     anneal_entropy: Flag = Field(
         default=True,
-        description="Anneal the entropy bonus linearly to 0 over the iterations of the run. A run resumed for longer "
-        "is given the weight that a run of that length has there.",
+        description="Anneal the entropy bonus linearly to 0 over the iterations of the run; if it is resumed with more "
+        "iterations, over those.",
     )
     max_grad_norm: float = Field(
         default=1.0, gt=0, le=1e6, description="Euclidean norm to which gradients are clipped."
@@ -88,14 +88,14 @@ class GRPOSettings(Section):
         default=0,
         ge=0,
         le=16,
-        description="Maximum policy lag in updates; 0 = synchronous, above 0 the env runners sample the next "
+        description="Maximum policy lag in updates. 0 is synchronous; above 0 the env runners sample the next "
         "iterations while the driver learns.",
     )
     dual_clip: float = Field(
         default=3.0,
         gt=1,
         le=1e6,
-        description="With `max_policy_lag`, the probability ratio is cut off here. Must exceed 1 + `clip_high`.",
+        description="With `max_policy_lag`, the largest probability ratio that counts. Must exceed 1 + `clip_high`.",
     )
 
 
@@ -105,8 +105,8 @@ class ControllerSettings(Section):
     hidden: Int = Field(default=128, ge=8, le=4096, description="Width of the hidden layers of both stages.")
     without: tuple[Literal["question", "token", "position"], ...] = Field(
         default=(),
-        description="Parts left out, to measure what each is worth: `question` of stage 1, latency `token` of stage 2, "
-        "choice of the insertion `position` (then 1).",
+        description="Parts to leave out, to measure what each is worth: the `question` (stage 1), the latency `token` "
+        "(stage 2), the choice of the insertion `position` (then it is 1).",
     )
 
 
@@ -118,8 +118,8 @@ class TimeoutSettings(Section):
         default=300.0,
         gt=0,
         le=86400,
-        description="Wait for a first runner to come back when all are dead, s. To start, runners have this long or "
-        "`sample_timeout_s`, whichever is more.",
+        description="Wait for a first runner to come back when all are dead, s. To start, runners have the larger of "
+        "this and `sample_timeout_s`.",
     )
     learner_timeout_s: float = Field(
         default=600.0, gt=0, le=86400, description="Wait for learners' answer to an update, s."
