@@ -169,7 +169,6 @@ def budget_range(
 
     Args:
         clock: a measuring clock runs up to 16 samples under both plans.
-        samples: training samples.
         new_tokens: answer length assumed for all; None takes the median of 16 samples under the full plan.
 
     Raises:

@@ -45,7 +45,6 @@ class VectorEnvironment(Protocol):
     """What an env runner calls in addition to gymnasium's interface; `AdaptiveVQAVectorEnv` documents the methods.
 
     Attributes:
-        num_envs: environments.
         group_size: environments per (sample, budget) context.
     """
 

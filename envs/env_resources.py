@@ -43,8 +43,6 @@ class EnvResources:
 
     Attributes:
         samples: indexed by contexts.
-        clock: the latency source.
-        space: legal knobs and their plans.
         guardrail: masks plans that are predicted to exceed the budget; None is off.
         noise: on the latencies of the profiled source; None is off.
     """

@@ -26,7 +26,6 @@ def score(
     """Run the chosen plans of B episodes and score them.
 
     Args:
-        contexts: one per row.
         choices: legal action indices (B, 4).
         multipliers: penalty multiplier of each budget bin.
         feasible: (B,) whether the guardrail found a plan predicted to meet the budget.

@@ -82,7 +82,6 @@ class Stage1(nn.Module):
 
     Args:
         d_model: width of the language feature (mean of the model's word embeddings over the question).
-        hidden: width of the MLP.
     """
 
     def __init__(self, d_model: int, hidden: int) -> None:
@@ -102,7 +101,6 @@ class Stage2(nn.Module):
 
     Args:
         d_model: width of the latency token.
-        hidden: width of the MLP.
     """
 
     legal_BN: Tensor

@@ -24,16 +24,10 @@ class EngineFingerprint:
     """What all outcomes of one engine share.
 
     Attributes:
-        version: `KEY_VERSION`.
         weights: fingerprint of weights and model config.
         processor: hash of image geometry, tokenizer and end-of-text token.
-        dtype: dtype of the weights.
-        device: device type.
         kernels: experts kernel and matrix product precision.
-        torch: torch version.
         pillow: Pillow version, which decodes images.
-        max_new_tokens: token limit.
-        stop: stop rule.
     """
 
     version: int

@@ -71,7 +71,6 @@ class SingleRequests:
 
     Attributes:
         latency_tokens_LD: the latency token of every budget level, on the model's device.
-        max_new_tokens: token limit of an answer.
     """
 
     model: AdaptiveMolmoE

@@ -31,8 +31,6 @@ class Identity:
     Attributes:
         device: name of the processor or GPU.
         model: fingerprint of weights and configuration.
-        dtype: number format of the weights.
-        threads: CPU threads of a process.
         versions: of Python and the packages that run the model.
     """
 
@@ -73,9 +71,6 @@ class Cell:
     """One (request, plan) measured several times.
 
     Attributes:
-        shape: sizes of the request.
-        plan: executed plan.
-        new_tokens: length of the answer.
         median: median of every stage, ms.
         totals_ms: latency of every repeat, ms.
     """

@@ -29,7 +29,6 @@ class ProfiledClock:
     """Latency interpolated from a profile of this device.
 
     Args:
-        profile: the profile.
         identity: of this process; None accepts a profile of any device.
 
     Raises:

@@ -35,8 +35,6 @@ class Importance:
         errors: standard error of each score over samples, 0 for block 0.
         by: a name of `MEASURES`.
         full: the measure itself under the full plan.
-        samples: how many were asked.
-        tier: the image tier they were asked at.
     """
 
     scores: tuple[float, ...]

@@ -150,7 +150,6 @@ def mismatches(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tens
 
     Args:
         wanted: shapes of the published keys, `envs.model.molmoe.published_shapes`.
-        tensors: what is stored.
     """
     known = {key: tensor for key, tensor in tensors.items() if key in wanted}
     kinds = {

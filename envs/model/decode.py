@@ -37,7 +37,6 @@ class DecodeBatch:
     Nothing here waits for the device: a step, `keep` and the start each send their indices in one copy.
 
     Args:
-        language: the model's language part.
         parts: prefilled prompts, and which of their rows to take.
     """
 

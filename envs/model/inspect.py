@@ -65,8 +65,6 @@ class ModelSummary:
     """A checkpoint before any load.
 
     Args:
-        source: as given.
-        config: its shape.
         tensors: headers by published key.
         problems: what would prevent a load, one line each.
         importance: one score per block; blocks with the lowest are dropped first.
@@ -100,7 +98,6 @@ def inspect_model(
 
     Args:
         path_or_id: as in `AdaptiveMolmoE.from_pretrained`.
-        revision: of a hub id.
         devices: whose memory to compare with; None for those of this machine.
 
     Raises:

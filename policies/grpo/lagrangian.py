@@ -19,16 +19,11 @@ MIN_EFFECTIVE: Final = 4.0
 class LagrangianSettings(Protocol):
     """How multipliers move: the fields of `envs.config.RewardSettings` that are read here."""
 
-    @property
-    def penalty_init(self) -> float: ...
-    @property
-    def penalty_lr(self) -> float: ...
-    @property
-    def penalty_max(self) -> float: ...
-    @property
-    def penalty_smoothing(self) -> float: ...
-    @property
-    def max_violation_rate(self) -> float: ...
+    penalty_init: float
+    penalty_lr: float
+    penalty_max: float
+    penalty_smoothing: float
+    max_violation_rate: float
 
 
 def greedy_violation_sums(

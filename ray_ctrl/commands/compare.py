@@ -72,7 +72,6 @@ def run(arguments: Sequence[str], overrides: Sequence[str], out: Path | None) ->
 
     Args:
         arguments: runs as PATH or LABEL=PATH, and overrides as SECTION.KEY=VALUE; without runs the newest one.
-        overrides: further ones.
 
     Raises:
         UserError: no controller, controllers for different models, or nowhere to write.

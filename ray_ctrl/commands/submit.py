@@ -29,7 +29,6 @@ class Request:
 
     Attributes:
         arguments: of the ray-ctrl command.
-        command: which command.
         python: interpreter on the cluster; None is this one on a cluster of this machine, else `python`.
         runtime_env: YAML file with further keys of Ray's runtime environment.
         env: NAME=VALUE each.

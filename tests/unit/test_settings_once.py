@@ -24,7 +24,6 @@ OTHER_MEANING = {
 }
 """Parameters that share a key's name and mean something else."""
 EXCEPTIONS = {
-    "policies/baselines/rules.py Neural.hidden": "width of a baseline, not of the controller",
     "envs/latency/guardrail.py Guardrail.noise": "factor for the wall clock, not `latency.noise`",
     "envs/data/__init__.py load_task.on_invalid_row": "of a direct call; a run passes `task.on_invalid_row`",
     "envs/adaptive_vqa.py get.group_size": "environments outside GRPO need no groups",
