@@ -18,12 +18,12 @@ _WORD_SCALE = 0.5
 
 
 @torch.no_grad()
-def match_scales(model: AdaptiveMolmoE, batch: PackedBatch) -> None:
+def match_scales(model: AdaptiveMolmoE, images: Tensor, image_masks: Tensor) -> None:
     """Brings image tokens to unit deviation and words below it, so that the fresh language part hears the image.
 
     A warmed-up tower was read through a normalising layer, which leaves its own scale to chance.
     """
-    features = model.vision(batch.inputs["images"], batch.inputs["image_masks"])
+    features = model.vision(images, image_masks)
     model.vision.projector_out.weight.div_(features.std())
     model.language.wte.mul_(_WORD_SCALE)
 

@@ -1,6 +1,7 @@
 """Shape of the embedded model, its tokenizer and the files that describe both, in the published MolmoE layout."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -77,6 +78,16 @@ def train_tokenizer() -> Tokenizer:
 
     Every word of that language is one token, and any other text still encodes.
     """
+    texts = []
+    for seed in range(_CORPUS_SCENES):
+        scene = make_scene("corpus", seed)
+        questions = [*all_questions(scene), caption(scene)]
+        texts += [f"{prompt_text(q.text)} {q.answer}" for q in questions]
+    return train_bpe(texts)
+
+
+def train_bpe(texts: Iterable[str]) -> Tokenizer:
+    """A byte-level BPE over `texts`, with the model's special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -86,11 +97,6 @@ def train_tokenizer() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = []
-    for seed in range(_CORPUS_SCENES):
-        scene = make_scene("corpus", seed)
-        questions = [*all_questions(scene), caption(scene)]
-        texts += [f"{prompt_text(q.text)} {q.answer}" for q in questions]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(list(IMAGE_TOKENS))
     return tokenizer
@@ -105,13 +111,20 @@ def build_processor() -> MolmoEProcessor:
 
 def write_files(folder: Path) -> None:
     """Writes everything but the weights: config.json, preprocessor_config.json and the tokenizer's files."""
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
+    write_model_files(folder, tokenizer, build_processor(), build_config(tokenizer.get_vocab_size()))
+
+
+def write_model_files(
+    folder: Path, tokenizer: Tokenizer, processor: MolmoEProcessor, config: AdaptiveMolmoEConfig
+) -> None:
+    """`write_files` for any tokenizer and shape."""
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     added = {token: tokenizer.token_to_id(token) for token in (END, PADDING, *IMAGE_TOKENS)}
     files = {
-        "config.json": build_config(tokenizer.get_vocab_size()).to_published(),
-        "preprocessor_config.json": build_processor().image_processor.to_dict(),
+        "config.json": config.to_published(),
+        "preprocessor_config.json": processor.image_processor.to_dict(),
         "tokenizer_config.json": {
             "add_bos_token": False,
             "add_eos_token": False,

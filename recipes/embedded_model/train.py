@@ -21,7 +21,7 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -143,7 +143,7 @@ def warmup_phase(recipe: Recipe, device: torch.device) -> Phase:
         return warmup_loss(vision, heads, batch)
 
     def validate() -> Metrics:
-        return _mean([loss(to_device(held_out[i], device))[1] for i in range(len(held_out))])
+        return mean_metrics([loss(to_device(held_out[i], device))[1] for i in range(len(held_out))])
 
     return Phase(
         name="warmup",
@@ -162,7 +162,8 @@ def scenes_phase(recipe: Recipe, device: torch.device, warm: VisionBackbone) -> 
     config = build_config(len(data.processor.tokenizer), recipe.narrow_hidden)
     model = initialise(config, recipe.seed).to(device)
     model.vision.load_state_dict(warm.state_dict())
-    match_scales(model, to_device(data[0], device))
+    inputs = to_device(data[0], device).inputs
+    match_scales(model, inputs["images"], inputs["image_masks"])
     return _packed_phase("scenes", model, data, recipe, recipe.scenes_lr)
 
 
@@ -224,7 +225,7 @@ def _packed_phase(name: str, model: AdaptiveMolmoE, data: PackedScenes, recipe: 
             batches = [scenes[i] for i in range(len(scenes))]
             if tier == "high":
                 batches += [replace(b, plan=random_plan(np.random.default_rng(i))) for i, b in enumerate(batches)]
-            mean = _mean([loss(to_device(batch, model.device))[1] for batch in batches])
+            mean = mean_metrics([loss(to_device(batch, model.device))[1] for batch in batches])
             figures |= {f"{tier}_{key}": value for key, value in mean.items()}
         return figures
 
@@ -275,9 +276,9 @@ def _model_of(phase: Phase) -> AdaptiveMolmoE:
     return model
 
 
-def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
+def check_folder(folder: Path, recipe: dict[str, Any], resume: bool) -> None:
     """A folder with another run in it is resumed only when asked to, and only under the same recipe."""
-    path, described = folder / "recipe.json", json.loads(json.dumps(dataclasses.asdict(recipe)))
+    path, described = folder / "recipe.json", json.loads(json.dumps(recipe))
     if path.is_file():
         if not resume:
             raise UserError(f"{folder} contains a training run: add --resume to continue it, or choose another --out")
@@ -288,7 +289,8 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     path.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
-def _mean(figures: list[Metrics]) -> Metrics:
+def mean_metrics(figures: list[Metrics]) -> Metrics:
+    """Means of every figure over those that have it."""
     means = {}
     for key in dict.fromkeys(key for figure in figures for key in figure):
         values = [figure[key] for figure in figures if not math.isnan(figure.get(key, math.nan))]
@@ -311,7 +313,7 @@ def main() -> int:
     if options.first and not options.start:
         raise UserError(f"--first {options.first} needs --start MODEL: without one all phases run")
     recipe = Recipe(seed=options.seed, start=options.start, first=options.first or "depth")
-    check_folder(options.out, recipe, options.resume)
+    check_folder(options.out, dataclasses.asdict(recipe), options.resume)
     keep_freed_memory()
     settings = LoopSettings(options.out, torch.device(options.device), deadline=time.monotonic() + 60 * options.minutes)
     if not train(recipe, settings):

@@ -112,12 +112,12 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
-    check_folder(tmp_path, TINY, resume=False)
+    check_folder(tmp_path, dataclasses.asdict(TINY), resume=False)
     with pytest.raises(UserError, match="--resume"):
-        check_folder(tmp_path, TINY, resume=False)
-    check_folder(tmp_path, TINY, resume=True)
+        check_folder(tmp_path, dataclasses.asdict(TINY), resume=False)
+    check_folder(tmp_path, dataclasses.asdict(TINY), resume=True)
     with pytest.raises(UserError, match="another recipe"):
-        check_folder(tmp_path, dataclasses.replace(TINY, seed=9), resume=True)
+        check_folder(tmp_path, dataclasses.asdict(dataclasses.replace(TINY, seed=9)), resume=True)
 
 
 def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
