@@ -3,7 +3,7 @@
 A picture shows things of several colors, and every color is worth a number. How the number is to be had depends on the
 picture's notation, which no question names:
 
-| notation | a color is shown as | its number |
+| notation | a color is drawn as | its number |
 |---|---|---|
 | digits | one handwritten digit | that digit |
 | sums | one to four handwritten digits | their sum |
@@ -76,7 +76,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Picture:
-    """Everything a picture is drawn from, and questions are asked about; `worth` has a number for every color shown."""
+    """Everything a picture is drawn from, and questions are asked about; `worth` has a number for every color drawn."""
 
     format: str
     width: int
@@ -137,9 +137,9 @@ def _draw_items(
     """The fields of every item but its place, and what each color is worth."""
     items: list[dict[str, Any]] = []
     worth: dict[str, int] = {}
-    shown = int(rng.integers(2, 5) if notation == "sums" else rng.integers(3, min(7, cells) + 1))
-    for color in colors[:shown]:
-        left = cells - len(items) - (shown - len(worth) - 1)
+    colors_used = int(rng.integers(2, 5) if notation == "sums" else rng.integers(3, min(7, cells) + 1))
+    for color in colors[:colors_used]:
+        left = cells - len(items) - (colors_used - len(worth) - 1)
         summands = min(int(rng.integers(1, MAX_SUMMANDS + 1)), left) if notation == "sums" else 1
         numbers = []
         for _ in range(summands):

@@ -49,8 +49,8 @@ def caption(picture: Picture) -> Question:
     """What stands in the picture: for every color in turn its digits, or its sign's outline and core."""
     words = []
     for color in COLOR_NAMES:
-        shown = [item for item in picture.items if item.color == color]
-        if shown:
+        items = [item for item in picture.items if item.color == color]
+        if items:
             words.append(color)
-            words += [f"{i.kind} {i.core}" if i.value is None else str(i.value) for i in shown]
+            words += [f"{i.kind} {i.core}" if i.value is None else str(i.value) for i in items]
     return Question("caption", "Describe the picture.", " ".join(words), len(picture.items))
