@@ -4,8 +4,8 @@
 
 Three phases: the vision tower alone on single crops (`vision`), then the language part on pictures, from captions to
 questions (`language`), then the same with experts as wide as they are shipped (`wide`). A phase needs nothing but the
-checkpoint that the one before it left in DIR: a folder that has been moved to another machine continues there. The model
-folder is DIR/model; the training state and the log are next to it.
+checkpoint that the one before it left in DIR: a folder that has been moved to another machine continues there. The
+model folder is DIR/model; the training state and the log are next to it.
 """
 
 import argparse
