@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,28 @@ GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 TWELVE = (0, 1, 2, 3, 4, 5, 7, 9, 11, 12, 14, 15)
 SIXTEEN = tuple(range(16))
 PLANS = {"16/8": (SIXTEEN, 8), "16/4": (SIXTEEN, 4), "12/8": (TWELVE, 8), "12/4": (TWELVE, 4)}
+
+
+def launches(language: Language, top_k: Sequence[int], length: int) -> Iterator[tuple[str, int]]:
+    """Kernels of one step and the fewest bytes each moves: weights and cache read once, vectors between left out.
+
+    Args:
+        language: weights, or a model on `meta`.
+        top_k: experts per token in each block, 0 where it is dropped.
+        length: tokens in the cache.
+    """
+    size = language.wte.element_size()
+    width, hidden = language.config.d_model, language.config.expert_hidden
+    yield "embed", width * size
+    for k in top_k:
+        if k:
+            yield "qkv", 3 * width * width * size
+            yield "attention", 2 * (length + 1) * width * size
+            yield "out", width * width * size
+            yield "router", language.config.n_experts * width * size
+            yield "gate_up", k * 2 * hidden * width * size
+            yield "down", k * hidden * width * size
+    yield "head", language.lm_head.numel() * size
 
 
 def full_language(dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Language:

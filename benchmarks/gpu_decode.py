@@ -25,13 +25,14 @@ from benchmarks.decode_checks import (
     SIXTEEN,
     full_language,
     kernel_errors,
+    launches,
     prefilled,
     same_in_graph,
     teacher_forced,
     top_k_of,
 )
 from envs.model.decode import DecodeBatch
-from envs.model.kernels.decode_step import KernelStep, Tuning, launches
+from envs.model.kernels.decode_step import KernelStep, Tuning
 from envs.model.language import Block, Language, attend
 from envs.model.static import Cell, StaticDecoder
 

@@ -1,6 +1,6 @@
-"""One decoding step of one row as 6 kernels a block and 2 more (see `kernels`), and the bytes that each must move."""
+"""One decoding step of one row as 6 kernels a block and 2 more (see `kernels`)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -156,25 +156,3 @@ class KernelStep:
             self.width, len(language.lm_head), _above(self.width), rows, tiles, self.head_programs,
             _above(self.head_programs), **self._options(warps),
         )  # fmt: skip
-
-
-def launches(language: Language, top_k: Sequence[int], length: int) -> Iterator[tuple[str, int]]:
-    """Kernels of one step and the fewest bytes each moves: weights and cache read once, vectors between left out.
-
-    Args:
-        language: weights, or a model on `meta`.
-        top_k: experts per token in each block, 0 where it is dropped.
-        length: tokens in the cache.
-    """
-    size = language.wte.element_size()
-    width, hidden = language.config.d_model, language.config.expert_hidden
-    yield "embed", width * size
-    for k in top_k:
-        if k:
-            yield "qkv", 3 * width * width * size
-            yield "attention", 2 * (length + 1) * width * size
-            yield "out", width * width * size
-            yield "router", language.config.n_experts * width * size
-            yield "gate_up", k * 2 * hidden * width * size
-            yield "down", k * hidden * width * size
-    yield "head", language.lm_head.numel() * size

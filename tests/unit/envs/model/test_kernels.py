@@ -104,6 +104,7 @@ def test_every_kernel_against_float64_and_complete_steps_against_the_growing_bat
 LIMITS = """
 import json
 import torch
+from benchmarks.decode_checks import launches
 from benchmarks.ledger import full_model, plan_of
 from envs.model.kernels import decode, decode_step
 from envs.model.static import Cell
@@ -126,7 +127,7 @@ for blocks, top_k in ((16, 8), (16, 4), (12, 4)):
     launched.clear()
     plan = plan_of(blocks, top_k)
     step(plan.blocks)
-    floor = sum(size for _, size in decode_step.launches(language, plan.top_k_per_block, 1099))
+    floor = sum(size for _, size in launches(language, plan.top_k_per_block, 1099))
     # What passes between kernels comes on top of the weights and the cache; most of it never leaves the chip.
     between = sum(
         x.numel() * x.element_size() for _, args in launched for x in args
