@@ -6,7 +6,8 @@ score a plan by its predicted accuracy. Numpy and scikit-learn only; rules of tw
 """
 
 import warnings
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -96,7 +97,7 @@ class PlanScores:
         return np.where(np.isfinite(scores).any(1), scores.argmax(1), -1)
 
 
-class Rule(Protocol):
+class Rule(ABC):
     """A way to score plans.
 
     Attributes:
@@ -105,9 +106,12 @@ class Rule(Protocol):
     """
 
     name: str
-    ignores_budget: bool
+    ignores_budget = False
 
+    @abstractmethod
     def fit(self, known: KnownOutcomes) -> None: ...
+
+    @abstractmethod
     def scores(self, requests: Requests) -> Scores: ...
 
 
@@ -138,45 +142,39 @@ def choose(
     return np.where(found < 0, known.latency_ms.mean(0).argmin(), found)
 
 
-@dataclass
-class _ByPlan:
+class _ByPlan(Rule):
     """One score per plan, the same for every request."""
 
-    name: str = ""
-    ignores_budget: bool = False
-    _scores: Array = field(default_factory=lambda: np.empty(0))
+    _scores: Array
 
     def scores(self, requests: Requests) -> PlanScores:
         return PlanScores(np.broadcast_to(self._scores, (len(requests.budget_ms), len(self._scores))))
 
 
-@dataclass
 class Full(_ByPlan):
     """The most expensive plan; with the guardrail the most expensive that fits."""
 
-    name: str = "full"
-    ignores_budget: bool = True
+    name = "full"
+    ignores_budget = True
 
     def fit(self, known: KnownOutcomes) -> None:
         self._scores = known.latency_ms.mean(0)
 
 
-@dataclass
 class Cheapest(_ByPlan):
     """The cheapest plan."""
 
-    name: str = "cheapest"
-    ignores_budget: bool = True
+    name = "cheapest"
+    ignores_budget = True
 
     def fit(self, known: KnownOutcomes) -> None:
         self._scores = -known.latency_ms.mean(0)
 
 
-@dataclass
 class BestMean(_ByPlan):
     """The plan of best mean accuracy: one plan per budget without the guardrail, best mean among feasible with it."""
 
-    name: str = "best mean"
+    name = "best mean"
 
     def fit(self, known: KnownOutcomes) -> None:
         self._scores = known.accuracy.mean(0)
@@ -188,7 +186,7 @@ class SingleKnob(_ByPlan):
     def __init__(self, knob: str = "tier") -> None:
         if knob not in KNOBS:
             raise UserError(f"knob {knob!r} is not known: choose one of {', '.join(KNOBS)}")
-        super().__init__(f"{knob} alone")
+        self.name = f"{knob} alone"
         self._others = [index for index, name in enumerate(KNOBS) if name != knob]
 
     def fit(self, known: KnownOutcomes) -> None:
@@ -198,13 +196,11 @@ class SingleKnob(_ByPlan):
 
 
 @dataclass
-class RandomFeasible:
+class RandomFeasible(Rule):
     """Every allowed plan equally likely, seeded."""
 
     seed: int = 0
-    name: str = "random"
-    ignores_budget: bool = False
-    _plans: int = 0
+    name = "random"
 
     def fit(self, known: KnownOutcomes) -> None:
         self._plans = known.accuracy.shape[1]
@@ -214,7 +210,7 @@ class RandomFeasible:
 
 
 @dataclass
-class MeanByFamily:
+class MeanByFamily(Rule):
     """Mean accuracy within the request's kind of question; of all samples where that was never seen.
 
     Attributes:
@@ -222,8 +218,7 @@ class MeanByFamily:
     """
 
     prior: float = 2.0
-    name: str = "per family"
-    ignores_budget: bool = False
+    name = "per family"
 
     def fit(self, known: KnownOutcomes) -> None:
         if known.families is None:
@@ -240,12 +235,10 @@ class MeanByFamily:
         return PlanScores(np.stack([self._means.get(family, self._mean) for family in requests.families]))
 
 
-@dataclass
-class Oracle:
+class Oracle(Rule):
     """The right plan of each request: unattainable, an upper bound. Ties go to better plans on average."""
 
-    name: str = "oracle (unattainable)"
-    ignores_budget: bool = False
+    name = "oracle (unattainable)"
 
     def fit(self, known: KnownOutcomes) -> None:
         self._mean = known.accuracy.mean(0)
@@ -256,12 +249,8 @@ class Oracle:
         return PlanScores(requests.accuracy + 1e-6 * self._mean)
 
 
-@dataclass
-class _Predictor:
+class _Predictor(Rule):
     """Predicted accuracy of every plan from the language feature, by a scikit-learn model of several outputs."""
-
-    name: str = ""
-    ignores_budget: bool = False
 
     def fit(self, known: KnownOutcomes) -> None:
         self._model = fit_regressor(self._regressor(len(known.features)), known.features, known.accuracy)
@@ -269,15 +258,14 @@ class _Predictor:
     def scores(self, requests: Requests) -> PlanScores:
         return PlanScores(np.asarray(self._model.predict(requests.features), np.float64))
 
-    def _regressor(self, samples: int) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _regressor(self, samples: int) -> Any: ...
 
 
-@dataclass
 class Ridge(_Predictor):
     """Ridge regression; the penalty by leave-one-out cross-validation."""
 
-    name: str = "ridge"
+    name = "ridge"
 
     def _regressor(self, samples: int) -> Any:
         from sklearn.linear_model import RidgeCV
@@ -290,7 +278,7 @@ class Nearest(_Predictor):
     """Mean over the k training questions nearest in the language feature."""
 
     neighbors: int = 16
-    name: str = "k nearest"
+    name = "k nearest"
 
     def _regressor(self, samples: int) -> Any:
         from sklearn.neighbors import KNeighborsRegressor
@@ -303,7 +291,7 @@ class Neural(_Predictor):
     """A small MLP with weight decay."""
 
     seed: int = 0
-    name: str = "MLP"
+    name = "MLP"
 
     def _regressor(self, samples: int) -> Any:
         return small_network(self.seed)
@@ -328,7 +316,7 @@ def fit_regressor(regressor: Any, inputs: Array, targets: Array) -> Any:
 
 
 @dataclass
-class Boosted:
+class Boosted(Rule):
     """Gradient boosting over (request, plan) rows: the practical ceiling.
 
     A row has the main components of the language feature and of the latency tokens, the sizes and the knobs.
@@ -336,8 +324,7 @@ class Boosted:
 
     iterations: int = 200
     seed: int = 0
-    name: str = "gradient boosting"
-    ignores_budget: bool = False
+    name = "gradient boosting"
 
     def fit(self, known: KnownOutcomes) -> None:
         from sklearn.decomposition import PCA

@@ -1,14 +1,23 @@
 """Methods that decide twice: stage 1 by the question, stage 2 by the latency token."""
 
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 
 from envs.errors import UserError
 from envs.knobs import HEAD_SIZES, INSERTIONS, PAIRS, STAGE1_PAIRS
-from policies.baselines.rules import Array, BoolArray, IntArray, KnownOutcomes, Requests, fit_regressor, small_network
+from policies.baselines.rules import (
+    Array,
+    BoolArray,
+    IntArray,
+    KnownOutcomes,
+    Requests,
+    Rule,
+    fit_regressor,
+    small_network,
+)
 from policies.controller import Controller
 
 SECOND_PAIRS: Final = PAIRS - STAGE1_PAIRS
@@ -43,7 +52,7 @@ class StageScores:
 
 
 @dataclass
-class Trained:
+class Trained(Rule):
     """A trained controller by argmax: what it does in the environment, under any mask.
 
     Attributes:
@@ -53,7 +62,7 @@ class Trained:
     controller: Controller
     name: str
     lacks: tuple[str, ...] = ()
-    ignores_budget: bool = True
+    ignores_budget = True
 
     def fit(self, known: KnownOutcomes) -> None:
         self._actions = known.actions
@@ -91,16 +100,14 @@ class Trained:
 
 
 @dataclass
-class ValueHeads:
+class ValueHeads(Rule):
     """Predicts the accuracy of each completion twice: from the question, then from the latency token, too.
 
     Small MLPs with weight decay on the inputs that the controller has; the budget enters through the mask alone.
     """
 
     seed: int = 0
-    name: str = "value heads"
-    ignores_budget: bool = False
-    _models: list[Any] = field(default_factory=list)
+    name = "value heads"
 
     def fit(self, known: KnownOutcomes) -> None:
         if known.tokens is None:
